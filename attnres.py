@@ -1,0 +1,26 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Attention Residuals for Hugging Face Transformers.
+
+Importing this module registers every AttnRes class with the Auto classes of transformers, so that
+`AutoModelForCausalLM.from_pretrained` loads AttnRes checkpoints without remote code.
+"""
+
+import transformers
+from transformers import AutoConfig
+
+import configuration_attnres
+import modeling_attnres
+from configuration_attnres import *  # noqa: F403
+from modeling_attnres import *  # noqa: F403
+
+
+__version__ = "0.1.0"
+__all__ = [*configuration_attnres.__all__, *modeling_attnres.__all__]
+
+for _name in configuration_attnres.__all__:
+    _config_class = getattr(configuration_attnres, _name)
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    for _auto_class, _reference in _config_class.hub_classes().items():
+        if _auto_class != "AutoConfig":
+            _model_class = getattr(modeling_attnres, _reference.split(".")[1])
+            getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)

@@ -1,0 +1,148 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of Attention Residuals models (Kimi Team, arXiv 2603.15031).
+
+The arithmetic of the blocks lives here and nowhere else. Two units are in use: a *layer* is a decoder layer of the donor
+family, a *sublayer* is one attention or one MLP, so a model of L layers has 2L sublayers. A *read* is one softmax over
+depth: row 2i of the depth attention reads before the attention of layer i, row 2i+1 before its MLP, and the last row,
+2L, before the final norm.
+"""
+
+from dataclasses import dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+ATTN_RES_MODES = ("block", "full")
+
+
+@dataclass(kw_only=True)
+class AttnResConfigMixin:
+    """The configuration fields that Attention Residuals add to those of a donor family.
+
+    Args:
+        attn_res_mode (`str`, *optional*, defaults to `"block"`):
+            `"block"` sums the sublayer outputs of a block into one source, `"full"` makes every sublayer's output a
+            source (sections 3.1 and 3.2 of the paper).
+        attn_res_block_size (`int`, *optional*, defaults to `ceil(num_hidden_layers / 8)`):
+            Decoder layers per block, from 1 to `num_hidden_layers`; the last block may be shorter. The paper counts
+            sublayers, twice this number. Without effect in `"full"` mode.
+        attn_res_sum_scale (`bool`, *optional*, defaults to `False`):
+            Multiply each read by its number of sources, so that uniform weights give the plain residual sum. Converted
+            checkpoints set it: with zero queries they then compute what the donor computes. It is the same function as
+            the paper's with the epsilon of the norm that follows divided by the square of the number of sources.
+        attn_res_norm_eps (`float`, *optional*, defaults to the donor's norm epsilon):
+            Epsilon of the RMSNorm that turns sources into keys.
+        attn_res_implementation (`str`, *optional*):
+            Which implementation of depth attention runs; a key of `ALL_DEPTH_ATTENTION_FUNCTIONS`. Not saved.
+        output_depth_attentions (`bool`, *optional*, defaults to `False`):
+            Whether the model returns the weights of all its reads.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the range.
+    """
+
+    hub_heads = ("", "ForCausalLM")
+
+    attn_res_mode: str = "block"
+    attn_res_block_size: int | None = None
+    attn_res_sum_scale: bool = False
+    attn_res_norm_eps: float | None = None
+    output_depth_attentions: bool = False
+
+    def __post_init__(self, **kwargs):
+        self._attn_res_implementation = kwargs.pop("attn_res_implementation", None)
+        super().__post_init__(**kwargs)
+        if self.attn_res_block_size is None:
+            self.attn_res_block_size = -(-self.num_hidden_layers // 8)
+        if self.attn_res_norm_eps is None:
+            # OLMo's norm has a literal of torch's own default, every other family a field
+            self.attn_res_norm_eps = getattr(self, "rms_norm_eps", None) or getattr(self, "norm_epsilon", 1e-5)
+        self.validate_attn_res()
+
+    def validate_attn_res(self):
+        """Runs when a configuration is built and again when it is saved."""
+        if self.attn_res_mode not in ATTN_RES_MODES:
+            raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
+        size = self.attn_res_block_size
+        if isinstance(size, bool) or not 1 <= size <= self.num_hidden_layers:
+            raise ValueError(
+                f"attn_res_block_size is {size}; it counts decoder layers and must be an integer from 1 to "
+                f"num_hidden_layers = {self.num_hidden_layers}."
+            )
+        if not 0 < self.attn_res_norm_eps < 1:
+            raise ValueError(f"attn_res_norm_eps is {self.attn_res_norm_eps}; it must be between 0 and 1.")
+
+    @property
+    def attn_res_sublayers_per_block(self) -> int:
+        """S in the paper: how many sublayer outputs one source sums."""
+        return 1 if self.attn_res_mode == "full" else 2 * self.attn_res_block_size
+
+    @property
+    def num_depth_reads(self) -> int:
+        """Rows of the depth attention: one per sublayer and one for the output."""
+        return 2 * self.num_hidden_layers + 1
+
+    def num_closed_depth_sources(self, row: int) -> int:
+        """How many sources are complete when `row` reads: the embedding and all finished blocks."""
+        return 1 + row // self.attn_res_sublayers_per_block
+
+    def extends_open_depth_source(self, sublayer: int) -> bool:
+        """Whether the output of `sublayer` is added to the open block rather than opening a new one."""
+        return sublayer % self.attn_res_sublayers_per_block != 0
+
+    def num_depth_sources(self, row: int) -> int:
+        """How many sources `row` reads: the closed ones and, last, the open block where there is one."""
+        return self.num_closed_depth_sources(row) + self.extends_open_depth_source(row)
+
+    @classmethod
+    def donor_config_class(cls) -> type:
+        """The configuration class of transformers that this one extends."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+
+    @classmethod
+    def hub_classes(cls) -> dict[str, str]:
+        """The `auto_map` of a repository: which class of the code files each Auto class loads."""
+        prefix = cls.__name__.removesuffix("Config")
+        models = {f"AutoModel{head}": f"modeling_attnres.{prefix}{head or 'Model'}" for head in cls.hub_heads}
+        return {"AutoConfig": f"configuration_attnres.{cls.__name__}", **models}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if "attn_res_implementation" in kwargs:
+            config_dict = {**config_dict, "attn_res_implementation": kwargs.pop("attn_res_implementation")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def _remove_keys_not_serialized(self, d):
+        super()._remove_keys_not_serialized(d)
+        d.pop("_attn_res_implementation", None)
+
+
+@strict
+class AttnResConfig(AttnResConfigMixin, LlamaConfig):
+    __doc__ = f"""Configuration of [`AttnResModel`], the Llama family with Attention Residuals.
+
+    All fields of [`~transformers.LlamaConfig`], and:
+
+    {AttnResConfigMixin.__doc__.split("family.", 1)[1].strip()}
+
+    Example:
+
+    ```python
+    >>> from attnres import AttnResConfig, AttnResForCausalLM
+
+    >>> config = AttnResConfig(num_hidden_layers=16, attn_res_block_size=2)
+    >>> config.num_depth_sources(config.num_depth_reads - 1)
+    9
+    >>> model = AttnResForCausalLM(config)
+    ```
+    """
+
+    model_type = "attnres"
+    hub_heads = ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    keys_to_ignore_at_inference = ["past_key_values", "depth_attentions"]
+    # A stage would have to hand on every source, which the plan's single `hidden_states` can't
+    base_model_pp_plan = None
+
+
+__all__ = ["AttnResConfig"]

@@ -1,0 +1,1 @@
+"""Exact conversion between checkpoints of supported families and their Attention Residuals form."""

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from setuptools import setup
+
+
+root = Path(__file__).parent
+version = next(
+    line.split('"')[1] for line in (root / "attnres.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="attnres",
+    version=version,
+    description="Attention Residuals for Hugging Face Transformers: models, exact conversion, training recipes",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    py_modules=["attnres", "configuration_attnres", "modeling_attnres"],
+    packages=["attnres_convert"],
+    package_dir={"attnres_convert": "convert"},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.17,<6",
+        "huggingface_hub>=1.0",
+        "safetensors>=0.5",
+        "tqdm",
+    ],
+    extras_require={
+        "train": [
+            "accelerate>=1.1",
+            "datasets>=3.0",
+            "evaluate>=0.4",
+            "peft>=0.18",
+            "matplotlib>=3.8",
+            "tensorboard>=2.15",
+        ],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5.9"],
+        "lint": ["ruff"],
+    },
+    entry_points={"console_scripts": ["attnres-convert = attnres_convert.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)
