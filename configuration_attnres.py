@@ -1,16 +1,38 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Configuration of Attention Residuals models (Kimi Team, arXiv 2603.15031).
 
-The arithmetic of the blocks lives here and nowhere else. Two units are in use: a *layer* is a decoder layer of the donor
-family, a *sublayer* is one attention or one MLP, so a model of L layers has 2L sublayers. A *read* is one softmax over
-depth: row 2i of the depth attention reads before the attention of layer i, row 2i+1 before its MLP, and the last row,
-2L, before the final norm.
+The arithmetic of the blocks lives here and nowhere else. Two units are in use: a *layer* is a decoder layer of the
+donor family, a *sublayer* is one attention or one MLP, so a model of L layers has 2L sublayers. A *read* is one softmax
+over depth: row 2i of the depth attention reads before the attention of layer i, row 2i+1 before its MLP, and the last
+row, 2L, before the final norm.
 """
 
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
+from transformers import __version__ as transformers_version
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
+from transformers.models.glm4.configuration_glm4 import Glm4Config
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+from transformers.models.olmo.configuration_olmo import OlmoConfig
+from transformers.models.phi3.configuration_phi3 import Phi3Config
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
+from transformers.models.starcoder2.configuration_starcoder2 import Starcoder2Config
+
+
+try:
+    from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
+except ImportError:  # an older transformers
+    KimiLinearConfig = None
 
 
 ATTN_RES_MODES = ("block", "full")
@@ -43,6 +65,9 @@ class AttnResConfigMixin:
     """
 
     hub_heads = ("", "ForCausalLM")
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "depth_attentions"]
+    # A pipeline stage would have to hand on every source, which a plan's single `hidden_states` can't
+    base_model_pp_plan = None
 
     attn_res_mode: str = "block"
     attn_res_block_size: int | None = None
@@ -52,6 +77,7 @@ class AttnResConfigMixin:
 
     def __post_init__(self, **kwargs):
         self._attn_res_implementation = kwargs.pop("attn_res_implementation", None)
+        kwargs.pop("model_type", None)  # the donor's, when its checkpoint is loaded into an AttnRes class
         super().__post_init__(**kwargs)
         if self.attn_res_block_size is None:
             self.attn_res_block_size = -(-self.num_hidden_layers // 8)
@@ -140,9 +166,131 @@ class AttnResConfig(AttnResConfigMixin, LlamaConfig):
 
     model_type = "attnres"
     hub_heads = ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-    keys_to_ignore_at_inference = ["past_key_values", "depth_attentions"]
-    # A stage would have to hand on every source, which the plan's single `hidden_states` can't
-    base_model_pp_plan = None
 
 
-__all__ = ["AttnResConfig"]
+@strict
+class AttnResMistralConfig(AttnResConfigMixin, MistralConfig):
+    """[`~transformers.MistralConfig`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_mistral"
+
+
+@strict
+class AttnResQwen2Config(AttnResConfigMixin, Qwen2Config):
+    """[`~transformers.Qwen2Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_qwen2"
+
+
+@strict
+class AttnResQwen3Config(AttnResConfigMixin, Qwen3Config):
+    """[`~transformers.Qwen3Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_qwen3"
+
+
+@strict
+class AttnResQwen3MoeConfig(AttnResConfigMixin, Qwen3MoeConfig):
+    """[`~transformers.Qwen3MoeConfig`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_qwen3_moe"
+
+
+@strict
+class AttnResMixtralConfig(AttnResConfigMixin, MixtralConfig):
+    """[`~transformers.MixtralConfig`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_mixtral"
+
+
+@strict
+class AttnResSmolLM3Config(AttnResConfigMixin, SmolLM3Config):
+    """[`~transformers.SmolLM3Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_smollm3"
+
+
+@strict
+class AttnResPhi3Config(AttnResConfigMixin, Phi3Config):
+    """[`~transformers.Phi3Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_phi3"
+
+
+@strict
+class AttnResStarcoder2Config(AttnResConfigMixin, Starcoder2Config):
+    """[`~transformers.Starcoder2Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_starcoder2"
+
+
+@strict
+class AttnResOlmoConfig(AttnResConfigMixin, OlmoConfig):
+    """[`~transformers.OlmoConfig`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_olmo"
+
+
+@strict
+class AttnResDeepseekV3Config(AttnResConfigMixin, DeepseekV3Config):
+    """[`~transformers.DeepseekV3Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_deepseek_v3"
+
+
+@strict
+class AttnResGptOssConfig(AttnResConfigMixin, GptOssConfig):
+    """[`~transformers.GptOssConfig`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_gpt_oss"
+
+
+@strict
+class AttnResGraniteConfig(AttnResConfigMixin, GraniteConfig):
+    """[`~transformers.GraniteConfig`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_granite"
+
+
+@strict
+class AttnResGemma2Config(AttnResConfigMixin, Gemma2Config):
+    """[`~transformers.Gemma2Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_gemma2"
+
+
+@strict
+class AttnResGemma3TextConfig(AttnResConfigMixin, Gemma3TextConfig):
+    """[`~transformers.Gemma3TextConfig`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_gemma3_text"
+
+    def validate_attn_res(self):
+        super().validate_attn_res()
+        if self.use_bidirectional_attention:
+            raise ValueError("use_bidirectional_attention makes Gemma 3 an encoder; AttnRes supports decoders.")
+
+
+@strict
+class AttnResGlm4Config(AttnResConfigMixin, Glm4Config):
+    """[`~transformers.Glm4Config`] with the fields of [`AttnResConfig`]."""
+
+    model_type = "attnres_glm4"
+
+
+if KimiLinearConfig is not None:
+
+    @strict
+    class AttnResKimiLinearConfig(AttnResConfigMixin, KimiLinearConfig):
+        """[`~transformers.KimiLinearConfig`] with the fields of [`AttnResConfig`]."""
+
+        model_type = "attnres_kimi_linear"
+
+
+__all__ = [name for name in globals() if name.startswith("AttnRes") and name.endswith("Config")]
+
+
+def __getattr__(name: str):
+    if name.startswith("AttnResKimiLinear"):
+        raise ImportError(f"{name} needs a transformers that has kimi_linear; installed is {transformers_version}.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

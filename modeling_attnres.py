@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -29,6 +30,16 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3ForCausalLM,
+    DeepseekV3Model,
+)
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM, Gemma2Model
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
+from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer, Glm4ForCausalLM, Glm4Model
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssForCausalLM, GptOssModel
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM, GraniteModel
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -37,6 +48,19 @@ from transformers.models.llama.modeling_llama import (
     LlamaForTokenClassification,
     LlamaModel,
 )
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM, MixtralModel
+from transformers.models.olmo.modeling_olmo import OlmoDecoderLayer, OlmoForCausalLM, OlmoModel
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM, Phi3Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM, Qwen3MoeModel
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM, SmolLM3Model
+from transformers.models.starcoder2.modeling_starcoder2 import (
+    Starcoder2DecoderLayer,
+    Starcoder2ForCausalLM,
+    Starcoder2Model,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import GeneralInterface, merge_with_config_defaults
@@ -44,11 +68,30 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 
 try:
-    from .configuration_attnres import AttnResConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import (
+        KimiLinearDecoderLayer,
+        KimiLinearForCausalLM,
+        KimiLinearModel,
+    )
+except ImportError:  # an older transformers
+    KimiLinearModel = None
+
+try:
+    from .configuration_attnres import *  # noqa: F403
+    from .configuration_attnres import (
+        AttnResConfig,
+        __getattr__,  # noqa: F401
+    )
+    from .configuration_attnres import __all__ as CONFIG_CLASSES
 except ImportError:
     if __package__:  # loaded from the Hub: the relative import must work, so the error is real
         raise
-    from configuration_attnres import AttnResConfig
+    from configuration_attnres import *  # noqa: F403
+    from configuration_attnres import (
+        AttnResConfig,
+        __getattr__,  # noqa: F401
+    )
+    from configuration_attnres import __all__ as CONFIG_CLASSES
 
 
 def eager_depth_attention(
@@ -81,8 +124,8 @@ def eager_depth_attention(
 class DepthAttentionInterface(GeneralInterface):
     """Implementations of depth attention by name, each with the signature and result of [`eager_depth_attention`].
 
-    Select one with `from_pretrained(..., attn_res_implementation=name)` or `model.set_attn_res_implementation(name)`; add
-    one with `DepthAttentionInterface.register(name, function)`.
+    Select one with `from_pretrained(..., attn_res_implementation=name)` or `model.set_attn_res_implementation(name)`;
+    add one with `DepthAttentionInterface.register(name, function)`.
     """
 
     _global_mapping = {"eager": eager_depth_attention}
@@ -90,8 +133,8 @@ class DepthAttentionInterface(GeneralInterface):
     def get_interface(self, name: str) -> Callable:
         if name not in self:
             raise ValueError(
-                f"{name!r} is not an implementation of depth attention; choose one of {', '.join(sorted(self))} or add it "
-                "with DepthAttentionInterface.register."
+                f"{name!r} is not an implementation of depth attention; choose one of {', '.join(sorted(self))} or add "
+                "it with DepthAttentionInterface.register."
             )
         return self[name]
 
@@ -141,8 +184,8 @@ class DepthRead(nn.Module):
 class AttnResDecoderLayerMixin(GradientCheckpointingLayer):
     """A donor's decoder layer that reads sources where the donor's adds to a residual stream.
 
-    The sources of a token are one tuple of tensors `(batch, seq, hidden)`: the embedding, the finished blocks and, last, the
-    sum of the open block where there is one.
+    The sources of a token are one tuple of tensors `(batch, seq, hidden)`: the embedding, the finished blocks and, at
+    the end, the sum of the open block where there is one.
     """
 
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -169,8 +212,8 @@ class AttnResDecoderLayerMixin(GradientCheckpointingLayer):
             kwargs: what the donor's attention takes.
 
         Returns:
-            What attention reads, the depth weights of the two reads `(batch, num_sources, seq)`, then the sources that are
-            new or changed: all but those that were closed before this layer.
+            What attention reads, the depth weights of the two reads `(batch, num_sources, seq)`, then the sources that
+            are new or changed: all but those that were closed before this layer.
         """
         sublayer = 2 * self.layer_idx
         closed = self.config.num_closed_depth_sources(sublayer)
@@ -253,11 +296,11 @@ class AttnResPreTrainedModelMixin:
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        # transformers' own copying enters only the saved class, under its FSDP name if it is sharded: see save_pretrained
+        # transformers' own copying enters only the saved class, under the name that FSDP gave it: see save_pretrained
         return False
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; the folder also gets the code files, so that it loads where this project is not installed."""
+        """As in transformers; the folder also gets the code files, so that it loads without this project."""
         self.config.auto_map = self.config.hub_classes()
         if is_main_process and not Path(save_directory).is_file():
             Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -288,8 +331,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         }
 
     def post_init(self):
-        # The donor's constructor calls this last. Its layers differ from ours in nothing but methods, so they change their
-        # class instead of being built twice, and depth attention joins before the weights are initialised.
+        # The donor's constructor calls this last. Its layers differ from ours in nothing but methods, so they change
+        # their class instead of being built twice, and depth attention joins before the weights are initialised.
         for layer_idx, layer in enumerate(self.layers):
             layer.__class__ = self.layer_class
             layer.config = self.config
@@ -413,6 +456,12 @@ class AttnResHeadMixin(AttnResPreTrainedModelMixin):
     """A donor's head on top of an AttnRes model."""
 
     model_class: type[AttnResModelMixin]
+    output_class: type[ModelOutput]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "model_class" in cls.__dict__:
+            cls.forward = with_depth_attentions(cls.forward, cls.output_class)
 
     def __init__(self, config, attn_res_implementation: str | None = None):
         _select_implementation(config, attn_res_implementation)
@@ -423,9 +472,19 @@ class AttnResHeadMixin(AttnResPreTrainedModelMixin):
 
 
 class AttnResForCausalLMMixin(AttnResHeadMixin):
+    output_class = AttnResCausalLMOutputWithPast
+
     def add_head(self, config):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class AttnResMoeForCausalLMMixin(AttnResForCausalLMMixin):
+    def add_head(self, config):
+        super().add_head(config)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
 
 
 class AttnResDecoderLayer(AttnResDecoderLayerMixin, LlamaDecoderLayer):
@@ -444,7 +503,6 @@ class AttnResForCausalLM(AttnResForCausalLMMixin, LlamaForCausalLM):
 
     config: AttnResConfig
     model_class = AttnResModel
-    forward = with_depth_attentions(LlamaForCausalLM.forward, AttnResCausalLMOutputWithPast)
 
 
 class AttnResForSequenceClassification(AttnResHeadMixin, LlamaForSequenceClassification):
@@ -452,7 +510,7 @@ class AttnResForSequenceClassification(AttnResHeadMixin, LlamaForSequenceClassif
 
     config: AttnResConfig
     model_class = AttnResModel
-    forward = with_depth_attentions(LlamaForSequenceClassification.forward, AttnResSequenceClassifierOutputWithPast)
+    output_class = AttnResSequenceClassifierOutputWithPast
 
     def add_head(self, config):
         self.num_labels = config.num_labels
@@ -464,7 +522,7 @@ class AttnResForTokenClassification(AttnResHeadMixin, LlamaForTokenClassificatio
 
     config: AttnResConfig
     model_class = AttnResModel
-    forward = with_depth_attentions(LlamaForTokenClassification.forward, AttnResTokenClassifierOutput)
+    output_class = AttnResTokenClassifierOutput
 
     def add_head(self, config):
         self.num_labels = config.num_labels
@@ -477,10 +535,284 @@ class AttnResForQuestionAnswering(AttnResHeadMixin, LlamaForQuestionAnswering):
 
     config: AttnResConfig
     model_class = AttnResModel
-    forward = with_depth_attentions(LlamaForQuestionAnswering.forward, AttnResQuestionAnsweringModelOutput)
+    output_class = AttnResQuestionAnsweringModelOutput
 
     def add_head(self, config):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+
+# The other families. Each says only where its layer or its embedding differs from the pattern of Llama.
+
+
+class AttnResMistralDecoderLayer(AttnResDecoderLayerMixin, MistralDecoderLayer):
+    pass
+
+
+class AttnResMistralModel(AttnResModelMixin, MistralModel):
+    config: AttnResMistralConfig  # noqa: F405
+    layer_class = AttnResMistralDecoderLayer
+
+
+class AttnResMistralForCausalLM(AttnResForCausalLMMixin, MistralForCausalLM):
+    config: AttnResMistralConfig  # noqa: F405
+    model_class = AttnResMistralModel
+
+
+class AttnResQwen2DecoderLayer(AttnResDecoderLayerMixin, Qwen2DecoderLayer):
+    pass
+
+
+class AttnResQwen2Model(AttnResModelMixin, Qwen2Model):
+    config: AttnResQwen2Config  # noqa: F405
+    layer_class = AttnResQwen2DecoderLayer
+
+
+class AttnResQwen2ForCausalLM(AttnResForCausalLMMixin, Qwen2ForCausalLM):
+    config: AttnResQwen2Config  # noqa: F405
+    model_class = AttnResQwen2Model
+
+
+class AttnResQwen3DecoderLayer(AttnResDecoderLayerMixin, Qwen3DecoderLayer):
+    pass
+
+
+class AttnResQwen3Model(AttnResModelMixin, Qwen3Model):
+    config: AttnResQwen3Config  # noqa: F405
+    layer_class = AttnResQwen3DecoderLayer
+
+
+class AttnResQwen3ForCausalLM(AttnResForCausalLMMixin, Qwen3ForCausalLM):
+    config: AttnResQwen3Config  # noqa: F405
+    model_class = AttnResQwen3Model
+
+
+class AttnResQwen3MoeDecoderLayer(AttnResDecoderLayerMixin, Qwen3MoeDecoderLayer):
+    pass
+
+
+class AttnResQwen3MoeModel(AttnResModelMixin, Qwen3MoeModel):
+    config: AttnResQwen3MoeConfig  # noqa: F405
+    layer_class = AttnResQwen3MoeDecoderLayer
+
+
+class AttnResQwen3MoeForCausalLM(AttnResMoeForCausalLMMixin, Qwen3MoeForCausalLM):
+    config: AttnResQwen3MoeConfig  # noqa: F405
+    model_class = AttnResQwen3MoeModel
+
+
+class AttnResMixtralDecoderLayer(AttnResDecoderLayerMixin, MixtralDecoderLayer):
+    pass
+
+
+class AttnResMixtralModel(AttnResModelMixin, MixtralModel):
+    config: AttnResMixtralConfig  # noqa: F405
+    layer_class = AttnResMixtralDecoderLayer
+
+
+class AttnResMixtralForCausalLM(AttnResMoeForCausalLMMixin, MixtralForCausalLM):
+    config: AttnResMixtralConfig  # noqa: F405
+    model_class = AttnResMixtralModel
+
+
+class AttnResSmolLM3DecoderLayer(AttnResDecoderLayerMixin, SmolLM3DecoderLayer):
+    pass
+
+
+class AttnResSmolLM3Model(AttnResModelMixin, SmolLM3Model):
+    config: AttnResSmolLM3Config  # noqa: F405
+    layer_class = AttnResSmolLM3DecoderLayer
+
+
+class AttnResSmolLM3ForCausalLM(AttnResForCausalLMMixin, SmolLM3ForCausalLM):
+    config: AttnResSmolLM3Config  # noqa: F405
+    model_class = AttnResSmolLM3Model
+
+
+class AttnResPhi3DecoderLayer(AttnResDecoderLayerMixin, Phi3DecoderLayer):
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.resid_attn_dropout(super().attend(hidden_states, **kwargs))
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.resid_mlp_dropout(super().transform(hidden_states))
+
+
+class AttnResPhi3Model(AttnResModelMixin, Phi3Model):
+    config: AttnResPhi3Config  # noqa: F405
+    layer_class = AttnResPhi3DecoderLayer
+
+
+class AttnResPhi3ForCausalLM(AttnResForCausalLMMixin, Phi3ForCausalLM):
+    config: AttnResPhi3Config  # noqa: F405
+    model_class = AttnResPhi3Model
+
+
+class AttnResStarcoder2DecoderLayer(AttnResDecoderLayerMixin, Starcoder2DecoderLayer):
+    pass
+
+
+class AttnResStarcoder2Model(AttnResModelMixin, Starcoder2Model):
+    config: AttnResStarcoder2Config  # noqa: F405
+    layer_class = AttnResStarcoder2DecoderLayer
+
+    def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(inputs_embeds, p=self.embedding_dropout, training=self.training)
+
+
+class AttnResStarcoder2ForCausalLM(AttnResForCausalLMMixin, Starcoder2ForCausalLM):
+    config: AttnResStarcoder2Config  # noqa: F405
+    model_class = AttnResStarcoder2Model
+
+
+class AttnResOlmoDecoderLayer(AttnResDecoderLayerMixin, OlmoDecoderLayer):
+    pass
+
+
+class AttnResOlmoModel(AttnResModelMixin, OlmoModel):
+    config: AttnResOlmoConfig  # noqa: F405
+    layer_class = AttnResOlmoDecoderLayer
+
+
+class AttnResOlmoForCausalLM(AttnResForCausalLMMixin, OlmoForCausalLM):
+    config: AttnResOlmoConfig  # noqa: F405
+    model_class = AttnResOlmoModel
+
+
+class AttnResDeepseekV3DecoderLayer(AttnResDecoderLayerMixin, DeepseekV3DecoderLayer):
+    pass
+
+
+class AttnResDeepseekV3Model(AttnResModelMixin, DeepseekV3Model):
+    config: AttnResDeepseekV3Config  # noqa: F405
+    layer_class = AttnResDeepseekV3DecoderLayer
+
+
+class AttnResDeepseekV3ForCausalLM(AttnResForCausalLMMixin, DeepseekV3ForCausalLM):
+    config: AttnResDeepseekV3Config  # noqa: F405
+    model_class = AttnResDeepseekV3Model
+
+
+class AttnResGptOssDecoderLayer(AttnResDecoderLayerMixin, GptOssDecoderLayer):
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output, _ = super().transform(hidden_states)  # and router scores
+        return output
+
+
+class AttnResGptOssModel(AttnResModelMixin, GptOssModel):
+    config: AttnResGptOssConfig  # noqa: F405
+    layer_class = AttnResGptOssDecoderLayer
+
+
+class AttnResGptOssForCausalLM(AttnResMoeForCausalLMMixin, GptOssForCausalLM):
+    config: AttnResGptOssConfig  # noqa: F405
+    model_class = AttnResGptOssModel
+
+
+class AttnResGraniteDecoderLayer(AttnResDecoderLayerMixin, GraniteDecoderLayer):
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return super().attend(hidden_states, **kwargs) * self.residual_multiplier
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().transform(hidden_states) * self.residual_multiplier
+
+
+class AttnResGraniteModel(AttnResModelMixin, GraniteModel):
+    config: AttnResGraniteConfig  # noqa: F405
+    layer_class = AttnResGraniteDecoderLayer
+
+    def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return inputs_embeds * self.embedding_multiplier
+
+
+class AttnResGraniteForCausalLM(AttnResForCausalLMMixin, GraniteForCausalLM):
+    config: AttnResGraniteConfig  # noqa: F405
+    model_class = AttnResGraniteModel
+
+
+class AttnResGemma2DecoderLayerMixin(AttnResDecoderLayerMixin):
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.post_attention_layernorm(super().attend(hidden_states, **kwargs))
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden_states)))
+
+
+class AttnResGemma2DecoderLayer(AttnResGemma2DecoderLayerMixin, Gemma2DecoderLayer):
+    pass
+
+
+class AttnResGemma2Model(AttnResModelMixin, Gemma2Model):
+    config: AttnResGemma2Config  # noqa: F405
+    layer_class = AttnResGemma2DecoderLayer
+
+
+class AttnResGemma2ForCausalLM(AttnResForCausalLMMixin, Gemma2ForCausalLM):
+    config: AttnResGemma2Config  # noqa: F405
+    model_class = AttnResGemma2Model
+
+
+class AttnResGemma3TextDecoderLayer(AttnResGemma2DecoderLayerMixin, Gemma3DecoderLayer):
+    pass
+
+
+class AttnResGemma3TextModel(AttnResModelMixin, Gemma3TextModel):
+    config: AttnResGemma3TextConfig  # noqa: F405
+    layer_class = AttnResGemma3TextDecoderLayer
+
+    def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> dict:
+        layer_types = set(self.config.layer_types)
+        return {layer_type: self.rotary_emb(inputs_embeds, position_ids, layer_type) for layer_type in layer_types}
+
+
+class AttnResGemma3TextForCausalLM(AttnResForCausalLMMixin, Gemma3ForCausalLM):
+    config: AttnResGemma3TextConfig  # noqa: F405
+    model_class = AttnResGemma3TextModel
+
+
+class AttnResGlm4DecoderLayer(AttnResDecoderLayerMixin, Glm4DecoderLayer):
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.post_self_attn_layernorm(super().attend(hidden_states, **kwargs))
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.post_mlp_layernorm(super().transform(hidden_states))
+
+
+class AttnResGlm4Model(AttnResModelMixin, Glm4Model):
+    config: AttnResGlm4Config  # noqa: F405
+    layer_class = AttnResGlm4DecoderLayer
+
+
+class AttnResGlm4ForCausalLM(AttnResForCausalLMMixin, Glm4ForCausalLM):
+    config: AttnResGlm4Config  # noqa: F405
+    model_class = AttnResGlm4Model
+
+
+if KimiLinearModel is not None:
+
+    class AttnResKimiLinearDecoderLayer(AttnResDecoderLayerMixin, KimiLinearDecoderLayer):
+        def attend(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs) -> torch.Tensor:
+            hidden_states = self.input_layernorm(hidden_states)
+            if self.block_type == "linear_attention":
+                return self.self_attn(hidden_states, cache_params=past_key_values, **kwargs)
+            attn_output, _ = self.self_attn(hidden_states, past_key_values=past_key_values, **kwargs)
+            return attn_output
+
+    class AttnResKimiLinearModel(AttnResModelMixin, KimiLinearModel):
+        config: AttnResKimiLinearConfig  # noqa: F405
+        layer_class = AttnResKimiLinearDecoderLayer
+
+        def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> None:
+            return None  # MLA without rotary positions; KDA's decay carries them
+
+    class AttnResKimiLinearForCausalLM(AttnResForCausalLMMixin, KimiLinearForCausalLM):
+        config: AttnResKimiLinearConfig  # noqa: F405
+        model_class = AttnResKimiLinearModel
+
+
+# Checkpoints keep the donor's tensor names, which for some families (experts) are not those of the modules
+for _config_class in (globals()[name] for name in CONFIG_CLASSES):
+    _mapping = get_checkpoint_conversion_mapping(_config_class.donor_config_class().model_type)
+    if _mapping is not None:
+        register_checkpoint_conversion_mapping(_config_class.model_type, _mapping, overwrite=True)
 
 
 __all__ = [
@@ -488,9 +820,9 @@ __all__ = [
     "DepthAttention",
     "DepthAttentionInterface",
     "eager_depth_attention",
-    "AttnResModel",
-    "AttnResForCausalLM",
-    "AttnResForQuestionAnswering",
-    "AttnResForSequenceClassification",
-    "AttnResForTokenClassification",
+    *(
+        name
+        for name in globals()
+        if name.startswith("AttnRes") and name.endswith(("Model", "ForCausalLM", "Classification", "Answering"))
+    ),
 ]
