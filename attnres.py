@@ -11,6 +11,7 @@ from transformers import AutoConfig
 import configuration_attnres
 import modeling_attnres
 from configuration_attnres import *  # noqa: F403
+from configuration_attnres import __getattr__  # noqa: F401
 from modeling_attnres import *  # noqa: F403
 
 
