@@ -1,0 +1,212 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoint folders: what they hold, read from headers only, and whether it is sound."""
+
+import json
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError, safe_open
+
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_SHARD_NAME = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+
+# What comes along with the weights; compared in lower case. Optimizer states, logs and other formats stay behind.
+COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.md",
+    "*.py",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "*.vocab",
+    "license*",
+    "licence*",
+    "notice*",
+    "copying*",
+    "use_policy*",
+    "additional_chat_templates/*",
+)
+NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "trainer_state.json", "adapter_config.json")
+
+
+class ConversionError(ValueError):
+    """A conversion is impossible or went wrong. The message says what to do and fits on a line or two."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a shard: `start` and `end` are byte offsets in the data behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file. `path` has its symbolic links resolved; `size` and `data_start` are in bytes."""
+
+    path: Path
+    size: int
+    data_start: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder. `shards` goes by file name; `index` is the content of the index file, `None` without one."""
+
+    folder: Path
+    config: dict
+    shards: dict[str, Shard]
+    index: dict | None
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {name: tensor for shard in self.shards.values() for name, tensor in shard.tensors.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def file_of(self, tensor: str) -> str:
+        return next(name for name, shard in self.shards.items() if tensor in shard.tensors)
+
+    def companions(self) -> list[str]:
+        """Relative names of the tokenizer, chat template, licence and other small files."""
+        files = (path for pattern in ("*", "additional_chat_templates/*") for path in self.folder.glob(pattern))
+        names = sorted(path.relative_to(self.folder).as_posix() for path in files if path.is_file())
+        return [name for name in names if is_companion(name) and name not in self.shards]
+
+
+def is_companion(name: str) -> bool:
+    def matches(patterns):
+        return any(fnmatch(name.lower(), pattern) for pattern in patterns)
+
+    return matches(COMPANIONS) and not matches(NOT_COMPANIONS) and not name.startswith(".")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ConversionError: the file is missing or broken.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path.name} is missing in {path.parent}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict:
+    if not (folder / CONFIG_NAME).is_file() and (folder / "adapter_config.json").is_file():
+        raise ConversionError(f"{folder} holds an adapter, not a model; merge it first (PEFT: merge_and_unload).")
+    return read_json(folder / CONFIG_NAME)
+
+
+def read_shard(path: Path) -> Shard:
+    """Reads and checks the header of a safetensors file; none of its tensors is loaded."""
+    try:
+        with safe_open(path, framework="pt"):  # checks sizes, overlaps, holes and the length of the file
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, ValueError) as error:
+        raise ConversionError(
+            f"{path.name} is damaged ({error}); if it was downloaded or copied, get it again."
+        ) from None
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for name, entry in header.items()
+    }
+    return Shard(path.resolve(), path.stat().st_size, 8 + length, tensors, metadata)
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files that transformers would load, which prefers a single file to an index.
+
+    Raises:
+        ConversionError: there are no safetensors, or the index is broken or names files outside the folder.
+    """
+    if (folder / SINGLE_SHARD_NAME).is_file():
+        return [SINGLE_SHARD_NAME]
+    if (folder / INDEX_NAME).is_file():
+        return sorted(set(_weight_map(read_json(folder / INDEX_NAME)).values()))
+    raise ConversionError(_no_weights(folder))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a model folder's configuration, index and shard headers.
+
+    A shard may be a symbolic link that leads out of the folder, as in the cache of the Hub; its name may not.
+
+    Raises:
+        ConversionError: something is missing, broken or contradictory.
+    """
+    config = read_config(folder)
+    names = shard_names(folder)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ConversionError(f"{INDEX_NAME} names {_some(missing)}, which {folder} doesn't have.")
+    checkpoint = Checkpoint(
+        folder,
+        config,
+        {name: read_shard(folder / name) for name in names},
+        None if names == [SINGLE_SHARD_NAME] else read_json(folder / INDEX_NAME),
+    )
+    if not checkpoint.tensors:
+        raise ConversionError(f"{folder} holds no tensors.")
+    if len(checkpoint.tensors) < sum(len(shard.tensors) for shard in checkpoint.shards.values()):
+        raise ConversionError(f"some tensors are in two shards of {folder}; which one counts is unclear.")
+    for tensor, name in (_weight_map(checkpoint.index) if checkpoint.index else {}).items():
+        if tensor not in checkpoint.shards[name].tensors:
+            raise ConversionError(f"{INDEX_NAME} says that {name} holds {tensor}, but it doesn't.")
+    return checkpoint
+
+
+def _weight_map(index: dict) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ConversionError(f"{INDEX_NAME} has no weight_map from tensors to files.")
+    for name in set(weight_map.values()):
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name or "\0" in name:
+            raise ConversionError(f"{INDEX_NAME} names {name!r}, which is outside the folder.")
+        if not name.endswith(".safetensors"):
+            raise ConversionError(f"{INDEX_NAME} names {name!r}, which is not a safetensors file.")
+    return weight_map
+
+
+def _no_weights(folder: Path) -> str:
+    text = f"{folder} has neither {SINGLE_SHARD_NAME} nor {INDEX_NAME}"
+    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+        return (
+            f"{text}, only pickle files. Load it with transformers and write it with "
+            "model.save_pretrained(NEW_FOLDER), which makes safetensors; then convert that folder."
+        )
+    return f"{text}."
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

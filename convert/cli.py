@@ -1,0 +1,83 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The command `attnres-convert`."""
+
+import argparse
+import sys
+
+
+DESCRIPTION = """Convert a transformers checkpoint to Attention Residuals, exactly: the result computes what SRC
+computes until it is trained. Weights are copied as files, never loaded."""
+
+EXAMPLES = """examples:
+  attnres-convert path/to/llama path/to/llama-attnres
+  attnres-convert organisation/model ./converted --revision main --block-size 4
+  attnres-convert path/to/llama ./full --mode full --link
+  attnres-convert --to-donor ./converted ./llama-again
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "attnres-convert",
+        usage="attnres-convert [options] SRC DST (see --help)",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or Hub id")
+    parser.add_argument("dst", metavar="DST", help="folder to write")
+    parser.add_argument("--mode", choices=("block", "full"), help="block (default) or full Attention Residuals")
+    parser.add_argument("--block-size", type=int, metavar="N", help="decoder layers per block (default: an eighth)")
+    parser.add_argument("--num-blocks", type=int, metavar="N", help="number of blocks, instead of --block-size")
+    parser.add_argument("--link", action="store_true", help="hard-link the weights; SRC and DST then share the files")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--force", action="store_true", help="replace DST, after everything else is done")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run both models and compare their logits, if they fit in free memory (default: on)",
+    )
+    parser.add_argument(
+        "--to-donor", action="store_true", help="convert back to the donor; exact, so only while all queries are zero"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    # not before, as these take seconds
+    from .checkpoint import ConversionError
+    from .report import report
+
+    try:
+        result = _convert(arguments)
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(report(result))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace):
+    from .checkpoint import ConversionError
+    from .conversion import convert_checkpoint, convert_to_donor
+
+    options = vars(arguments)
+    shape = {name: options.pop(name) for name in ("mode", "block_size", "num_blocks")}
+    given = {name: value for name, value in shape.items() if value is not None}
+    if not options.pop("to_donor"):
+        return convert_checkpoint(**options, **given, progress=True)
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConversionError(f"--to-donor takes the shape from SRC; leave out {names}.")
+    return convert_to_donor(**options, progress=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

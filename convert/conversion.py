@@ -1,0 +1,394 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The conversion of a checkpoint, there and back, as files: no tensor of the donor is loaded."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from transformers import PreTrainedConfig
+
+import configuration_attnres
+import modeling_attnres
+from configuration_attnres import ATTN_RES_MODES
+
+from .card import CARD_NAME, DONOR_CARD_NAME, CardFacts, write_card
+from .checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_SHARD_NAME,
+    Checkpoint,
+    ConversionError,
+    read_checkpoint,
+    write_json,
+)
+from .families import ATTN_RES_FIELDS, Family, donor_class, find_attnres_family, find_family
+from .files import FIRST_OF_TWO, check_space, new_index, write_shards
+from .loading import check_tensors, empty_model
+from .source import Source, open_source
+from .staging import check_destination, staged
+from .verification import Verification, quiet, reason_to_skip, verify
+
+
+CODE_FILES = tuple(Path(module.__file__) for module in (modeling_attnres, configuration_attnres))
+NOT_COPIED = (CARD_NAME, DONOR_CARD_NAME, *(file.name for file in CODE_FILES))
+SECOND_OF_TWO = "model-00002-of-00002.safetensors"
+DEPTH_SHARD_NAME = "model-depth-attention.safetensors"
+INITIAL_VALUES = {"depth_attention.query": torch.zeros, "depth_attention.key_norm": torch.ones}
+AUTO_MAP_METADATA = "donor_auto_map"
+SPACE_FOR_SMALL_FILES = 2**20
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What was done. `depth_sources` is the number of sources of each read; parameters are counted as elements."""
+
+    path: Path
+    mode: str
+    block_size: int
+    depth_sources: tuple[int, ...]
+    num_parameters: int
+    depth_parameters: int
+    verification: Verification | None
+    verification_skipped: str | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before anything is written; `config` and `attnres_class` are those of the AttnRes side."""
+
+    source: Source
+    checkpoint: Checkpoint
+    family: Family
+    attnres_class: type
+    config: PreTrainedConfig
+    new_config: dict
+    shard_names: dict[str, str]
+    depth: dict[str, torch.Tensor]
+    warnings: tuple[str, ...]
+
+
+def convert_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    mode: str = "block",
+    block_size: int | None = None,
+    num_blocks: int | None = None,
+    link: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> ConversionResult:
+    """Writes the Attention Residuals form of a checkpoint, which computes what the checkpoint computes.
+
+    Args:
+        src: a checkpoint folder of a supported family, or a Hub id.
+        dst: the folder to write.
+        mode: `"block"` or `"full"`.
+        block_size: decoder layers per block, by default `ceil(layers / 8)`. Only for block mode.
+        num_blocks: number of blocks, instead of `block_size`; the last block may be shorter.
+        link: hard-link the weights instead of copying them; source and result then share these files.
+        verify: run both models and compare their logits, if they fit in free memory.
+        revision: branch, tag or commit of a Hub id.
+        force: replace `dst`, after everything else is done.
+        progress: show a progress bar.
+
+    Raises:
+        ConversionError: nothing was written; the message says why.
+    """
+    if mode not in ATTN_RES_MODES:
+        raise ConversionError(f"mode is {mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
+    if block_size is not None and num_blocks is not None:
+        raise ConversionError("give either a block size or a number of blocks, not both.")
+    if mode == "full" and (block_size is not None or num_blocks is not None):
+        raise ConversionError("full mode has no blocks; leave out the block size and the number of blocks.")
+    with _clear_errors():
+        dst = _check_paths(src, dst, force)
+        source = open_source(src, revision, find_family)
+        plan = _plan_attnres(source, mode, block_size, num_blocks)
+        _check_space(plan, dst, link)
+        with staged(dst, force) as folder:
+            _write_attnres(plan, folder, link, progress)
+            comparison, skipped = _verify(plan, source.folder, folder, verify)
+            options = f"{source.name} {dst.name}" + _options(plan, revision, link)
+            write_card(folder, source, _card_facts(plan, dst.name, f"attnres-convert {options}", comparison, skipped))
+    return _result(plan, dst, comparison, skipped)
+
+
+def convert_to_donor(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    link: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> ConversionResult:
+    """Writes the donor's form of an AttnRes checkpoint whose queries are all zero.
+
+    The inverse of [`convert_checkpoint`], whose arguments it takes.
+
+    Raises:
+        ConversionError: nothing was written; the message says why. Among the reasons: a query isn't zero.
+    """
+    with _clear_errors():
+        dst = _check_paths(src, dst, force)
+        source = open_source(src, revision, find_attnres_family)
+        plan = _plan_donor(source)
+        _check_space(plan, dst, link)
+        with staged(dst, force) as folder:
+            _write_donor(plan, folder, link, progress)
+            comparison, skipped = _verify(plan, folder, source.folder, verify)
+    return _result(plan, dst, comparison, skipped)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(str(error)) from error
+
+
+def _check_paths(src, dst, force: bool) -> Path:
+    """The absolute destination, once it is known that it may be written and has nothing to do with the source."""
+    dst = Path(os.path.abspath(Path(dst).expanduser()))
+    if not dst.name:
+        raise ConversionError(f"{dst} can't be a destination.")
+    source, target = Path(src).expanduser().resolve(), dst.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ConversionError(
+            f"{dst} and the source {src} are one folder, or one inside the other; choose another DST."
+        )
+    check_destination(dst, force)
+    return dst
+
+
+def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks: int | None) -> Plan:
+    donor = read_checkpoint(source.folder)
+    family = find_family(donor.config)
+    attnres_class = family.head(donor.config.get("architectures"))
+    content = donor.config | {"model_type": family.config_class.model_type, "attn_res_sum_scale": True}
+    if donor.config.get("architectures"):
+        content["architectures"] = [attnres_class.__name__]
+    content |= {"auto_map": family.config_class.hub_classes(), "attn_res_mode": mode}
+    num_layers = _build_config(family, content).num_hidden_layers
+    content["attn_res_block_size"] = _block_size(num_layers, block_size, num_blocks)
+    config = _build_config(family, content)
+    content["attn_res_norm_eps"] = config.attn_res_norm_eps
+
+    model = _build_model(attnres_class, config)
+    depth = {
+        name: initial(tensor.shape)
+        for suffix, initial in INITIAL_VALUES.items()
+        for name, tensor in model.state_dict().items()
+        if name.endswith(suffix)
+    }
+    shapes = _shapes(donor) | {name: tuple(tensor.shape) for name, tensor in depth.items()}
+    warnings = check_tensors(model, shapes)
+    shard_names = {name: FIRST_OF_TWO if name == SINGLE_SHARD_NAME else name for name in donor.shards}
+    return Plan(source, donor, family, attnres_class, config, content, shard_names, depth, tuple(warnings))
+
+
+def _plan_donor(source: Source) -> Plan:
+    checkpoint = read_checkpoint(source.folder)
+    family = find_attnres_family(checkpoint.config)
+    donor_name = family.donor_head(checkpoint.config.get("architectures"))
+    attnres_class = family.heads[donor_name]
+    config = _build_config(family, checkpoint.config)
+    warnings = check_tensors(_build_model(attnres_class, config), _shapes(checkpoint))
+    depth = _read_depth(checkpoint)
+    _check_uniform(depth, config)
+
+    content = {key: value for key, value in checkpoint.config.items() if key not in ATTN_RES_FIELDS}
+    content["model_type"] = family.donor_type
+    if checkpoint.config.get("architectures"):
+        content["architectures"] = [donor_name]
+    metadata = checkpoint.shards[checkpoint.file_of(next(iter(depth)))].metadata
+    if AUTO_MAP_METADATA in metadata:
+        content["auto_map"] = json.loads(metadata[AUTO_MAP_METADATA])
+    else:
+        content.pop("auto_map", None)
+    kept = [name for name, shard in checkpoint.shards.items() if shard.tensors.keys() - depth.keys()]
+    shard_names = {name: SINGLE_SHARD_NAME if kept == [FIRST_OF_TWO] else name for name in kept}
+    return Plan(source, checkpoint, family, attnres_class, config, content, shard_names, depth, tuple(warnings))
+
+
+def _build_config(family: Family, content: dict) -> PreTrainedConfig:
+    try:
+        with quiet():
+            return family.config_class.from_dict(content)
+    except Exception as error:  # a configuration checks itself with errors of many kinds
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"{CONFIG_NAME} is not a valid {family.donor_type} configuration: {reason}") from error
+
+
+def _build_model(model_class: type, config: PreTrainedConfig):
+    try:
+        return empty_model(model_class, config)
+    except Exception as error:  # sizes that no model can have
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"no model can be built from {CONFIG_NAME}: {reason}") from error
+
+
+def _block_size(num_layers: int, block_size: int | None, num_blocks: int | None) -> int:
+    if num_blocks is not None:
+        return _size_of_blocks(num_layers, num_blocks)
+    if block_size is None:
+        return -(-num_layers // 8)
+    if type(block_size) is not int or not 1 <= block_size <= num_layers:
+        raise ConversionError(f"the block size is {block_size}; it counts decoder layers, from 1 to {num_layers}.")
+    return block_size
+
+
+def _size_of_blocks(num_layers: int, num_blocks: int) -> int:
+    if type(num_blocks) is not int or not 1 <= num_blocks <= num_layers:
+        raise ConversionError(f"the number of blocks is {num_blocks}; {num_layers} layers allow 1 to {num_layers}.")
+    size = -(-num_layers // num_blocks)
+    if -(-num_layers // size) != num_blocks:
+        possible = {-(-num_layers // size) for size in range(1, num_layers + 1)}
+        below, above = (pick(x for x in possible if before(x)) for pick, before in _neighbours(num_blocks))
+        raise ConversionError(
+            f"{num_layers} layers can't be cut into {num_blocks} equal blocks with at most the last one shorter; "
+            f"the nearest possible numbers are {below} and {above}."
+        )
+    return size
+
+
+def _neighbours(number: int):
+    return (max, lambda x: x < number), (min, lambda x: x > number)
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+
+
+def _read_depth(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    depth = {}
+    for suffix in INITIAL_VALUES:
+        name = next(name for name in checkpoint.tensors if name.endswith(suffix))
+        with safe_open(checkpoint.shards[checkpoint.file_of(name)].path, framework="pt") as file:
+            depth[name] = file.get_tensor(name)
+    return depth
+
+
+def _check_uniform(depth: dict[str, torch.Tensor], config: PreTrainedConfig) -> None:
+    """Raises a ConversionError unless every read is the plain sum of its sources, which the donor computes."""
+    query, key_norm = depth.values()
+    if (query * key_norm != 0).any() or query.any():
+        raise ConversionError(
+            f"the queries are trained, so the donor computes something else: the largest |query| is "
+            f"{query.abs().max().item():.3g}, and only zero can be converted back."
+        )
+    if not config.attn_res_sum_scale:
+        raise ConversionError(
+            "attn_res_sum_scale is false, so the reads are means where the donor computes sums, and its results would "
+            "differ; only a model that came from a donor can be converted back."
+        )
+
+
+def _check_space(plan: Plan, dst: Path, link: bool) -> None:
+    rewritten = {plan.checkpoint.file_of(name) for name in plan.depth if name in plan.checkpoint.tensors}
+    copied = [name for name in plan.shard_names if not link or name in rewritten]
+    small = [plan.source.folder / name for name in plan.checkpoint.companions()]
+    sizes = [plan.checkpoint.shards[name].size for name in copied] + [path.stat().st_size for path in small]
+    check_space(dst, sum(sizes) + sum(tensor.nbytes for tensor in plan.depth.values()) + SPACE_FOR_SMALL_FILES)
+
+
+def _write_attnres(plan: Plan, folder: Path, link: bool, progress: bool) -> None:
+    write_shards(plan.checkpoint, plan.shard_names, set(), folder, link, progress)
+    name = SECOND_OF_TWO if FIRST_OF_TWO in plan.shard_names.values() else DEPTH_SHARD_NAME
+    metadata = {"format": "pt"}
+    if "auto_map" in plan.checkpoint.config:
+        metadata[AUTO_MAP_METADATA] = json.dumps(plan.checkpoint.config["auto_map"])
+    with open(folder / name, "xb") as file:
+        file.write(serialize(plan.depth, metadata))
+    weights = dict.fromkeys(plan.depth, name)
+    write_json(folder / INDEX_NAME, new_index(plan.checkpoint, plan.shard_names, weights, _depth_size(plan, 1)))
+    _copy_companions(plan, folder)
+    for file in CODE_FILES:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / CONFIG_NAME, plan.new_config)
+
+
+def _write_donor(plan: Plan, folder: Path, link: bool, progress: bool) -> None:
+    write_shards(plan.checkpoint, plan.shard_names, set(plan.depth), folder, link, progress)
+    if list(plan.shard_names.values()) != [SINGLE_SHARD_NAME]:
+        index = new_index(plan.checkpoint, plan.shard_names, {}, _depth_size(plan, -1))
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in plan.depth}
+        write_json(folder / INDEX_NAME, index)
+    _copy_companions(plan, folder)
+    if (plan.source.folder / DONOR_CARD_NAME).is_file():
+        shutil.copyfile(plan.source.folder / DONOR_CARD_NAME, folder / CARD_NAME)
+    write_json(folder / CONFIG_NAME, plan.new_config)
+
+
+def _depth_size(plan: Plan, sign: int) -> dict[str, int]:
+    return {
+        "total_size": sign * sum(tensor.nbytes for tensor in plan.depth.values()),
+        "total_parameters": sign * sum(tensor.numel() for tensor in plan.depth.values()),
+    }
+
+
+def _copy_companions(plan: Plan, folder: Path) -> None:
+    for name in plan.checkpoint.companions():
+        if name not in NOT_COPIED:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(plan.source.folder / name, folder / name)
+
+
+def _verify(plan: Plan, donor: Path, attnres: Path, wanted: bool) -> tuple[Verification | None, str | None]:
+    skipped = reason_to_skip(plan.checkpoint) if wanted else "it was switched off"
+    if skipped is not None:
+        return None, skipped
+    return verify(donor, donor_class(plan.attnres_class), attnres, plan.attnres_class, plan.family.donor_type), None
+
+
+def _options(plan: Plan, revision: str | None, link: bool) -> str:
+    full = plan.config.attn_res_mode == "full"
+    shape = " --mode full" if full else f" --mode block --block-size {plan.config.attn_res_block_size}"
+    return shape + (f" --revision {revision}" if revision else "") + (" --link" if link else "")
+
+
+def _card_facts(
+    plan: Plan, title: str, command: str, comparison: Verification | None, skipped: str | None
+) -> CardFacts:
+    config = plan.config
+    references = config.hub_classes().items()
+    return CardFacts(
+        title=title,
+        command=command,
+        mode="full" if config.attn_res_mode == "full" else f"block, {config.attn_res_block_size} decoder layers each",
+        added=_depth_size(plan, 1)["total_parameters"],
+        attnres_class=plan.attnres_class.__name__,
+        donor_class=donor_class(plan.attnres_class).__name__,
+        auto_class=next(auto for auto, name in references if name.endswith(f".{plan.attnres_class.__name__}")),
+        verification=f"skipped: {skipped}"
+        if comparison is None
+        else f"largest relative difference of the logits {comparison.relative_difference:.1e} ({comparison.dtype})",
+    )
+
+
+def _result(plan: Plan, dst: Path, comparison: Verification | None, skipped: str | None) -> ConversionResult:
+    config = plan.config
+    total, added = plan.checkpoint.num_parameters, _depth_size(plan, 1)["total_parameters"]
+    return ConversionResult(
+        path=dst,
+        mode=config.attn_res_mode,
+        block_size=config.attn_res_block_size,
+        depth_sources=tuple(config.num_depth_sources(row) for row in range(config.num_depth_reads)),
+        num_parameters=plan.checkpoint.num_parameters
+        - (added if next(iter(plan.depth)) in plan.checkpoint.tensors else 0),
+        depth_parameters=added,
+        verification=comparison,
+        verification_skipped=skipped,
+        warnings=plan.warnings,
+    )

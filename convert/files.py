@@ -1,0 +1,120 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Writing a checkpoint's files: shards copied, linked or rewritten in pieces, and the index."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from .checkpoint import SINGLE_SHARD_NAME, Checkpoint, ConversionError, Shard
+
+
+# A single file can't keep its name beside another shard: transformers would load it and nothing else
+FIRST_OF_TWO = "model-00001-of-00002.safetensors"
+CHUNK = 16 * 2**20
+
+
+def write_shards(
+    checkpoint: Checkpoint, names: dict[str, str], removed: set[str], folder: Path, link: bool, progress: bool
+) -> None:
+    """Writes the shards `names` (old name to new name) of a checkpoint into `folder`.
+
+    Args:
+        removed: names of tensors to leave out; only the shards that hold one are rewritten.
+        link: hard-link the other shards instead of copying them.
+    """
+    shards = {new: checkpoint.shards[old] for old, new in names.items()}
+    total = sum(shard.size for shard in shards.values() if not link or removed & shard.tensors.keys())
+    with tqdm(
+        total=total, desc="copying weights", unit="B", unit_scale=True, disable=None if progress else True
+    ) as bar:
+        for name, shard in shards.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if removed & shard.tensors.keys():
+                _write_without(shard, removed, target, bar.update)
+            elif link:
+                _link(shard.path, target)
+            else:
+                with open(shard.path, "rb", buffering=0) as source, open(target, "xb", buffering=0) as file:
+                    _copy(source, file, shard.size, bar.update)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises a ConversionError if the file system of `folder`, or of its nearest parent, lacks `needed` bytes."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConversionError(
+            f"not enough disk space in {folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free."
+        )
+
+
+def new_index(checkpoint: Checkpoint, names: dict[str, str], weights: dict[str, str], change: dict[str, int]) -> dict:
+    """The index of the written shards.
+
+    Args:
+        names: old shard name to new shard name.
+        weights: the new tensors and their files; other tensors stay where they were, if their shard is in `names`.
+        change: by how much `total_size` (bytes) and `total_parameters` grow.
+    """
+    if checkpoint.index is not None:
+        old_map = checkpoint.index["weight_map"]
+        metadata = dict(checkpoint.index.get("metadata") or {})
+    else:
+        old_map = dict.fromkeys(checkpoint.tensors, SINGLE_SHARD_NAME)
+        metadata = {"total_size": sum(tensor.end - tensor.start for tensor in checkpoint.tensors.values())}
+    for key in metadata.keys() & change.keys():
+        metadata[key] += change[key]
+    return {"metadata": metadata, "weight_map": {t: names[n] for t, n in old_map.items() if n in names} | weights}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            reason = "SRC and DST are on different file systems"
+        else:
+            reason = f"hard links fail here ({error.strerror})"
+        raise ConversionError(f"{reason}; leave out --link to copy the weights.") from None
+
+
+def _copy(source: BinaryIO, target: BinaryIO, count: int, advance: Callable[[int], object]) -> None:
+    while count:
+        done = _copy_chunk(source, target, min(count, CHUNK))
+        if not done:
+            raise ConversionError(f"{source.name} became shorter while it was copied.")
+        count -= done
+        advance(done)
+
+
+def _copy_chunk(source: BinaryIO, target: BinaryIO, count: int) -> int:
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), count)
+    except (AttributeError, OSError):  # not on this system, or not between these file systems
+        return target.write(source.read(count))
+
+
+def _write_without(shard: Shard, removed: set[str], target: Path, advance: Callable[[int], object]) -> None:
+    kept = sorted(
+        ((name, tensor) for name, tensor in shard.tensors.items() if name not in removed), key=lambda x: x[1].start
+    )
+    header, offset = {"__metadata__": shard.metadata or {"format": "pt"}}, 0
+    for name, tensor in kept:
+        size = tensor.end - tensor.start
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(shard.path, "rb", buffering=0) as source, open(target, "xb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in kept:
+            source.seek(shard.data_start + tensor.start)
+            _copy(source, file, tensor.end - tensor.start, advance)

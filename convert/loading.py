@@ -1,0 +1,77 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Whether a model of transformers would load a checkpoint completely, found out from names and shapes alone."""
+
+import re
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+
+from .checkpoint import ConversionError
+from .verification import quiet
+
+
+LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+def empty_model(model_class: type, config) -> PreTrainedModel:
+    """The model on the `meta` device: its names and shapes, without memory."""
+    with quiet(), torch.device("meta"):
+        return model_class(config)
+
+
+def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Lets transformers load tensors of these names and shapes, without contents, into an empty model.
+
+    So names that differ on disk from the module's, as those of experts, are understood as on a real load.
+
+    Args:
+        model: on the `meta` device.
+        shapes: of all tensors of the checkpoint.
+
+    Returns:
+        Warnings, about tensors that the model doesn't use.
+
+    Raises:
+        ConversionError: the model lacks a tensor, or one has another shape than its configuration says.
+    """
+    with quiet():
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        state_dict = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        load_config = LoadStateDictConfig(
+            device_map={"": "meta"}, dtype=torch.float32, weight_mapping=get_model_conversion_mapping(model)
+        )
+        info, _ = convert_and_load_state_dict_in_model(model, state_dict, load_config)
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(info)
+    missing = dict.fromkeys(info.missing_keys | set(info.conversion_errors), "is missing")
+    mismatched = {
+        name: f"is {list(found)} where the configuration says {list(wanted)}"
+        for name, found, wanted in info.mismatched_keys
+    }
+    too_deep = {
+        name: f"belongs to none of the {model.config.num_hidden_layers} layers of the configuration"
+        for name in info.unexpected_keys
+        if (layer := LAYER.search(name)) and int(layer[1]) >= model.config.num_hidden_layers
+    }
+    # a quantiser stores matrices in formats of its own, but neither norms nor embeddings
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    problems = {
+        name: problem
+        for name, problem in {**too_deep, **missing, **mismatched}.items()
+        if not quantized or name in too_deep or _is_never_quantized(name, expected.get(name, ()))
+    }
+    if problems:
+        name = min(problems, key=lambda name: (name in missing, name))
+        more = f" ({len(problems)} tensors in all)" if len(problems) > 1 else ""
+        raise ConversionError(f"config.json disagrees with the tensors: {name} {problems[name]}{more}.")
+    unused = sorted(info.unexpected_keys)
+    if not unused or quantized:
+        return []
+    more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    return [f"{type(model).__name__} doesn't use {unused[0]}{more}; copied as they are."]
+
+
+def _is_never_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith("norm.weight") and len(shape) == 1 or name.endswith("embed_tokens.weight")

@@ -1,0 +1,26 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The table that a conversion prints."""
+
+from .conversion import ConversionResult
+
+
+def report(result: ConversionResult) -> str:
+    """The result as aligned lines: a name and a value each."""
+    reads = result.depth_sources
+    rows = {
+        "written": str(result.path),
+        "mode": result.mode if result.mode == "full" else f"block, {result.block_size} decoder layers per block",
+        "sources per read": f"{min(reads)} to {max(reads)} in {len(reads)} reads",
+        "depth parameters": f"{result.depth_parameters:,} beside {result.num_parameters:,}",
+    }
+    if (found := result.verification) is None:
+        rows["verification"] = f"skipped, because {result.verification_skipped}"
+    else:
+        rows |= {
+            "largest logit difference": f"{found.max_difference:.2e} (relative {found.relative_difference:.2e})",
+            "mean logit difference": f"{found.mean_difference:.2e}",
+            "top-1 agreement": f"{found.top1_agreement:.2%} of {found.num_tokens} tokens",
+            "dtype": found.dtype,
+        }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
