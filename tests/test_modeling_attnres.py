@@ -1,0 +1,797 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The Llama family with Attention Residuals: the numbers, and everything a user of Llama does with a model."""
+
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from behaviours import FamilyBehaviours, assert_close, greedy_without_cache, loss_and_gradients
+from families import COMMON, attn_res_from_donor, perturb, relative_error, tiny_config, tiny_donor, tiny_model, tokens
+from reference import read, reference_forward, reference_loss
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    pipeline,
+)
+
+from attnres import (
+    ALL_DEPTH_ATTENTION_FUNCTIONS,
+    AttnResForCausalLM,
+    AttnResModel,
+    DepthAttentionInterface,
+    eager_depth_attention,
+)
+
+
+FLOAT64 = 1e-12  # two ways to write the same sums in float64
+
+
+@pytest.mark.parametrize("family", ["llama"])
+class TestLlama(FamilyBehaviours):
+    """What every family must do, for the Llama family."""
+
+
+# --- Depth attention against the formulas
+
+
+def with_float64_norms(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in float64. Llama's norm rounds to float32 whatever it is given; torch's own, with its weight, doesn't."""
+    model = model.double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    return model
+
+
+def random_sources(num_sources: int, shape=(3, 5, 13), dtype=torch.float64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(num_sources)
+    scales = [10.0**-power for power in range(num_sources)]  # of very different size
+    return tuple((scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for scale in scales)
+
+
+@pytest.mark.parametrize("num_sources", [1, 2, 5])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+def test_read_is_the_formula(num_sources, dtype, tolerance):
+    """One read equals the paper's formula, token by token, in value and in every gradient."""
+    query, gain = torch.randn(2, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sources = random_sources(num_sources, dtype=dtype)
+    leaves = [leaf.clone().requires_grad_() for leaf in (query.to(dtype), gain.to(dtype), *sources)]
+    mixed, weights = eager_depth_attention(tuple(leaves[2:]), leaves[0] * leaves[1], 1e-5, 3.0)
+    mixed.square().sum().backward()
+    assert mixed.dtype == weights.dtype == dtype and weights.shape == (3, num_sources, 5)
+
+    exact = [leaf.double().detach().requires_grad_() for leaf in leaves]
+    rows = []
+    for batch in range(3):
+        for position in range(5):
+            vectors = [source[batch, position] for source in exact[2:]]
+            rows.append(3.0 * read(vectors, exact[0], exact[1], 1e-5)[0])
+    expected = torch.stack(rows).view(3, 5, 13)
+    expected.square().sum().backward()
+    assert relative_error(mixed, expected) <= tolerance
+    for leaf, exact_leaf in zip(leaves, exact):
+        scale = exact_leaf.grad.abs().max()
+        assert (leaf.grad.double() - exact_leaf.grad).abs().max() <= 20 * tolerance * scale + tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixing_is_float32(dtype):
+    """Sources of half precision are mixed in float32 and rounded once: the result is the exact mix, rounded."""
+    product = torch.randn(13, generator=torch.Generator().manual_seed(0))
+    sources = random_sources(4, dtype=dtype)
+    mixed, weights = eager_depth_attention(sources, product, 1e-5, 1.0)
+    exact, exact_weights = eager_depth_attention(tuple(source.double() for source in sources), product, 1e-5, 1.0)
+    assert mixed.dtype == dtype and weights.dtype == torch.float32
+    assert_close(weights, exact_weights, 1e-6)
+    half_ulp = torch.finfo(dtype).eps / 2 * 1.001  # and float32 rounding
+    assert ((mixed.double() - exact).abs() <= half_ulp * exact.abs() + 1e-6).all()
+
+
+def test_autocast_does_not_touch_the_mixing():
+    """Under autocast a read of float32 sources is bit for bit that without, and a whole model's weights are float32."""
+    product, sources = torch.randn(13), random_sources(4, dtype=torch.float32)
+    expected = eager_depth_attention(sources, product, 1e-5, 1.0)
+    model = tiny_model(attn_res_block_size=2)
+    exact = model(tokens(), output_depth_attentions=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, weights = eager_depth_attention(sources, product, 1e-5, 1.0)
+        outputs = model(tokens(), output_depth_attentions=True, output_hidden_states=True)
+    assert torch.equal(mixed, expected[0]) and torch.equal(weights, expected[1])
+    for weights in outputs.depth_attentions:
+        assert weights.dtype == torch.float32
+        assert_close(weights.sum(1), torch.ones(3, 7), 1e-6)
+    # as Llama's, the residual stream keeps the dtype of the embedding
+    assert all(hidden_states.dtype == torch.float32 for hidden_states in outputs.hidden_states[:-1])
+    assert 0 < relative_error(outputs.logits, exact.logits) < 0.1
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["mean", "sum"])
+@pytest.mark.parametrize("mode, block_size", [("full", None), ("block", 1), ("block", 2), ("block", 3)])
+def test_model_is_the_reference(mode, block_size, scaled):
+    """Logits, depth weights, loss and every gradient equal those of an independent model in float64."""
+    config = {"num_hidden_layers": 3, "attn_res_norm_eps": 3e-5}
+    config |= {"attn_res_mode": mode, "attn_res_block_size": block_size, "attn_res_sum_scale": scaled}
+    model = with_float64_norms(tiny_model(**config))
+    input_ids = tokens()
+    outputs = model(input_ids, output_depth_attentions=True)
+    # the loss of transformers is computed in float32
+    loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    loss.backward()
+
+    state = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.state_dict().items()}
+    per_block = 1 if mode == "full" else 2 * block_size
+    logits, weights = reference_forward(state, model.config, input_ids, per_block, scaled)
+    expected_loss = reference_loss(logits, input_ids)
+    expected_loss.backward()
+    assert relative_error(outputs.logits, logits) <= FLOAT64
+    assert len(outputs.depth_attentions) == len(weights) == 7
+    for row, expected in zip(outputs.depth_attentions, weights, strict=True):
+        assert relative_error(row, expected) <= FLOAT64
+    assert_close(loss, expected_loss, FLOAT64)
+    for name, parameter in model.named_parameters():
+        assert state[name].grad.abs().max() > 1e-6, name
+        assert relative_error(parameter.grad, state[name].grad) <= 1e-11, name
+    assert not model.model.depth_attention.query.grad[0].any()
+
+    single = tiny_model(**config)(input_ids, labels=input_ids)
+    assert relative_error(single.logits, logits) <= 1e-5
+    assert relative_error(single.loss, expected_loss) <= 1e-5
+
+
+@torch.no_grad()
+def test_reference_sees_a_wrong_model():
+    """The negative control of the comparison: another block size, one query or one gain changed is seen."""
+    model = with_float64_norms(tiny_model(num_hidden_layers=3, attn_res_block_size=2))
+    logits = model(tokens()).logits
+    state = model.state_dict()
+
+    def error(per_block: int = 4, **changes) -> float:
+        changed = {**state, **{f"model.depth_attention.{name}": value for name, value in changes.items()}}
+        return relative_error(reference_forward(changed, model.config, tokens(), per_block, False)[0], logits)
+
+    query, gain = state["model.depth_attention.query"], state["model.depth_attention.key_norm"]
+    assert error() <= FLOAT64
+    assert error(per_block=2) > 1e-3
+    assert error(query=query.flip(1)) > 1e-3
+    assert error(query=query.roll(1, 0)) > 1e-3
+    assert error(key_norm=gain.flip(1)) > 1e-4
+
+
+@pytest.mark.parametrize("mode, block_size", [("full", None), ("block", 2)])
+def test_gradcheck(mode, block_size):
+    """Numerical and analytical derivatives of a whole model agree, for the embeddings and the depth attention."""
+    config = {
+        "num_hidden_layers": 3,
+        "hidden_size": 12,
+        "intermediate_size": 10,
+        "num_attention_heads": 2,
+        "vocab_size": 5,
+    }
+    model = tiny_model(
+        attn_res_mode=mode, attn_res_block_size=block_size, num_key_value_heads=1, pad_token_id=None, **config
+    )
+    model = with_float64_norms(model)
+    depth_attention = model.model.depth_attention
+
+    def logits(embeds, query, key_norm):
+        changed = {"model.depth_attention.query": query, "model.depth_attention.key_norm": key_norm}
+        return torch.func.functional_call(model, changed, kwargs={"inputs_embeds": embeds, "use_cache": False}).logits
+
+    embeds = torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True)
+    inputs = (embeds, depth_attention.query, depth_attention.key_norm)
+    assert torch.autograd.gradcheck(logits, inputs, atol=1e-7, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_bfloat16_error_is_that_of_the_donor(tmp_path):
+    """A converted model in bfloat16 is no further from float32 than twice what its donor is."""
+    donor = tiny_donor()
+    exact = donor.double()(tokens()).logits
+    donor_error = relative_error(donor.to(torch.bfloat16)(tokens()).logits, exact)
+    for mode, block_size in [("full", None), ("block", 1), ("block", 2)]:
+        model = attn_res_from_donor(tiny_donor(), mode, block_size).to(torch.bfloat16)
+        assert model(tokens()).logits.dtype == torch.bfloat16
+        assert relative_error(model(tokens()).logits, exact) <= 2 * donor_error < 0.1
+
+
+# --- Implementations of depth attention
+
+
+@pytest.fixture
+def nearest():
+    """A user's implementation: all the weight on the last source."""
+
+    def nearest_depth_attention(sources, product, eps, scale):
+        weights = torch.zeros(sources[0].shape[0], len(sources), sources[0].shape[1])
+        weights[:, -1] = 1
+        return sources[-1] * scale, weights
+
+    DepthAttentionInterface.register("nearest", nearest_depth_attention)
+    yield "nearest"
+    del DepthAttentionInterface._global_mapping["nearest"]
+
+
+@torch.no_grad()
+def test_users_implementation(nearest, tmp_path):
+    """A registered function runs, however it is selected, and is not written to disk."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    eager = model(tokens()).logits
+    model.set_attn_res_implementation(nearest)
+    outputs = model(tokens(), output_depth_attentions=True)
+    assert all((weights[:, -1] == 1).all() for weights in outputs.depth_attentions)
+    assert relative_error(outputs.logits, eager) > 1e-2
+
+    config = tiny_config()
+    models = [
+        AttnResForCausalLM.from_pretrained(tmp_path, attn_res_implementation=nearest),
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_res_implementation=nearest),
+        AttnResForCausalLM.from_pretrained(tmp_path, config=config, attn_res_implementation=nearest),
+    ]
+    for selected in models:
+        assert torch.equal(selected(tokens()).logits, outputs.logits)
+    base = AutoModel.from_pretrained(tmp_path, attn_res_implementation=nearest)
+    assert torch.equal(base(tokens()).last_hidden_state, model.model(tokens()).last_hidden_state)
+    fresh = AutoModelForCausalLM.from_config(tiny_config(), attn_res_implementation=nearest)
+    assert fresh.config._attn_res_implementation == nearest
+    assert AttnResModel(tiny_config(attn_res_implementation=nearest)).config._attn_res_implementation == nearest
+    assert AttnResModel(tiny_config(), attn_res_implementation=nearest).config._attn_res_implementation == nearest
+
+    models[0].save_pretrained(tmp_path / "again")
+    assert nearest not in (tmp_path / "again" / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.config._attn_res_implementation == "eager"
+    assert torch.equal(again(tokens()).logits, eager)
+    model.set_attn_res_implementation("eager")
+    assert torch.equal(model(tokens()).logits, eager)
+
+
+def test_unknown_implementation(tmp_path):
+    """An unknown name raises wherever it is given, lists the choices, and leaves model and configuration usable."""
+    message = "'cuda' is not an implementation of depth attention; choose one of .*eager"
+    config = tiny_config()
+    with pytest.raises(ValueError, match=message):
+        AttnResForCausalLM(config, attn_res_implementation="cuda")
+    model = AttnResForCausalLM(config)
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_res_implementation("cuda")
+    assert model.config._attn_res_implementation == "eager"
+    with pytest.raises(ValueError, match=message):
+        AttnResForCausalLM(tiny_config(attn_res_implementation="cuda"))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(tiny_config(), attn_res_implementation="cuda")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_res_implementation="cuda")
+    assert "eager" in ALL_DEPTH_ATTENTION_FUNCTIONS
+
+
+# --- Generation
+
+GENERATION = {"max_new_tokens": 8, "eos_token_id": None}
+STRATEGIES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.9, "top_k": 20},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "do_sample": False, "num_return_sequences": 2},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "offloaded cache": {"cache_implementation": "offloaded"},
+    "offloaded static cache": {"cache_implementation": "offloaded_static", "disable_compile": True},
+    "quanto cache": {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}},
+    "hqq cache": {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 4}},
+    "fp8 cache": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8", "residual_length": 4}},
+    "no cache": {"use_cache": False},
+    "chunked prompt": {"prefill_chunk_size": 3},
+    "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@torch.no_grad()
+def test_generation_is_the_donors(strategy):
+    """A converted model generates what its donor does with every strategy and cache that the donor can use here."""
+    donor = tiny_donor()
+    model = attn_res_from_donor(donor, "block", 2)
+
+    def generate(generator):
+        torch.manual_seed(5)
+        return generator.generate(tokens(2, 6), **GENERATION, **STRATEGIES[strategy])
+
+    try:
+        expected = generate(donor)
+    except (ImportError, RuntimeError, ValueError) as error:
+        pytest.skip(f"the donor can't do this here: {error}")
+    assert expected.shape[1] == 14
+    assert torch.equal(generate(model), expected)
+
+
+@torch.no_grad()
+def test_assisted_generation():
+    """Speculative decoding gives the greedy continuation, with AttnRes as the model, as the assistant, and from the prompt."""
+    donor = tiny_donor()
+    converted = attn_res_from_donor(donor, "block", 2)
+    model = attn_res_from_donor(donor, "block", 2)
+    torch.nn.init.normal_(model.model.depth_attention.query, std=0.02)
+    for target, assistant in [(model, donor), (donor, model), (model, converted), (converted, model)]:
+        expected = greedy_without_cache(target, tokens(1, 6), 8)
+        options = {**GENERATION, "do_sample": False}
+        assert torch.equal(target.generate(tokens(1, 6), assistant_model=assistant, **options), expected)
+        assert torch.equal(target.generate(tokens(1, 6), prompt_lookup_num_tokens=2, **options), expected)
+
+
+@torch.no_grad()
+def test_generate_returns_scores_and_states():
+    """`generate` hands on hidden states and attentions; asking for depth weights does not disturb it."""
+    model = tiny_model(attn_implementation="eager")
+    options = {**GENERATION, "do_sample": False, "return_dict_in_generate": True}
+    plain = model.generate(tokens(), **options)
+    flags = {"output_hidden_states": True, "output_attentions": True, "output_logits": True}
+    outputs = model.generate(tokens(), **options, **flags, output_depth_attentions=True)
+    assert torch.equal(outputs.sequences, plain.sequences)
+    assert len(outputs.hidden_states) == 8 and len(outputs.hidden_states[0]) == 6
+    assert len(outputs.attentions[0]) == 5
+    model.config.output_depth_attentions = True
+    assert torch.equal(model.generate(tokens(), **options).sequences, plain.sequences)
+
+
+@torch.no_grad()
+def test_static_cache_in_forward():
+    """A static cache of the caller, filled in two steps, gives the logits without a cache."""
+    model = tiny_model(attn_res_mode="full")
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    first = model(tokens(2, 9)[:, :5], past_key_values=cache).logits
+    second = model(tokens(2, 9)[:, 5:], past_key_values=cache).logits
+    assert_close(torch.cat([first, second], dim=1), model(tokens(2, 9), use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_nothing_of_depth_attention_is_cached():
+    """The cache holds the keys and values of the donor's, tensor by tensor."""
+    donor = tiny_donor()
+    model = attn_res_from_donor(donor, "block", 2)
+    cache, expected = model(tokens()).past_key_values, donor(tokens()).past_key_values
+    assert len(cache.layers) == len(expected.layers) == 5
+    for layer, expected_layer in zip(cache.layers, expected.layers):
+        assert_close(layer.keys, expected_layer.keys)
+        assert_close(layer.values, expected_layer.values)
+
+
+def test_pipeline(caplog):
+    """`pipeline("text-generation")` accepts the model without complaint and generates what the donor's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 67)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    donor = tiny_donor()
+    results = []
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        for model in (donor, attn_res_from_donor(donor, "full")):
+            generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+            prompts = ["w5 w6 w7", "w9"]
+            results.append(generator(prompts, batch_size=2, max_new_tokens=5, do_sample=False, eos_token_id=None))
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert results[0] == results[1]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+# --- Attention implementations
+
+
+@pytest.mark.slow  # flex attention compiles itself
+@torch.no_grad()
+def test_flex_attention():
+    """Flex attention can be selected and gives the logits of eager attention."""
+    donor = tiny_donor(head_dim=16)
+    try:
+        donor.set_attn_implementation("flex_attention")
+        donor(tokens())
+    except (ImportError, RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"the donor can't do this here: {error}")
+    model = tiny_model(head_dim=16, attn_implementation="eager")
+    expected = model(tokens()).logits
+    model.set_attn_implementation("flex_attention")
+    assert model.model.config._attn_implementation == "flex_attention"
+    assert_close(model(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_selecting_attention(tmp_path):
+    """Attention is chosen at construction, at loading and by the setter, and refused by name, as in the donor."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert model.config._attn_implementation == tiny_donor().config._attn_implementation == "sdpa"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded(tokens(), output_attentions=True).attentions[0] is not None
+    for ability in ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend"):
+        assert getattr(model, ability) == getattr(tiny_donor(), ability) is True
+    for name in ("nonsense", "flash_attention_2"):
+        errors = []
+        for refused in (tiny_donor(), model):
+            with pytest.raises((ValueError, ImportError)) as error:
+                refused.set_attn_implementation(name)
+            errors.append(error.type)
+        assert errors[0] == errors[1]
+    assert torch.equal(model(tokens()).logits, tiny_model()(tokens()).logits)
+
+
+# --- Precision, memory, devices
+
+
+def test_half_precision_keeps_depth_attention():
+    """`.to(dtype)`, `.half()`, `.bfloat16()` and a dtype at construction round all but queries and gains."""
+    converters = {
+        "to": lambda: tiny_model().to(torch.bfloat16),
+        "to device and dtype": lambda: tiny_model().to("cpu", torch.bfloat16),
+        "bfloat16": lambda: tiny_model().bfloat16(),
+        "half": lambda: tiny_model().half(),
+    }
+    expected = tiny_model().model.depth_attention
+    for name, convert in converters.items():
+        model = convert()
+        assert model.lm_head.weight.dtype in (torch.bfloat16, torch.float16), name
+        assert torch.equal(model.model.depth_attention.query, expected.query), name
+        assert torch.equal(model.model.depth_attention.key_norm, expected.key_norm), name
+        assert model.model.depth_attention.query.dtype == torch.float32, name
+        assert model(tokens()).logits.dtype == model.lm_head.weight.dtype, name
+    built = AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.bfloat16)
+    assert built.lm_head.weight.dtype == torch.bfloat16
+    assert built.model.depth_attention.query.dtype == built.model.depth_attention.key_norm.dtype == torch.float32
+    doubled = tiny_model().double().model.depth_attention
+    assert doubled.query.dtype == torch.float64
+
+
+def test_training_in_bfloat16():
+    """A model of bfloat16 trains; the gradients of queries and gains are float32 and close to the exact ones."""
+    _, exact = loss_and_gradients(tiny_model(), tokens())
+    outputs, gradients = loss_and_gradients(tiny_model().to(torch.bfloat16), tokens())
+    for name, gradient in gradients.items():
+        assert gradient.dtype == (torch.float32 if "depth_attention" in name else torch.bfloat16), name
+        # 5 layers of 8 bits; a wrong gradient would be off by its own size
+        assert (gradient.float() - exact[name]).norm() <= 0.15 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("head", [AutoModel, AutoModelForCausalLM], ids=["base", "causal"])
+@torch.no_grad()
+def test_device_maps(head, tmp_path):
+    """A model that is split between memory and disk, or all of it offloaded, computes what it does in memory."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = head.from_pretrained(tmp_path / "model")
+    expected = model(tokens(), output_hidden_states=True, output_depth_attentions=True)
+    prefix = "" if head is AutoModel else "model."
+    names = {name: "cpu" for name, _ in model.named_children()} if head is AutoModel else {"lm_head": "cpu"}
+    split = {
+        **names,
+        **{f"{prefix}{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb", "depth_attention")},
+    }
+    split |= {f"{prefix}layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(5)}
+    split.pop("layers", None)
+    device_maps = {"one": {"": "cpu"}, "auto": "auto", "layers": split}
+    device_maps["depth attention too"] = {**split, f"{prefix}depth_attention": "disk", f"{prefix}embed_tokens": "disk"}
+    for name, device_map in device_maps.items():
+        loaded = head.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / name)
+        outputs = loaded(tokens(), output_hidden_states=True, output_depth_attentions=True)
+        assert torch.equal(outputs[0], expected[0]), name
+        assert torch.equal(outputs.depth_attentions[-1], expected.depth_attentions[-1]), name
+        if name in ("layers", "depth attention too"):
+            assert any(parameter.device.type == "meta" for parameter in loaded.parameters()), name
+        if head is AutoModelForCausalLM:
+            generated = loaded.generate(tokens(), max_new_tokens=3, do_sample=False, eos_token_id=None)
+            assert torch.equal(generated, greedy_without_cache(model, tokens(), 3)), name
+
+
+@torch.no_grad()
+def test_cpu_and_disk_offload_of_accelerate(tmp_path):
+    """accelerate's cpu_offload and disk_offload, which free each module's parameters after its forward, work."""
+    from accelerate import cpu_offload, disk_offload
+
+    expected = tiny_model()(tokens()).logits
+    assert torch.equal(cpu_offload(tiny_model(), execution_device="cpu")(tokens()).logits, expected)
+    offloaded = disk_offload(tiny_model(), tmp_path, execution_device="cpu")
+    assert torch.equal(offloaded(tokens()).logits, expected)
+
+
+def test_no_split():
+    """A device map never cuts a layer, whose reads and writes belong together."""
+    assert tiny_model()._no_split_modules == {"AttnResDecoderLayer", "LlamaDecoderLayer"} or (
+        "AttnResDecoderLayer" in tiny_model()._no_split_modules
+    )
+
+
+# --- Compilation
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, block_size", [("full", None), ("block", 2)])
+def test_compile(mode, block_size, fresh_compiler):
+    """Forward and a training step compile into one graph and give the same numbers."""
+    model = tiny_model(attn_res_mode=mode, attn_res_block_size=block_size, num_hidden_layers=3)
+    with torch.no_grad():
+        expected = model(tokens(), use_cache=False, output_depth_attentions=True)
+        compiled = torch.compile(model, fullgraph=True)
+        outputs = compiled(tokens(), use_cache=False, output_depth_attentions=True)
+        assert_close(outputs.logits, expected.logits)
+        assert_close(outputs.depth_attentions[-1], expected.depth_attentions[-1])
+
+    expected, gradients = loss_and_gradients(model, tokens(), use_cache=False)
+
+    def loss_of(input_ids):
+        return model(input_ids, labels=input_ids, use_cache=False).loss
+
+    model.zero_grad()
+    loss = torch.compile(loss_of, fullgraph=True)(tokens())
+    loss.backward()
+    assert_close(loss, expected.loss)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, gradients[name])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_decoding(fresh_compiler):
+    """A compiled forward decodes with a static cache, with no more graphs than the donor needs."""
+    generated = []
+    for model in (tiny_donor(num_hidden_layers=3), attn_res_from_donor(tiny_donor(num_hidden_layers=3), "block", 2)):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model.forward = torch.compile(model.forward, fullgraph=True)
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        options = {**GENERATION, "do_sample": False, "past_key_values": cache, "disable_compile": True}
+        generated.append(model.generate(tokens(2, 6), **options))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        generated.append(graphs)
+    assert torch.equal(generated[0], generated[2])
+    assert generated[1] == generated[3] > 0
+
+
+# --- Heads
+
+HEADS = {
+    "sequence": (AutoModelForSequenceClassification, {"labels": torch.tensor([0, 2, 1])}, "model"),
+    "token": (AutoModelForTokenClassification, {"labels": tokens(3, 7, 6) % 3}, "model"),
+    "question": (
+        AutoModelForQuestionAnswering,
+        {"start_positions": torch.tensor([0, 2, 1]), "end_positions": torch.tensor([3, 4, 6])},
+        "transformer",
+    ),
+}
+
+
+def head_logits(outputs) -> torch.Tensor:
+    return outputs.logits if hasattr(outputs, "logits") else torch.stack([outputs.start_logits, outputs.end_logits])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads(head, tmp_path):
+    """Heads compute a loss, train, return depth weights, and survive a round trip to disk."""
+    auto_class, labels, prefix = HEADS[head]
+    model = tiny_model(auto_class=auto_class, num_labels=3, attn_res_block_size=2)
+    assert "AttnRes" in type(model).__name__
+    with torch.no_grad():
+        outputs = model(tokens(), **labels, output_depth_attentions=True, output_hidden_states=True)
+        assert outputs.loss > 0 and len(outputs.hidden_states) == 6
+        assert [weights.shape[1] for weights in outputs.depth_attentions] == [
+            model.config.num_depth_sources(row) for row in range(11)
+        ]
+        assert model(tokens()).get("depth_attentions") is None
+        as_tuple = model(tokens(), output_depth_attentions=True, return_dict=False)
+        assert torch.equal(as_tuple[-1][-1], outputs.depth_attentions[-1])
+        model.save_pretrained(tmp_path)
+        loaded = auto_class.from_pretrained(tmp_path)
+        assert torch.equal(head_logits(loaded(tokens())), head_logits(outputs))
+
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(tokens(), **labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert getattr(model, prefix).depth_attention.query[1:].any(dim=1).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_heads_are_the_donors(head):
+    """With zero queries and the donor's tensors a head has the donor's outputs."""
+    auto_class, labels, prefix = HEADS[head]
+    donor = tiny_donor(auto_class=auto_class, num_labels=3)
+    config = tiny_config(num_labels=3, attn_res_sum_scale=True, attn_res_block_size=2)
+    model = auto_class.from_config(config).eval()
+    missing, unexpected = model.load_state_dict(donor.state_dict(), strict=False)
+    assert set(missing) == {f"{prefix}.depth_attention.query", f"{prefix}.depth_attention.key_norm"} and not unexpected
+    expected, outputs = donor(tokens(), **labels), model(tokens(), **labels)
+    assert relative_error(head_logits(outputs), head_logits(expected)) <= 3e-6
+    assert_close(outputs.loss, expected.loss)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_heads_take_the_depth_attention_of_a_causal_model(head, tmp_path):
+    """A head on a trained causal model keeps its tensors, depth attention included; only the head is new."""
+    auto_class, _, prefix = HEADS[head]
+    causal = tiny_model()
+    causal.save_pretrained(tmp_path / "attnres")
+    loaded, info = auto_class.from_pretrained(tmp_path / "attnres", num_labels=3, output_loading_info=True)
+    tiny_donor().save_pretrained(tmp_path / "donor")
+    _, donor_info = auto_class.from_pretrained(tmp_path / "donor", num_labels=3, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(donor_info["missing_keys"])
+    base = getattr(loaded, prefix)
+    for name, tensor in causal.model.state_dict().items():
+        assert torch.equal(base.state_dict()[name], tensor), name
+
+
+def test_base_model_of_a_causal_checkpoint(tmp_path):
+    """AutoModel reads the decoder out of a causal checkpoint, and the other way round only the head is new."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "causal")
+    base, info = AutoModel.from_pretrained(tmp_path / "causal", output_loading_info=True)
+    assert type(base) is AttnResModel and not info["missing_keys"]
+    assert torch.equal(base(tokens()).last_hidden_state, model.model(tokens()).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    causal, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    assert torch.equal(causal.model.depth_attention.query, model.model.depth_attention.query)
+
+
+# --- Everyday use
+
+
+def test_outputs_are_tuples_by_configuration():
+    """`config.return_dict = False` makes every model return tuples, as in the donor."""
+    for model in (tiny_donor(), tiny_model()):
+        expected = model(tokens(), labels=tokens())
+        model.config.return_dict = False
+        outputs = model(tokens(), labels=tokens())
+        assert isinstance(outputs, tuple)
+        assert torch.equal(outputs[0], expected.loss) and torch.equal(outputs[1], expected.logits)
+
+
+def test_outputs_can_be_pickled():
+    """Outputs survive pickle and torch.save."""
+    model = tiny_model()
+    with torch.no_grad():
+        outputs = model(tokens(), output_depth_attentions=True, output_hidden_states=True, use_cache=False)
+    for again in (pickle.loads(pickle.dumps(outputs)), pickle.loads(pickle.dumps(model.model(tokens())))):
+        assert type(again).__name__.startswith("AttnRes")
+    again = pickle.loads(pickle.dumps(outputs))
+    assert torch.equal(again.logits, outputs.logits)
+    assert torch.equal(again.depth_attentions[-1], outputs.depth_attentions[-1])
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    whole = torch.load(buffer, weights_only=False)
+    assert torch.equal(whole(tokens()).logits, outputs.logits)
+
+
+def test_arguments_by_position():
+    """Arguments may be given by position, as in the donor."""
+    model, input_ids = tiny_model(), tokens()
+    mask = torch.ones_like(input_ids)
+    mask[0, 5:] = 0
+    assert torch.equal(model(input_ids, mask).logits, model(input_ids, attention_mask=mask).logits)
+    by_name = model.model(input_ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(model.model(input_ids, mask)[0], by_name)
+
+
+def test_packed_sequences():
+    """Positions that begin anew separate packed sequences, as in the donor."""
+    model = tiny_model()
+    first, second = tokens(1, 5), tokens(1, 4, seed=2)
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    logits = model(packed, position_ids=positions, use_cache=False).logits
+    assert_close(logits[:, :5], model(first).logits)
+    assert_close(logits[:, 5:], model(second).logits)
+
+
+def test_selected_hidden_states():
+    """Hidden states can be asked for by index, as in the donor."""
+    model = tiny_model()
+    every = model(tokens(), output_hidden_states=True).hidden_states
+    selected = model(tokens(), output_hidden_states=[0, 3, -1]).hidden_states
+    donors = tiny_donor()(tokens(), output_hidden_states=[0, 3, -1]).hidden_states
+    assert [entry is None for entry in selected] == [entry is None for entry in donors]
+    for entry, expected in zip(selected, every, strict=True):
+        assert entry is None or torch.equal(entry, expected)
+
+
+def test_parameters_added():
+    """AttnRes adds (2L + 1) * 2 * d parameters, under two names, and no buffer."""
+    donor, model = tiny_donor(), tiny_model()
+    assert model.num_parameters() - donor.num_parameters() == (2 * 5 + 1) * 2 * 40
+    new = set(model.state_dict()) - set(donor.state_dict())
+    assert new == {"model.depth_attention.query", "model.depth_attention.key_norm"}
+    assert set(donor.state_dict()) <= set(model.state_dict())
+    assert {name for name, _ in model.named_buffers()} == {name for name, _ in donor.named_buffers()}
+    assert model.model.depth_attention.query.shape == (11, 40)
+
+
+def test_reinitialisation_keeps_loaded_weights():
+    """`init_weights` on the meta device and a fresh model agree: queries zero, gains one, nothing left empty."""
+    torch.manual_seed(0)
+    fresh = AttnResForCausalLM(tiny_config())
+    with torch.device("meta"):
+        empty = AttnResForCausalLM(tiny_config())
+    assert all(parameter.device.type == "meta" for parameter in empty.parameters())
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in fresh.named_parameters()
+    }
+    perturb(fresh)
+    fresh.apply(fresh._init_weights)
+    assert not fresh.model.depth_attention.query.any() and (fresh.model.depth_attention.key_norm == 1).all()
+    std = fresh.model.layers[0].mlp.up_proj.weight.std().item()
+    assert std == pytest.approx(COMMON["initializer_range"], rel=0.1)
+
+
+def test_lora_with_depth_attention(tmp_path):
+    """A LoRA adapter with depth attention trained in full learns, is saved, reloaded and merged with equal logits."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapter = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["depth_attention"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
+    before = model.get_base_model().model.depth_attention.original_module.query.clone()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[-1] for name in trained if "depth_attention" in name} == {"query", "key_norm"}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval().save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+        with model.disable_adapter():
+            assert_close(model(input_ids=tokens()).logits, tiny_model()(tokens()).logits, 1e-6)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        assert torch.equal(reloaded(input_ids=tokens()).logits, expected)
+        merged = reloaded.merge_and_unload()
+        assert type(merged) is AttnResForCausalLM
+        assert not torch.equal(merged.model.depth_attention.query, before)
+        assert_close(merged(tokens()).logits, expected)
+        merged.save_pretrained(tmp_path / "merged")
+        assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens()).logits, expected)
+        generated = merged.generate(tokens(), max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert torch.equal(
+            model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False, eos_token_id=None), generated
+        )
+
+
+def test_plans_of_a_model():
+    """Tensor and FSDP plans are the donor's, entry by entry; no pipeline plan is offered."""
+    donor, model = tiny_donor(), tiny_model()
+    assert model.tp_plan == donor.tp_plan and model.tp_plan
+    assert model.fsdp_plan == donor.fsdp_plan and model.fsdp_plan
+    assert donor.pp_plan and not model.pp_plan
