@@ -24,7 +24,7 @@ COMMON = {
     "pad_token_id": 0,
 }
 
-# name: arguments of the tiny configuration. The AttnRes model type is "attnres" for llama, "attnres_<name>" for the others.
+# name: arguments of the tiny configuration. The model type is "attnres" for llama, "attnres_<name>" for the others.
 FAMILIES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 4},
