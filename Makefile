@@ -1,0 +1,35 @@
+# One command per habit. Each one sets up .venv first, if it isn't there or its requirements have changed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup quickstart test lint exactness clean
+
+help: ## list the commands
+	@echo "make COMMAND [PYTHON=python3.12]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## create .venv with the pinned packages and this project
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,lint]'
+	@touch $@
+
+quickstart: $(READY) ## train, convert, continue, adapt and compare a small model; writes outputs/quickstart
+	$(BIN)/python scripts/quickstart.py $(ARGS)
+
+test: $(READY) ## run the tests; ARGS are handed to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+exactness: $(READY) ## measure how exact conversion is, the numbers in the README
+	$(BIN)/python scripts/exactness.py $(ARGS)
+
+clean: ## remove .venv, outputs and caches
+	rm -rf .venv outputs build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
