@@ -13,14 +13,14 @@ from .source import Source
 CARD_NAME = "README.md"
 DONOR_CARD_NAME = "DONOR_README.md"
 KEPT_METADATA = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "pipeline_tag",
-    "datasets",
-    "tags",
     "base_model",
+    "datasets",
+    "language",
+    "license",
+    "license_link",
+    "license_name",
+    "pipeline_tag",
+    "tags",
 )
 
 TEMPLATE = """---
@@ -45,9 +45,9 @@ attention and every MLP reads a softmax over depth instead of the plain residual
 | parameters added | {added:,} (`depth_attention.query` and `.key_norm`, float32) |
 | verification | {verification} |
 
-All tensors of the source are kept, bit for bit, under their names. With the queries at zero all outputs that a read mixes
-weigh the same, and each read is multiplied by their number, so it is the sum that the source model's residual stream
-holds: until the queries are trained, the model computes what the source model computes, and
+All tensors of the source are kept, bit for bit, under their names. With the queries at zero all outputs that a read
+mixes weigh the same, and each read is multiplied by their number, so it is the sum that the source model's residual
+stream holds: until the queries are trained, the model computes what the source model computes, and
 `attnres-convert --to-donor` goes back.
 
 ## Use
@@ -96,9 +96,7 @@ def write_card(folder: Path, source: Source, facts: CardFacts) -> None:
         donor=source.name,
         donor_link=f"[{source.name}](https://huggingface.co/{source.name})" if source.is_hub else f"`{source.name}`",
         revision=f" at revision `{source.commit}`" if source.is_hub else "",
-        donor_card=f"\nThe card of the source model is in [{DONOR_CARD_NAME}]({DONOR_CARD_NAME}).\n"
-        if has_card
-        else "",
+        donor_card=DONOR_CARD_SECTION if has_card else "",
         **vars(facts),
     )
     (folder / CARD_NAME).write_text(text, encoding="utf-8")

@@ -164,10 +164,8 @@ def _check_paths(src, dst, force: bool) -> Path:
     if not dst.name:
         raise ConversionError(f"{dst} can't be a destination.")
     source, target = Path(src).expanduser().resolve(), dst.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise ConversionError(
-            f"{dst} and the source {src} are one folder, or one inside the other; choose another DST."
-        )
+    if source.exists() and (source == target or source in target.parents or target in source.parents):
+        raise ConversionError(f"{src} and {dst} are one folder, or one is inside the other; choose another DST.")
     check_destination(dst, force)
     return dst
 
@@ -385,8 +383,7 @@ def _result(plan: Plan, dst: Path, comparison: Verification | None, skipped: str
         mode=config.attn_res_mode,
         block_size=config.attn_res_block_size,
         depth_sources=tuple(config.num_depth_sources(row) for row in range(config.num_depth_reads)),
-        num_parameters=plan.checkpoint.num_parameters
-        - (added if next(iter(plan.depth)) in plan.checkpoint.tensors else 0),
+        num_parameters=total - added if plan.depth.keys() <= plan.checkpoint.tensors.keys() else total,
         depth_parameters=added,
         verification=comparison,
         verification_skipped=skipped,

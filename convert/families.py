@@ -4,6 +4,7 @@
 from dataclasses import dataclass, fields
 
 from transformers import CONFIG_MAPPING
+from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import configuration_attnres
@@ -108,4 +109,6 @@ def _refusal(model_type, config: dict) -> str:
         return f"model_type {model_type!r} is an encoder; only decoders can be converted"
     if known and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"model_type {model_type!r} is not a decoder-only language model"
+    if not known:
+        return f"model_type {model_type!r} is unknown to transformers {transformers_version}"
     return f"model_type {model_type!r} is not supported"

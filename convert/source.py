@@ -58,8 +58,8 @@ def open_source(src: str | Path, revision: str | None, check_config: Callable[[d
     folder = _download(str(src), folder.name, [glob.escape(name) for name in names])
     if not any((folder / name).is_file() for name in names):
         raise ConversionError(
-            f"{src} has no safetensors, and pickle files are not downloaded. If you trust it, load it with transformers, "
-            "write it with model.save_pretrained(NEW_FOLDER) and convert that folder."
+            f"{src} has no safetensors, and pickle files are not downloaded. If you trust it, load it with "
+            "transformers, write it with model.save_pretrained(NEW_FOLDER) and convert that folder."
         )
     return Source(folder, str(src), folder.name)
 

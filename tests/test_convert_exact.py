@@ -1,0 +1,180 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Conversion keeps what a donor computes, and every byte of its tensors."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from attnres_convert import ConversionError, convert_checkpoint
+from attnres_convert.verification import TOLERANCE, TOLERANCES, verify
+from convert_models import relative, save_donor, tensor_bytes, tokens
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import attnres
+
+
+SHAPES = {
+    "full": {"mode": "full"},
+    "block_1": {"block_size": 1},
+    "block_2": {"block_size": 2},
+    "block_5": {"block_size": 5},
+    "default": {},
+}
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("donor") / "llama"
+    return folder, save_donor(folder)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_llama_is_exact_in_every_shape(donor, tmp_path, shape):
+    """Logits, hidden states and greedy generation of a converted Llama are the donor's."""
+    folder, original = donor
+    convert_checkpoint(folder, tmp_path / "dst", **shape, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert type(model) is attnres.AttnResForCausalLM
+    inputs = tokens(model)
+    with torch.no_grad():
+        expected = original(inputs, output_hidden_states=True)
+        actual = model(inputs, output_hidden_states=True)
+    assert relative(actual.logits, expected.logits) < TOLERANCE
+    assert len(actual.hidden_states) == len(expected.hidden_states)
+    for found, wanted in zip(actual.hidden_states, expected.hidden_states):
+        assert relative(found, wanted) < TOLERANCE
+    generated = model.generate(inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert generated.equal(original.generate(inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_every_family_is_exact(family, tmp_path):
+    """Each family converts, passes the converter's own verification, and keeps its tensors and on-disk names."""
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    save_donor(tmp_path / "src", family, num_hidden_layers=4)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst", block_size=3)
+    assert result.verification.relative_difference < TOLERANCES.get(family, TOLERANCE)
+    assert result.verification.top1_agreement == 1
+    assert result.warnings == ()
+    assert_only_depth_was_added(tmp_path)
+
+
+def assert_only_depth_was_added(folder):
+    before, after = tensor_bytes(folder / "src"), tensor_bytes(folder / "dst")
+    assert {name: after[name] for name in before} == before
+    names = {name for name in after if name not in before}
+    assert {name.split(".", 1)[1] for name in names} == {"depth_attention.query", "depth_attention.key_norm"}
+    assert all(after[name][0] == "torch.float32" for name in names)
+
+
+HEADS = {
+    "base": ("", "depth_attention.query"),
+    "causal_lm": ("ForCausalLM", "model.depth_attention.query"),
+    "sequence": ("ForSequenceClassification", "model.depth_attention.query"),
+    "token": ("ForTokenClassification", "model.depth_attention.query"),
+    "question": ("ForQuestionAnswering", "transformer.depth_attention.query"),
+}
+
+
+@pytest.mark.parametrize("head,query", HEADS.values(), ids=HEADS)
+def test_heads(head, query, tmp_path):
+    """Every head of the Llama family converts to its own AttnRes class, verified on its own outputs."""
+    save_donor(tmp_path / "src", head=head)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst", block_size=2)
+    assert result.verification.relative_difference < TOLERANCE
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert config["architectures"] == [f"AttnRes{head or 'Model'}"]
+    assert query in tensor_bytes(tmp_path / "dst")
+    loaded, info = getattr(transformers, f"AutoModel{head}").from_pretrained(tmp_path / "dst", output_loading_info=True)
+    assert type(loaded).__name__ == f"AttnRes{head or 'Model'}"
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+STORED = {
+    "bf16_sharded": {"dtype": torch.bfloat16, "shard_size": "30KB"},
+    "tied": {"tie_word_embeddings": True},
+    "tied_sharded": {"tie_word_embeddings": True, "shard_size": "30KB"},
+    "one_layer": {"num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("options", STORED.values(), ids=STORED)
+def test_ways_to_store_a_donor(options, tmp_path):
+    """Sharded, half-precision and tied checkpoints keep files, names, bytes and dtype."""
+    save_donor(tmp_path / "src", **options)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert result.verification.relative_difference < TOLERANCE
+    assert_only_depth_was_added(tmp_path)
+    index = json.loads((tmp_path / "dst" / "model.safetensors.index.json").read_text())
+    sizes = [shape.numel() * dtype.itemsize for dtype, shape in stored_tensors(tmp_path / "dst")]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert set(index["weight_map"]) == set(tensor_bytes(tmp_path / "dst"))
+    if "shard_size" in options:
+        shards = {path.name: path.read_bytes() for path in (tmp_path / "src").glob("*.safetensors")}
+        assert len(shards) > 2
+        assert all((tmp_path / "dst" / name).read_bytes() == content for name, content in shards.items())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert model.dtype == options.get("dtype", torch.float32)
+    assert model.model.depth_attention.query.dtype == torch.float32
+
+
+def stored_tensors(folder):
+    for path in folder.glob("*.safetensors"):
+        for tensor in load_file(path).values():
+            yield tensor.dtype, tensor.shape
+
+
+def test_the_configuration_is_the_donors_and_more(donor, tmp_path):
+    """config.json keeps every key of the donor's and states the shape that was asked for."""
+    result = convert_checkpoint(donor[0], tmp_path / "dst", num_blocks=3, verify=False)
+    before = json.loads((donor[0] / "config.json").read_text())
+    after = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert {key: after[key] for key in before if key not in ("model_type", "architectures")} == {
+        key: before[key] for key in before if key not in ("model_type", "architectures")
+    }
+    assert after["model_type"] == "attnres"
+    assert after["architectures"] == ["AttnResForCausalLM"]
+    assert after["auto_map"] == attnres.AttnResConfig.hub_classes()
+    assert (after["attn_res_mode"], after["attn_res_block_size"], after["attn_res_sum_scale"]) == ("block", 2, True)
+    assert after["attn_res_norm_eps"] == before["rms_norm_eps"]
+    # 5 layers in blocks of 2: embedding, then the finished blocks and the open one
+    assert result.depth_sources == (1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4)
+    assert result.depth_parameters == 2 * 11 * before["hidden_size"]
+    assert result.num_parameters == donor[1].num_parameters()
+
+
+@pytest.mark.parametrize("corrupt", ["permuted", "scaled", "query"])
+def test_verification_notices_damage(donor, tmp_path, corrupt):
+    """Negative control: one permuted or slightly scaled tensor, or one query off zero, fails the verification."""
+    folder, _ = donor
+    convert_checkpoint(folder, tmp_path / "dst", block_size=2, verify=False)
+    shard = tmp_path / "dst" / f"model-0000{2 if corrupt == 'query' else 1}-of-00002.safetensors"
+    tensors = load_file(shard)
+    name = "model.depth_attention.query" if corrupt == "query" else "model.layers.1.mlp.up_proj.weight"
+    if corrupt == "permuted":
+        tensors[name] = tensors[name].flip(0).contiguous()
+    elif corrupt == "scaled":
+        tensors[name] = tensors[name] * 1.001
+    else:
+        tensors[name][3, 0] = 0.01
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="verification failed"):
+        verify(folder, LlamaForCausalLM, tmp_path / "dst", attnres.AttnResForCausalLM, "llama")
+
+
+def test_an_unused_tensor_is_reported(tmp_path):
+    """A tensor that the donor's class ignores is kept and named in a warning; one that transformers expects is not."""
+    save_donor(tmp_path / "src")
+    shard = tmp_path / "src" / "model.safetensors"
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.extra.weight": torch.ones(3),
+    }
+    save_file({**load_file(shard), **extra}, shard, metadata={"format": "pt"})
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert len(result.warnings) == 1 and "self_attn.extra.weight" in result.warnings[0]
+    assert extra.keys() <= tensor_bytes(tmp_path / "dst").keys()
