@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import __version__ as transformers_version
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
@@ -36,6 +41,20 @@ except ImportError:  # an older transformers
 
 
 ATTN_RES_MODES = ("block", "full")
+
+KIMI_LINEAR_IS_ABSENT = f"it needs a transformers that has kimi_linear; installed is {transformers_version}"
+
+# Donors that zero queries cannot reproduce, and why
+REFUSED = {
+    **dict.fromkeys(
+        ("olmo2", "olmo3", "olmo_hybrid", "flex_olmo", "exaone4"),
+        "a sublayer of it reads the residual stream without a norm of its own",
+    ),
+    **dict.fromkeys(
+        ("cohere", "cohere2", "cohere2_moe", "codegen", "gptj", "phi"),
+        "its attention and MLP read the same input, so that there is no read between them",
+    ),
+}
 
 
 @dataclass(kw_only=True)
@@ -77,7 +96,7 @@ class AttnResConfigMixin:
 
     def __post_init__(self, **kwargs):
         self._attn_res_implementation = kwargs.pop("attn_res_implementation", None)
-        kwargs.pop("model_type", None)  # the donor's, when its checkpoint is loaded into an AttnRes class
+        self.check_model_type(kwargs.pop("model_type", None))
         super().__post_init__(**kwargs)
         if self.attn_res_block_size is None:
             self.attn_res_block_size = -(-self.num_hidden_layers // 8)
@@ -127,6 +146,16 @@ class AttnResConfigMixin:
         return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
 
     @classmethod
+    def check_model_type(cls, model_type: str | None):
+        """Raises a `ValueError` unless `model_type` is this family's, its donor's or not given."""
+        if model_type and model_type not in (cls.model_type, cls.donor_config_class().model_type):
+            right = attn_res_config_class(model_type)
+            raise ValueError(
+                f"{cls.__name__} was given a configuration of {model_type!r}; use {right.__name__} and "
+                f"{right.hub_classes()['AutoModelForCausalLM'].split('.')[1]}."
+            )
+
+    @classmethod
     def hub_classes(cls) -> dict[str, str]:
         """The `auto_map` of a repository: which class of the code files each Auto class loads."""
         prefix = cls.__name__.removesuffix("Config")
@@ -135,6 +164,7 @@ class AttnResConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        cls.check_model_type(config_dict.get("model_type"))  # before the fields, which differ between families
         if "attn_res_implementation" in kwargs:
             config_dict = {**config_dict, "attn_res_implementation": kwargs.pop("attn_res_implementation")}
         return super().from_dict(config_dict, **kwargs)
@@ -290,7 +320,36 @@ if KimiLinearConfig is not None:
 __all__ = [name for name in globals() if name.startswith("AttnRes") and name.endswith("Config")]
 
 
+def attn_res_config_class(model_type: str) -> type:
+    """The configuration class of a family, from the model type of the donor (`"llama"`) or its own (`"attnres"`).
+
+    Raises:
+        ValueError: there is none; the message says why and lists the donors that are supported.
+    """
+    classes = [globals()[name] for name in __all__]
+    for config_class in classes:
+        if model_type in (config_class.model_type, config_class.donor_config_class().model_type):
+            return config_class
+    if model_type in REFUSED:
+        reason = REFUSED[model_type]
+    elif model_type in ("kimi_linear", "attnres_kimi_linear"):
+        reason = KIMI_LINEAR_IS_ABSENT
+    elif any(
+        model_type in names
+        for names in (
+            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        )
+    ):
+        reason = "it is or has an encoder, and only decoders are supported"
+    else:
+        reason = "the family is unknown"
+    supported = ", ".join(config_class.donor_config_class().model_type for config_class in classes)
+    raise ValueError(f"No Attention Residuals for {model_type!r}: {reason}. Supported are {supported}.")
+
+
 def __getattr__(name: str):
     if name.startswith("AttnResKimiLinear"):
-        raise ImportError(f"{name} needs a transformers that has kimi_linear; installed is {transformers_version}.")
+        raise ImportError(f"{name}: {KIMI_LINEAR_IS_ABSENT}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -254,11 +254,6 @@ class AttnResQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
     depth_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def _select_implementation(config, name: str | None):
-    config._attn_res_implementation = name or config._attn_res_implementation or "eager"
-    ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
-
-
 class AttnResPreTrainedModelMixin:
     """What models and heads of every family share."""
 
@@ -266,8 +261,19 @@ class AttnResPreTrainedModelMixin:
     _pp_plan = None
 
     def __init__(self, config, attn_res_implementation: str | None = None):
-        _select_implementation(config, attn_res_implementation)
+        self.prepare_config(config, attn_res_implementation)
         super().__init__(config)
+
+    @classmethod
+    def prepare_config(cls, config, attn_res_implementation: str | None):
+        if config.model_type != cls.config_class.model_type:  # the class differs in remote code
+            cls.config_class.check_model_type(config.model_type)
+            raise ValueError(
+                f"{cls.__name__} needs an {cls.config_class.__name__}; make it of a donor's with "
+                f"{cls.config_class.__name__}(**config.to_dict())."
+            )
+        config._attn_res_implementation = attn_res_implementation or config._attn_res_implementation or "eager"
+        ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
 
     def set_attn_res_implementation(self, attn_res_implementation: str):
         """Switches the implementation of depth attention, a key of `ALL_DEPTH_ATTENTION_FUNCTIONS`.
@@ -464,7 +470,7 @@ class AttnResHeadMixin(AttnResPreTrainedModelMixin):
             cls.forward = with_depth_attentions(cls.forward, cls.output_class)
 
     def __init__(self, config, attn_res_implementation: str | None = None):
-        _select_implementation(config, attn_res_implementation)
+        self.prepare_config(config, attn_res_implementation)
         PreTrainedModel.__init__(self, config)  # the donor's constructor would build the donor's model
         setattr(self, self.base_model_prefix, self.model_class(config))
         self.add_head(config)
