@@ -1,3 +1,4 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 from pathlib import Path
 
 from setuptools import setup
@@ -5,14 +6,16 @@ from setuptools import setup
 
 root = Path(__file__).parent
 version = next(
-    line.split('"')[1] for line in (root / "attnres.py").read_text().splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in (root / "attnres.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
 )
 
 setup(
     name="attnres",
     version=version,
     description="Attention Residuals for Hugging Face Transformers: models, exact conversion, training recipes",
-    long_description=(root / "README.md").read_text(),
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -23,8 +26,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17,<6",
-        "huggingface_hub>=1.0",
-        "safetensors>=0.5",
+        "huggingface_hub>=1.5",
+        "safetensors>=0.8",
         "tqdm",
     ],
     extras_require={
@@ -32,7 +35,7 @@ setup(
             "accelerate>=1.1",
             "datasets>=3.0",
             "evaluate>=0.4",
-            "peft>=0.18",
+            "peft>=0.20",  # before, a module in `modules_to_save` had to take an argument
             "matplotlib>=3.8",
             "tensorboard>=2.15",
         ],

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -450,6 +451,8 @@ def quickstart(args) -> dict:
     adapter, merged = args.partial / "attnres-lora", args.partial / "attnres-lora-merged"
     continued = {"steps": args.steps, "learning_rate": args.continue_learning_rate, "schedule": "linear"}
     transformers.set_seed(args.seed)
+    # PEFT's, about transformers
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
     step(1, "A donor", "A decoder of transformers, with the residual stream that all of them have.")
     tokenizer, data = tokenizer_and_data(args, results)
@@ -606,6 +609,7 @@ def main(argv: list[str] | None = None):
         results = quickstart(args)
         results["seconds"] = time.perf_counter() - started
         (args.partial / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(args.partial / "trainer")
         replace(args.partial, args.output)
     finally:
         shutil.rmtree(args.partial, ignore_errors=True)
