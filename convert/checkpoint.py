@@ -8,12 +8,19 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from safetensors import SafetensorError, safe_open
-
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_SHARD_NAME = "model.safetensors"
+MAX_HEADER_SIZE = 100_000_000  # the format's own limit
+DTYPE_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 
 # What comes along with the weights; compared in lower case. Optimizer states, logs and other formats stay behind.
@@ -125,23 +132,46 @@ def read_config(folder: Path) -> dict:
 
 
 def read_shard(path: Path) -> Shard:
-    """Reads and checks the header of a safetensors file; none of its tensors is loaded."""
+    """Reads and checks the header of a safetensors file; none of its tensors is read.
+
+    Not with the safetensors library, which maps the whole file and so fails for files beyond the size of the memory.
+    """
+    size = path.stat().st_size
     try:
-        with safe_open(path, framework="pt"):  # checks sizes, overlaps, holes and the length of the file
-            pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(size - 8, MAX_HEADER_SIZE):
+                raise ValueError(f"it has no room for its header of {length} bytes")
             header = json.loads(file.read(length))
-    except (SafetensorError, ValueError) as error:
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {
+            name: TensorInfo(info["dtype"], tuple(info["shape"]), *info["data_offsets"])
+            for name, info in header.items()
+        }
+        _check_layout(tensors, size - 8 - length)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{path.name} is damaged ({error}); if it was downloaded or copied, get it again."
         ) from None
-    metadata = header.pop("__metadata__", None) or {}
-    tensors = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-        for name, entry in header.items()
-    }
-    return Shard(path.resolve(), path.stat().st_size, 8 + length, tensors, metadata)
+    return Shard(path.resolve(), size, 8 + length, tensors, metadata)
+
+
+def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
+    """Raises a ValueError unless the tensors are as large as their shapes and fill the data without gap or overlap."""
+    position = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.dtype not in DTYPE_BITS:
+            raise ValueError(f"{name} has the unknown dtype {tensor.dtype}")
+        if any(type(size) is not int or size < 0 for size in (*tensor.shape, tensor.start, tensor.end)):
+            raise ValueError(f"{name} has a shape or offset that is no size")
+        if (
+            tensor.start != position
+            or (tensor.end - position) * 8 != math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype]
+        ):
+            raise ValueError(f"{name} isn't where its header says")
+        position = tensor.end
+    if position != data_size:
+        raise ValueError(f"it has {data_size} bytes of data where its header says {position}")
 
 
 def shard_names(folder: Path) -> list[str]:
