@@ -19,7 +19,7 @@ def report(result: ConversionResult) -> str:
         rows |= {
             "largest logit difference": f"{found.max_difference:.2e} (relative {found.relative_difference:.2e})",
             "mean logit difference": f"{found.mean_difference:.2e}",
-            "top-1 agreement": f"{found.top1_agreement:.2%} of {found.num_tokens} tokens",
+            "top-1 agreement": f"{found.top1_agreement:.2%} of {found.num_predictions} predictions",
             "dtype": found.dtype,
         }
     width = max(map(len, rows))

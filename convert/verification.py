@@ -28,7 +28,7 @@ class Verification:
     mean_difference: float
     relative_difference: float
     top1_agreement: float
-    num_tokens: int
+    num_predictions: int
     dtype: str
     tolerance: float
 
@@ -48,9 +48,9 @@ def verify(first: Path, first_class: type, second: Path, second_class: type, don
     result = Verification(
         max_difference=largest,
         mean_difference=difference.mean().item(),
-        relative_difference=largest / expected.abs().max().item() if largest else 0.0,
+        relative_difference=(difference.max() / expected.abs().max()).item() if largest else 0.0,
         top1_agreement=(actual.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-        num_tokens=TOKENS,
+        num_predictions=difference[..., 0].numel(),
         dtype="float32",
         tolerance=TOLERANCES.get(donor_type, TOLERANCE),
     )

@@ -8,7 +8,7 @@ import torch
 import transformers
 from attnres_convert import ConversionError, convert_checkpoint
 from attnres_convert.verification import TOLERANCE, TOLERANCES, verify
-from convert_models import relative, save_donor, tensor_bytes, tokens
+from convert_models import edit_json, relative, save_donor, tensor_bytes, tokens
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -178,3 +178,29 @@ def test_an_unused_tensor_is_reported(tmp_path):
     result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
     assert len(result.warnings) == 1 and "self_attn.extra.weight" in result.warnings[0]
     assert extra.keys() <= tensor_bytes(tmp_path / "dst").keys()
+
+
+def test_a_quantised_donor(tmp_path):
+    """Packed matrices convert as they are, without verification; norms and layers are still compared."""
+    save_donor(tmp_path / "src")
+    shard = tmp_path / "src" / "model.safetensors"
+    packed = {}
+    for name, tensor in load_file(shard).items():
+        if name.endswith("_proj.weight"):
+            packed[name] = torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8)
+            packed[f"{name}.absmax"] = torch.ones(3)
+        else:
+            packed[name] = tensor
+    save_file(packed, shard, metadata={"format": "pt"})
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit_json(tmp_path / "src" / "config.json", quantization_config=quantization)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert result.verification is None and "quantised" in result.verification_skipped
+    assert json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"] == quantization
+    assert_only_depth_was_added(tmp_path)
+    for damage in ({"num_hidden_layers": 4}, {"num_hidden_layers": 6}, {"hidden_size": 48}, {"vocab_size": 68}):
+        config = json.loads((tmp_path / "src" / "config.json").read_text())
+        edit_json(tmp_path / "src" / "config.json", **damage)
+        with pytest.raises(ConversionError, match="disagrees"):
+            convert_checkpoint(tmp_path / "src", tmp_path / "other")
+        edit_json(tmp_path / "src" / "config.json", **config)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from attnres_convert import convert_checkpoint
 from attnres_convert.cli import main
-from convert_models import save_donor, tree, write_sparse_donor
+from convert_models import edit_json, save_donor, tree, write_sparse_donor
 from huggingface_hub import metadata_load
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -77,6 +77,7 @@ def test_what_comes_along(full_donor, tmp_path):
     own |= {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     assert after.keys() == expected | own
     assert tree(full_donor) == before
+    edit_json(tmp_path / "dst" / "tokenizer_config.json", tokenizer_class=...)  # older checkpoints name none
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dst")
     assert tokenizer("hello world")["input_ids"] == [3, 4]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"

@@ -6,17 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from attnres_convert import ConversionError, convert_checkpoint
 from convert_models import save_donor, tree, write_sparse_donor
+from convert_process import start, wait_for
 from transformers import AutoModelForCausalLM
 
 
 SWEEP = Path(__file__).with_name("convert_kill_sweep.py")
-CONVERT = "import sys; from attnres_convert.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def sweep(tmp_path, **options):
@@ -50,29 +49,23 @@ def test_replacing_is_killed_before_every_operation(tmp_path):
     assert all(kill["left"] == ["dst"] for kill in kills)
 
 
-def start(*arguments):
-    return subprocess.Popen([sys.executable, "-c", CONVERT, *map(str, arguments)], stderr=subprocess.PIPE)
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.002)
+@pytest.fixture
+def error_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("process") / "stderr"
 
 
 def copied(tmp_path):
     return sum(path.stat().st_size for path in tmp_path.glob(".dst.attnres-tmp-*/model-*.safetensors"))
 
 
-def test_killed_in_mid_copy(tmp_path):
+def test_killed_in_mid_copy(tmp_path, error_file):
     """A real run killed while a gigabyte is half copied leaves no destination; the next run removes what it left."""
     size = write_sparse_donor(tmp_path / "src", vocab_size=245_000)
-    process = start(tmp_path / "src", tmp_path / "dst", "--no-verify")
+    process = start(tmp_path / "src", tmp_path / "dst", "--no-verify", error_file=error_file)
     wait_for(lambda: copied(tmp_path) > size / 10, process)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert copied(tmp_path) < size
     assert not (tmp_path / "dst").exists()
     assert len(list(tmp_path.glob(".dst.attnres-tmp-*"))) == 1
@@ -80,33 +73,34 @@ def test_killed_in_mid_copy(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
 
 
-def test_interrupted(tmp_path):
+def test_interrupted(tmp_path, error_file):
     """Ctrl-C removes what was written and says so, without a traceback."""
     size = write_sparse_donor(tmp_path / "src", vocab_size=245_000)
-    process = start(tmp_path / "src", tmp_path / "dst", "--no-verify")
+    process = start(tmp_path / "src", tmp_path / "dst", "--no-verify", error_file=error_file)
     wait_for(lambda: copied(tmp_path) > size / 10, process)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130 and "Traceback" not in error
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    error = error_file.read_text()
+    assert process.exitcode == 130 and "error: interrupted" in error and "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
-def test_a_living_run_is_left_alone(tmp_path):
+def test_a_living_run_is_left_alone(tmp_path, error_file):
     """A second run to the same destination doesn't take the first one's folder for a leftover."""
     write_sparse_donor(tmp_path / "src", vocab_size=245_000)
     save_donor(tmp_path / "small", num_hidden_layers=1)
-    process = start(tmp_path / "src", tmp_path / "dst", "--no-verify")
+    process = start(tmp_path / "src", tmp_path / "dst", "--no-verify", error_file=error_file)
     wait_for(lambda: copied(tmp_path) > 0, process)
-    process.send_signal(signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGSTOP)
     try:
         (folder,) = tmp_path.glob(".dst.attnres-tmp-*")
         convert_checkpoint(tmp_path / "small", tmp_path / "dst", verify=False)
         assert folder.is_dir()
         written = tree(tmp_path / "dst")
     finally:
-        process.send_signal(signal.SIGCONT)
-    error = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 1 and "use --force" in error
+        os.kill(process.pid, signal.SIGCONT)
+    process.join(300)
+    assert process.exitcode == 1 and "use --force" in error_file.read_text()
     assert tree(tmp_path / "dst") == written
     assert not folder.exists()
 
@@ -132,12 +126,12 @@ def test_force_replaces_only_at_the_end(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
 
 
-def test_the_disk_fills_up(tmp_path):
+def test_the_disk_fills_up(tmp_path, error_file):
     """A write that fails half-way, here at the limit of the process, is a clear error and leaves nothing."""
     write_sparse_donor(tmp_path / "src", vocab_size=20_000)
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7)); " + CONVERT
-    command = [sys.executable, "-c", limited, tmp_path / "src", tmp_path / "dst", "--no-verify"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    process = start(tmp_path / "src", tmp_path / "dst", "--no-verify", error_file=error_file, file_limit=10**7)
+    process.join(60)
+    error = error_file.read_text()
+    assert process.exitcode == 1 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: ") and "File too large" in error
     assert [path.name for path in tmp_path.iterdir()] == ["src"]

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,11 +17,16 @@ from safetensors.torch import save_file
 from transformers import BertConfig, T5Config
 
 
-@pytest.fixture
-def src(tmp_path):
-    folder = tmp_path / "src"
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("donor") / "donor"
     save_donor(folder, num_hidden_layers=3, shard_size="20KB")
     return folder
+
+
+@pytest.fixture
+def src(donor, tmp_path):
+    return shutil.copytree(donor, tmp_path / "src")
 
 
 def refused(capsys, tmp_path, *arguments):
