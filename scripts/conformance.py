@@ -27,10 +27,15 @@ import transformers
 
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "conformance.json"
+CACHE = ROOT / ".cache" / "conformance"
 SUITE = ROOT / "tests" / "conformance" / "suite.py"
 
 # Tests that AttnRes need not pass, with the reason: {test: {family or "*": reason}}
 EXCEPTIONS = {}
+
+# From worst to best
+RANKS = {"failed": 0, "skipped": 1, "passed": 2}
 
 # The test modules import two mixins that the source distribution leaves out. Their tests are not run, on either side.
 LEFT_OUT = {
@@ -42,18 +47,8 @@ LEFT_OUT = {
 def download_source(folder: Path) -> Path:
     """Fetches the source distribution of the installed transformers from the package index, as pip is configured."""
     package = f"transformers=={transformers.__version__}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-binary",
-        "transformers",
-        "-d",
-        folder,
-        package,
-    ]
+    options = ["--no-deps", "--no-binary", "transformers", "--dest", folder]
+    command = [sys.executable, "-m", "pip", "download", *options, package]
     result = subprocess.run(command, capture_output=True, text=True)
     archives = list(folder.glob("transformers-*.tar.gz"))
     if result.returncode or not archives:
@@ -111,31 +106,32 @@ def run_suite(family: str, tests_folder: Path) -> dict:
         command = [sys.executable, "-m", "pytest", *options, "--outcomes", outcomes, *nodes]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         if result.returncode not in (0, 1) or not outcomes.is_file():  # 1: a test failed
-            raise SystemExit(
-                f"error: the tests of {family} did not run:\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
-            )
+            log = (result.stdout + result.stderr)[-3000:]
+            raise SystemExit(f"error: the tests of {family} did not run:\n{log}")
         return json.loads(outcomes.read_text())
 
 
 def is_worse(donor: dict, attn_res: dict) -> bool:
-    ranks = {"failed": 0, "skipped": 1, "passed": 2}
     if donor["outcome"] == "failed":
         return False
-    worse = ranks[attn_res["outcome"]] < ranks[donor["outcome"]]
-    return worse or attn_res["skipped_subtests"] > donor["skipped_subtests"]
+    lower = RANKS[attn_res["outcome"]] < RANKS[donor["outcome"]]
+    return lower or attn_res["skipped_subtests"] > donor["skipped_subtests"]
 
 
 def compare(family: str, outcomes: dict) -> dict:
     """The family's row: counts of both sides, where AttnRes is worse, and which of that is an exception."""
     donor, attn_res = outcomes[f"donor_{family}"], outcomes[f"attnres_{family}"]
-    row = {
-        side: {
-            name: sum(test["outcome"] == name for test in tests.values()) for name in ("passed", "failed", "skipped")
-        }
-        for side, tests in (("donor", donor), ("attnres", attn_res))
-    }
+
+    def count(tests: dict) -> dict:
+        return {outcome: sum(test["outcome"] == outcome for test in tests.values()) for outcome in RANKS}
+
+    row = {"donor": count(donor), "attnres": count(attn_res)}
     worse = {test: attn_res[test] for test in donor if is_worse(donor[test], attn_res[test])}
-    reasons = {test: row.get(family, row.get("*")) for test, row in EXCEPTIONS.items() if family in row or "*" in row}
+    reasons = {
+        test: by_family.get(family, by_family.get("*"))
+        for test, by_family in EXCEPTIONS.items()
+        if family in by_family or "*" in by_family
+    }
     row["donor"]["failures"] = sorted(test for test in donor if donor[test]["outcome"] == "failed")
     row["regressions"] = {test: worse[test].get("message", "skipped") for test in sorted(worse) if test not in reasons}
     row["exceptions"] = {test: reason for test, reason in reasons.items() if test in worse}
@@ -164,22 +160,18 @@ def run_conformance(families: list[str], cache: Path, processes: int) -> dict:
     print(f"{'family':14}{'donor passed':>14}{'AttnRes passed':>16}{'worse':>7}{'exceptions':>12}{'seconds':>9}")
     with ThreadPoolExecutor(processes) as pool:
         for family, row in zip(families, pool.map(run_family, families)):
-            rows[family] = {**row, **versions()}
+            rows[family] = {**row, "versions": versions()}
             passed = f"{row['donor']['passed']:>14}{row['attnres']['passed']:>16}"
-            print(
-                f"{family:14}{passed}{len(row['regressions']):>7}{len(row['exceptions']):>12}{row['seconds']:>9}",
-                flush=True,
-            )
+            worse = f"{len(row['regressions']):>7}{len(row['exceptions']):>12}"
+            print(f"{family:14}{passed}{worse}{row['seconds']:>9}", flush=True)
     return rows
 
 
 def parse_args(families: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--families", default=",".join(families), help="comma-separated; default: all")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results" / "conformance.json", help="JSON file to update"
-    )
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "conformance", help="where the tests are kept")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to update (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where the tests are kept (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="families tested at a time")
     args = parser.parse_args()
     args.families = args.families.split(",")

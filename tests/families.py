@@ -38,7 +38,7 @@ FAMILIES = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
-    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4},
+    "mixtral": {"head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4},
     "smollm3": {"no_rope_layer_interval": 2},
     "phi3": {"sliding_window": 4},
     "starcoder2": {"sliding_window": 4},
