@@ -18,11 +18,14 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedTokenizerFast,
     StaticCache,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
 from attnres import (
     ALL_DEPTH_ATTENTION_FUNCTIONS,
+    AttnResConfig,
     AttnResForCausalLM,
     AttnResModel,
     DepthAttentionInterface,
@@ -359,7 +362,30 @@ def test_nothing_of_depth_attention_is_cached():
         assert_close(layer.values, expected_layer.values)
 
 
-def test_pipeline(caplog):
+@torch.no_grad()
+def test_masks():
+    """Masks of the caller, in four dimensions or none at all (`is_causal=False`), act as in the donor."""
+    donor = tiny_donor()
+    model = attn_res_from_donor(donor, "block", 2)
+    mask = torch.full((7, 7), torch.finfo(torch.float32).min).triu(1).expand(3, 1, 7, 7).clone()
+    mask[1, :, :, 3] = torch.finfo(torch.float32).min
+    causal = donor(tokens()).logits
+    for options in ({"attention_mask": mask}, {"is_causal": False}):
+        expected = donor(tokens(), **options).logits
+        assert relative_error(expected, causal) > 1e-2
+        assert relative_error(model(tokens(), **options).logits, expected) <= 3e-6
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """What transformers logs, which doesn't reach the root logger."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_pipeline(transformers_log):
     """`pipeline("text-generation")` accepts the model without complaint and generates what the donor's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -369,17 +395,12 @@ def test_pipeline(caplog):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
     donor = tiny_donor()
     results = []
-    transformers_logger = logging.getLogger("transformers")
-    transformers_logger.addHandler(caplog.handler)
-    try:
-        for model in (donor, attn_res_from_donor(donor, "full")):
-            generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-            prompts = ["w5 w6 w7", "w9"]
-            results.append(generator(prompts, batch_size=2, max_new_tokens=5, do_sample=False, eos_token_id=None))
-    finally:
-        transformers_logger.removeHandler(caplog.handler)
+    for model in (donor, attn_res_from_donor(donor, "full")):
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        prompts = ["w5 w6 w7", "w9"]
+        results.append(generator(prompts, batch_size=2, max_new_tokens=5, do_sample=False, eos_token_id=None))
     assert results[0] == results[1]
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record for record in transformers_log.records if record.levelno >= logging.ERROR]
 
 
 # --- Attention implementations
@@ -649,6 +670,23 @@ def test_heads_take_the_depth_attention_of_a_causal_model(head, tmp_path):
         assert torch.equal(base.state_dict()[name], tensor), name
 
 
+@torch.no_grad()
+def test_donor_folder_without_a_configuration_of_ours(transformers_log, tmp_path):
+    """A donor's folder loads straight into an AttnRes class: the paper's defaults, and a report that names what is new."""
+    donor = tiny_donor().to(torch.bfloat16)
+    donor.save_pretrained(tmp_path)
+    model = AttnResForCausalLM.from_pretrained(tmp_path)
+    assert type(model.config) is AttnResConfig and model.config.attn_res_mode == "block"
+    assert "depth_attention.query" in transformers_log.text and "depth_attention.key_norm" in transformers_log.text
+    depth_attention = model.model.depth_attention
+    assert (
+        model.dtype == torch.bfloat16 and depth_attention.query.dtype == depth_attention.key_norm.dtype == torch.float32
+    )
+    assert not depth_attention.query.any() and (depth_attention.key_norm == 1).all()
+    scaled = AttnResForCausalLM.from_pretrained(tmp_path, attn_res_sum_scale=True, dtype=torch.float32)
+    assert relative_error(scaled(tokens()).logits, donor.float()(tokens()).logits) <= 3e-6
+
+
 def test_base_model_of_a_causal_checkpoint(tmp_path):
     """AutoModel reads the decoder out of a causal checkpoint, and the other way round only the head is new."""
     model = tiny_model()
@@ -781,6 +819,37 @@ def test_lora_with_depth_attention(tmp_path):
         assert torch.equal(
             model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False, eos_token_id=None), generated
         )
+
+
+def test_trainer(tmp_path):
+    """Trainer, with autocast to bfloat16 and checkpointing: trains, evaluates, saves, and continues from its checkpoint."""
+    examples = [{"input_ids": ids, "labels": ids} for ids in tokens(8, 8)]
+
+    def trainer(steps):
+        options = {"max_steps": steps, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+        options |= {"bf16": True, "gradient_checkpointing": True, "use_cpu": True, "report_to": []}
+        arguments = TrainingArguments(str(tmp_path), **options)
+        return Trainer(tiny_model(), arguments, train_dataset=examples, eval_dataset=examples)
+
+    first = trainer(4)
+    before = first.evaluate()["eval_loss"]
+    first.train()
+    assert first.evaluate()["eval_loss"] < before
+    query = first.model.model.depth_attention.query
+    assert query.dtype == torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert torch.equal(loaded.model.depth_attention.query, query)
+    again = trainer(4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_close(again.model.model.depth_attention.query, query)
+
+
+@torch.no_grad()
+def test_export():
+    """torch.export captures the model in one graph."""
+    model = tiny_model(num_hidden_layers=2)
+    exported = torch.export.export(model, (tokens(),), {"use_cache": False}).module()
+    assert_close(exported(tokens(), use_cache=False).logits, model(tokens()).logits)
 
 
 def test_plans_of_a_model():
