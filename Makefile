@@ -28,7 +28,7 @@ lint: $(READY) ## check style and format
 	$(BIN)/ruff format --check .
 
 exactness: $(READY) ## measure how exact conversion is, the numbers in the README
-	$(BIN)/python scripts/exactness.py $(ARGS)
+	$(BIN)/python scripts/exactness.py --output results/exactness.json $(ARGS)
 
 clean: ## remove .venv, outputs and caches
 	rm -rf .venv outputs build dist *.egg-info .pytest_cache .ruff_cache

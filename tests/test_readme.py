@@ -1,0 +1,119 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The README: its code runs, its numbers are the recorded ones, its commands exist."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from exactness import markdown  # noqa: E402
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def section(name: str) -> str:
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, flags=re.DOTALL).group(1)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with what the README calls `my-llama` and `my-text`."""
+    folder = tmp_path_factory.mktemp("readme")
+    text = Path(subprocess.__file__).read_text(encoding="utf-8")
+    (folder / "my-text").mkdir()
+    for index in range(24):
+        (folder / "my-text" / f"{index}.txt").write_text(text[index * 1000 : (index + 1) * 1000], encoding="utf-8")
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer=trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder / "my-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "my-llama")
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a command prints, run where only this environment's commands and no network are."""
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HOME": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_code_blocks_run(workplace):
+    """All commands and then all Python of the README work, top to bottom, on a small checkpoint and text."""
+    commands, code = code_blocks("bash"), code_blocks("python")
+    assert commands and len(code) >= 7
+    table = run(["bash", "-euc", "\n".join(commands)], workplace)
+    assert "largest logit difference" in table
+    (workplace / "readme.py").write_text("\n".join(code), encoding="utf-8")
+    lines = run([sys.executable, "readme.py"], workplace).splitlines()
+    assert float(lines[0]) < 3e-6  # the bound of conversion in float32
+    assert any(line.startswith("def main") for line in lines)
+    assert "trainable params" in "\n".join(lines)
+    assert "1 torch.Size([13, 64])" in lines
+    assert lines[-1] == "9"  # reads of a model of 4 layers
+    with safe_open(workplace / "llama-attnres-trained" / "model.safetensors", framework="pt") as trained:
+        query = trained.get_tensor("model.depth_attention.query")
+    assert query[1:].any(dim=1).all()  # the first read has one source, so nothing to learn
+
+
+def test_exactness_table_is_the_recorded_one():
+    """The table of the README is made from the committed results, and those keep the promise of the conversion."""
+    results = json.loads((ROOT / "results" / "exactness.json").read_text(encoding="utf-8"))
+    assert section("exactness") == markdown(results["rows"])
+    assert all(row["scaled"] < 3e-6 < 1e-3 < row["plain_mean"] for row in results["rows"])
+    assert (results["settings"]["layers"], results["settings"]["hidden_size"]) == (12, 256)
+
+
+def test_make_commands_exist():
+    """Every `make` command that the README names is a target."""
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = set(re.findall(r"(?:`|^\$ )make ([a-z]+)", README, flags=re.MULTILINE))
+    assert {"quickstart", "test", "lint", "exactness", "help"} <= named
+    assert named <= set(targets)
+
+
+def test_links_exist():
+    """Files of this repository that the README names are there."""
+    names = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    names += re.findall(r"`((?:scripts|results|tests)/[^` ]+|constraints\.txt)`", README)
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
