@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup quickstart test lint exactness clean
+.PHONY: help setup quickstart test lint exactness conformance clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -30,6 +30,9 @@ lint: $(READY) ## check style and format
 exactness: $(READY) ## measure how exact conversion is, the numbers in the README
 	$(BIN)/python scripts/exactness.py --output results/exactness.json $(ARGS)
 
+conformance: $(READY) ## run the model tests of transformers on every family
+	$(BIN)/python scripts/conformance.py $(ARGS)
+
 clean: ## remove .venv, outputs and caches
-	rm -rf .venv outputs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .cache outputs build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
