@@ -672,19 +672,18 @@ def test_heads_take_the_depth_attention_of_a_causal_model(head, tmp_path):
 
 @torch.no_grad()
 def test_donor_folder_without_a_configuration_of_ours(transformers_log, tmp_path):
-    """A donor's folder loads straight into an AttnRes class: the paper's defaults, and a report that names what is new."""
-    donor = tiny_donor().to(torch.bfloat16)
-    donor.save_pretrained(tmp_path)
+    """A donor's folder loads straight into an AttnRes class, with a report that names what is new."""
+    tiny_donor().to(torch.bfloat16).save_pretrained(tmp_path)
     model = AttnResForCausalLM.from_pretrained(tmp_path)
-    assert type(model.config) is AttnResConfig and model.config.attn_res_mode == "block"
+    assert type(model.config) is AttnResConfig
+    assert model.config.attn_res_mode == "block" and not model.config.attn_res_sum_scale  # the paper's
     assert "depth_attention.query" in transformers_log.text and "depth_attention.key_norm" in transformers_log.text
-    depth_attention = model.model.depth_attention
-    assert (
-        model.dtype == torch.bfloat16 and depth_attention.query.dtype == depth_attention.key_norm.dtype == torch.float32
-    )
-    assert not depth_attention.query.any() and (depth_attention.key_norm == 1).all()
+    query, key_norm = model.model.depth_attention.query, model.model.depth_attention.key_norm
+    assert not query.any() and (key_norm == 1).all()
+    assert model.dtype == torch.bfloat16 and query.dtype == key_norm.dtype == torch.float32
     scaled = AttnResForCausalLM.from_pretrained(tmp_path, attn_res_sum_scale=True, dtype=torch.float32)
-    assert relative_error(scaled(tokens()).logits, donor.float()(tokens()).logits) <= 3e-6
+    donor = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert relative_error(scaled(tokens()).logits, donor(tokens()).logits) <= 3e-6
 
 
 def test_base_model_of_a_causal_checkpoint(tmp_path):
@@ -822,7 +821,7 @@ def test_lora_with_depth_attention(tmp_path):
 
 
 def test_trainer(tmp_path):
-    """Trainer, with autocast to bfloat16 and checkpointing: trains, evaluates, saves, and continues from its checkpoint."""
+    """Trainer, with autocast to bfloat16 and checkpointing, trains, evaluates, saves, and continues."""
     examples = [{"input_ids": ids, "labels": ids} for ids in tokens(8, 8)]
 
     def trainer(steps):
