@@ -54,9 +54,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--block-size", type=positive, help="decoder layers per block; an eighth of the layers by default"
     )
-    parser.add_argument("--donor-steps", type=positive, default=220, help="training steps of the new donor")
-    parser.add_argument("--steps", type=positive, default=60, help="steps of each of the three runs that follow")
-    parser.add_argument("--batch-size", type=positive, default=8, help="sequences per step")
+    parser.add_argument("--donor-steps", type=positive, default=440, help="training steps of the new donor")
+    parser.add_argument("--steps", type=positive, default=120, help="steps of each of the three runs that follow")
+    parser.add_argument("--batch-size", type=positive, default=4, help="sequences per step")
     parser.add_argument("--seq-len", type=positive, default=256, help="tokens per sequence")
     parser.add_argument("--eval-sequences", type=positive, default=64, help="held-out sequences that are evaluated")
     parser.add_argument("--layers", type=positive, default=12, help="decoder layers of the new donor")

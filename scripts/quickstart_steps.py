@@ -172,7 +172,7 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-def new_trainer(model, data, args, steps: int, learning_rate: float, schedule: str) -> Trainer:
+def new_trainer(model, data, args, steps: int, learning_rate: float, schedule: str, seed: int) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(args.partial / "trainer"),
         max_steps=steps,
@@ -190,7 +190,7 @@ def new_trainer(model, data, args, steps: int, learning_rate: float, schedule: s
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        seed=args.seed,
+        seed=seed,
     )
     optimizer = new_optimizer(model, learning_rate, args.depth_lr_scale)
     train_set, held_out = data
@@ -206,13 +206,13 @@ def new_trainer(model, data, args, steps: int, learning_rate: float, schedule: s
     return trainer
 
 
-def train(name: str, model, data, args, steps: int, learning_rate: float, schedule: str) -> dict:
-    """Trains `model` in place.
+def train(name: str, model, data, args, steps: int, learning_rate: float, schedule: str, seed: int) -> dict:
+    """Trains `model` in place; runs of one seed see the same batches.
 
     Returns:
         The run's losses (nats per token) by step, the time of a step, and how many parameters it trained.
     """
-    trainer = new_trainer(model, data, args, steps, learning_rate, schedule)
+    trainer = new_trainer(model, data, args, steps, learning_rate, schedule, seed)
     trainer.train()
     progress = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Progress))
     log = trainer.state.log_history
@@ -437,7 +437,9 @@ def quickstart(args) -> dict:
     results["runs"] = runs = {}
     folders = {name: args.partial / name for name in ("donor", "attnres", "donor-continued", "attnres-continued")}
     adapter, merged = args.partial / "attnres-lora", args.partial / "attnres-lora-merged"
+    scratch = {"steps": args.donor_steps, "learning_rate": args.learning_rate, "schedule": "constant_with_warmup"}
     continued = {"steps": args.steps, "learning_rate": args.continue_learning_rate, "schedule": "linear"}
+    scratch["seed"], continued["seed"] = args.seed, args.seed + 1
     transformers.set_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()
     # PEFT's, about transformers
@@ -452,7 +454,6 @@ def quickstart(args) -> dict:
         print(
             f"  a Llama of {args.layers} layers, hidden size {args.hidden_size}, {model.num_parameters():,} parameters"
         )
-        scratch = {"steps": args.donor_steps, "learning_rate": args.learning_rate, "schedule": "constant_with_warmup"}
         train_and_save("donor from scratch", model, tokenizer, data, args, runs, folders["donor"], **scratch)
 
     step(
@@ -486,7 +487,7 @@ def quickstart(args) -> dict:
     # where the base will be; PEFT would look for its vocabulary there, or on the Hub
     model.peft_config["default"].base_model_name_or_path = str(args.output / "attnres")
     model.save_pretrained(adapter, save_embedding_layers=False)
-    results["lora"] = reload_and_merge(model, folders["attnres"], adapter, tokenizer, data, args)
+    results["lora"] = reload_and_merge(model.cpu(), folders["attnres"], adapter, tokenizer, data, args)
 
     step(5, "Generation", "The same prompt and the same random numbers for each.")
     results["generated"] = {}
