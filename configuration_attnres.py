@@ -57,7 +57,7 @@ REFUSED = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class AttnResConfigMixin:
     """The configuration fields that Attention Residuals add to those of a donor family.
 
@@ -167,7 +167,10 @@ class AttnResConfigMixin:
         cls.check_model_type(config_dict.get("model_type"))  # before the fields, which differ between families
         if "attn_res_implementation" in kwargs:
             config_dict = {**config_dict, "attn_res_implementation": kwargs.pop("attn_res_implementation")}
-        return super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        config, *_ = result if isinstance(result, tuple) else (result,)
+        config.validate_attn_res()  # the overrides in kwargs were set after construction
+        return result
 
     def _remove_keys_not_serialized(self, d):
         super()._remove_keys_not_serialized(d)
@@ -320,11 +323,11 @@ if KimiLinearConfig is not None:
 __all__ = [name for name in globals() if name.startswith("AttnRes") and name.endswith("Config")]
 
 
-def attn_res_config_class(model_type: str) -> type:
+def attn_res_config_class(model_type: str | None) -> type:
     """The configuration class of a family, from the model type of the donor (`"llama"`) or its own (`"attnres"`).
 
     Raises:
-        ValueError: there is none; the message says why and lists the donors that are supported.
+        ValueError: there is none; the message says why and lists the families that are supported.
     """
     classes = [globals()[name] for name in __all__]
     for config_class in classes:
@@ -334,19 +337,16 @@ def attn_res_config_class(model_type: str) -> type:
         reason = REFUSED[model_type]
     elif model_type in ("kimi_linear", "attnres_kimi_linear"):
         reason = KIMI_LINEAR_IS_ABSENT
-    elif any(
-        model_type in names
-        for names in (
-            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        )
-    ):
+    elif model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        reason = "it is an encoder-decoder, and only decoders are supported"
+    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         reason = "it is or has an encoder, and only decoders are supported"
+    elif model_type is None:
+        reason = "the configuration names no model_type"
     else:
         reason = "the family is unknown"
     supported = ", ".join(config_class.donor_config_class().model_type for config_class in classes)
-    raise ValueError(f"No Attention Residuals for {model_type!r}: {reason}. Supported are {supported}.")
+    raise ValueError(f"no Attention Residuals for {model_type!r}: {reason}; supported families: {supported}.")
 
 
 def __getattr__(name: str):

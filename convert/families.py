@@ -1,22 +1,14 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Which donors convert: the families that have an AttnRes configuration, and why others can't."""
+"""Which donors convert: the families that have an AttnRes configuration."""
 
 from dataclasses import dataclass, fields
 
-from transformers import CONFIG_MAPPING
-from transformers import __version__ as transformers_version
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
 import configuration_attnres
 import modeling_attnres
-from configuration_attnres import AttnResConfigMixin
+from configuration_attnres import AttnResConfigMixin, attn_res_config_class
 
 from .checkpoint import ConversionError
 
-
-POST_NORM = "one of its sublayers reads the residual stream without a norm before it"
-PARALLEL = "its attention and its MLP read the same input"
-REFUSED = {"olmo2": POST_NORM, "olmo3": POST_NORM, "exaone4": POST_NORM, "cohere": PARALLEL, "cohere2": PARALLEL}
 
 ATTN_RES_FIELDS = tuple(field.name for field in fields(AttnResConfigMixin))
 
@@ -79,11 +71,14 @@ def find_family(config: dict) -> Family:
     """
     families = supported_families()
     model_type = config.get("model_type")
-    if model_type in families and not config.get("is_encoder_decoder"):
-        return families[model_type]
     if any(model_type == family.config_class.model_type for family in families.values()):
         raise ConversionError("this checkpoint has Attention Residuals already; --to-donor converts it back.")
-    raise ConversionError(f"{_refusal(model_type, config)}; supported families: {', '.join(sorted(families))}.")
+    if model_type in families and config.get("is_encoder_decoder"):
+        raise ConversionError("config.json says is_encoder_decoder; only decoders can be converted.")
+    try:
+        return families[attn_res_config_class(model_type).donor_config_class().model_type]
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def find_attnres_family(config: dict) -> Family:
@@ -95,20 +90,3 @@ def find_attnres_family(config: dict) -> Family:
             f"one of {', '.join(sorted(families))}."
         )
     return families[config["model_type"]]
-
-
-def _refusal(model_type, config: dict) -> str:
-    if not isinstance(model_type, str):
-        return "config.json names no model_type"
-    if model_type in REFUSED:
-        return f"model_type {model_type!r} can't be converted exactly, because {REFUSED[model_type]}"
-    known = model_type in CONFIG_MAPPING
-    if config.get("is_encoder_decoder") or (known and getattr(CONFIG_MAPPING[model_type], "is_encoder_decoder", False)):
-        return f"model_type {model_type!r} is an encoder-decoder; only decoders can be converted"
-    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return f"model_type {model_type!r} is an encoder; only decoders can be converted"
-    if known and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"model_type {model_type!r} is not a decoder-only language model"
-    if not known:
-        return f"model_type {model_type!r} is unknown to transformers {transformers_version}"
-    return f"model_type {model_type!r} is not supported"
