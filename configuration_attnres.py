@@ -106,14 +106,13 @@ class AttnResConfigMixin:
         self.validate_attn_res()
 
     def validate_attn_res(self):
-        """Runs when a configuration is built and again when it is saved."""
+        """Runs when a configuration is built or saved, and when a model is built from it."""
         if self.attn_res_mode not in ATTN_RES_MODES:
             raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
-        size = self.attn_res_block_size
-        if isinstance(size, bool) or not 1 <= size <= self.num_hidden_layers:
+        if not 1 <= self.attn_res_block_size <= self.num_hidden_layers:
             raise ValueError(
-                f"attn_res_block_size is {size}; it counts decoder layers and must be an integer from 1 to "
-                f"num_hidden_layers = {self.num_hidden_layers}."
+                f"attn_res_block_size is {self.attn_res_block_size}; it counts decoder layers and must be an integer "
+                f"from 1 to num_hidden_layers = {self.num_hidden_layers}."
             )
         if not 0 < self.attn_res_norm_eps < 1:
             raise ValueError(f"attn_res_norm_eps is {self.attn_res_norm_eps}; it must be between 0 and 1.")

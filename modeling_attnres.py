@@ -272,8 +272,10 @@ class AttnResPreTrainedModelMixin:
                 f"{cls.__name__} needs an {cls.config_class.__name__}; make it of a donor's with "
                 f"{cls.config_class.__name__}(**config.to_dict())."
             )
-        config._attn_res_implementation = attn_res_implementation or config._attn_res_implementation or "eager"
-        ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
+        config.validate_attn_res()
+        name = attn_res_implementation or config._attn_res_implementation or "eager"
+        ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(name)
+        config._attn_res_implementation = name
 
     def set_attn_res_implementation(self, attn_res_implementation: str):
         """Switches the implementation of depth attention, a key of `ALL_DEPTH_ATTENTION_FUNCTIONS`.
@@ -299,6 +301,16 @@ class AttnResPreTrainedModelMixin:
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return _donor_class(cls)._can_set_experts_implementation()
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        # transformers splits layers into stages without a look at the plan
+        if getattr(distributed_config, "pp_size", 1) > 1:
+            raise ValueError(
+                f"{cls.__name__} has no pipeline parallelism: a stage hands on one tensor, and the layers after it "
+                "read all sources. Use pp_size=1 with tensor parallelism or FSDP."
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @classmethod
     def is_remote_code(cls) -> bool:
