@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The conversion of a checkpoint, there and back, as files: no tensor of the donor is loaded."""
 
+import copy
 import json
 import os
 import shutil
@@ -223,7 +224,7 @@ def _plan_donor(source: Source) -> Plan:
 def _build_config(family: Family, content: dict) -> PreTrainedConfig:
     try:
         with quiet():
-            return family.config_class.from_dict(content)
+            return family.config_class.from_dict(copy.deepcopy(content))  # nested values are changed in place
     except Exception as error:  # a configuration checks itself with errors of many kinds
         reason = " ".join(str(error).split())
         raise ConversionError(f"{CONFIG_NAME} is not a valid {family.donor_type} configuration: {reason}") from error

@@ -17,7 +17,8 @@ def test_there_and_back_is_the_same_folder(tmp_path, shard_size):
     save_donor(tmp_path / "src", shard_size=shard_size)
     (tmp_path / "src" / "README.md").write_text("---\nlicense: mit\n---\nthe donor's card\n")
     (tmp_path / "src" / "LICENSE").write_text("the licence\n")
-    edit_json(tmp_path / "src" / "config.json", auto_map={"AutoModel": "modeling_old.OldModel"})
+    old_style = {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    edit_json(tmp_path / "src" / "config.json", auto_map={"AutoModel": "modeling_old.OldModel"}, **old_style)
     convert_checkpoint(tmp_path / "src", tmp_path / "there", verify=False)
     result = convert_to_donor(tmp_path / "there", tmp_path / "back")
     before, after = tree(tmp_path / "src"), tree(tmp_path / "back")
