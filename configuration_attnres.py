@@ -40,7 +40,7 @@ except ImportError:  # an older transformers
     KimiLinearConfig = None
 
 
-ATTN_RES_MODES = ("block", "full")
+ATTN_RES_MODES = ("block", "full", "denseformer")
 
 KIMI_LINEAR_IS_ABSENT = f"it needs a transformers that has kimi_linear; installed is {transformers_version}"
 
@@ -64,10 +64,11 @@ class AttnResConfigMixin:
     Args:
         attn_res_mode (`str`, *optional*, defaults to `"block"`):
             `"block"` sums the sublayer outputs of a block into one source, `"full"` makes every sublayer's output a
-            source (sections 3.1 and 3.2 of the paper).
+            source (sections 3.1 and 3.2 of the paper). `"denseformer"` is the paper's ablation: the sources of
+            `"full"`, mixed by one learned scalar for each source of each read, which starts at 1, the plain sum.
         attn_res_block_size (`int`, *optional*, defaults to `ceil(num_hidden_layers / 8)`):
             Decoder layers per block, from 1 to `num_hidden_layers`; the last block may be shorter. The paper counts
-            sublayers, twice this number. Without effect in `"full"` mode.
+            sublayers, twice this number. Only for `"block"` mode.
         attn_res_sum_scale (`bool`, *optional*, defaults to `False`):
             Multiply each read by its number of sources, so that uniform weights give the plain residual sum. Converted
             checkpoints set it: with zero queries they then compute what the donor computes. It is the same function as
@@ -120,7 +121,7 @@ class AttnResConfigMixin:
     @property
     def attn_res_sublayers_per_block(self) -> int:
         """S in the paper: how many sublayer outputs one source sums."""
-        return 1 if self.attn_res_mode == "full" else 2 * self.attn_res_block_size
+        return 2 * self.attn_res_block_size if self.attn_res_mode == "block" else 1
 
     @property
     def num_depth_reads(self) -> int:

@@ -121,6 +121,23 @@ def eager_depth_attention(
     return mixed.to(sources[0].dtype), weights
 
 
+def fixed_depth_mix(
+    sources: tuple[torch.Tensor, ...], weights: torch.Tensor, eps: float, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The read of DenseFormer, `h = sum_i w_i v_i`, with the signature and result of [`eager_depth_attention`].
+
+    Args:
+        sources: num_sources tensors `(batch, seq, hidden)`.
+        weights: `(num_depth_reads,)`, of which the first num_sources count.
+        eps: not used.
+        scale: not used.
+    """
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    weights = weights[: len(sources)].to(dtype)
+    mixed = sum(weight * source.to(dtype) for weight, source in zip(weights, sources))
+    return mixed.to(sources[0].dtype), weights[None, :, None].expand(sources[0].shape[0], -1, sources[0].shape[1])
+
+
 class DepthAttentionInterface(GeneralInterface):
     """Implementations of depth attention by name, each with the signature and result of [`eager_depth_attention`].
 
@@ -142,7 +159,18 @@ class DepthAttentionInterface(GeneralInterface):
 ALL_DEPTH_ATTENTION_FUNCTIONS = DepthAttentionInterface()
 
 
-class DepthAttention(nn.Module):
+class DepthParameters(nn.Module):
+    """Parameters that stay in float32: `model.to(torch.bfloat16)` and the like move them but don't round them."""
+
+    def _apply(self, fn, recurse=True):
+        def move(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(move, recurse)
+
+
+class DepthAttention(DepthParameters):
     """The learned queries and key norm gains of all reads of a model, kept in float32.
 
     Zero queries, the initial value, weight all sources equally. Returns the products `query * key_norm`
@@ -159,13 +187,16 @@ class DepthAttention(nn.Module):
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         return self.query.to(dtype) * self.key_norm.to(dtype)
 
-    def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` and the like move the parameters but don't round them
-        def move(tensor):
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
-        return super()._apply(move, recurse)
+class DepthScalars(DepthParameters):
+    """What denseformer mode has in place of depth attention: the learned weight of each source in each read."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.num_depth_reads, config.num_depth_reads, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()
 
 
 class DepthRead(nn.Module):
@@ -176,7 +207,10 @@ class DepthRead(nn.Module):
         self.config = config
 
     def forward(self, product: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(self.config._attn_res_implementation)
+        if self.config.attn_res_mode == "denseformer":
+            depth_attention = fixed_depth_mix
+        else:
+            depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(self.config._attn_res_implementation)
         scale = len(sources) if self.config.attn_res_sum_scale else 1
         return depth_attention(sources, product, self.config.attn_res_norm_eps, scale)
 
@@ -292,6 +326,8 @@ class AttnResPreTrainedModelMixin:
         if isinstance(module, DepthAttention):
             init.zeros_(module.query)
             init.ones_(module.key_norm)
+        elif isinstance(module, DepthScalars):
+            init.ones_(module.weight)
 
     # transformers looks for these two abilities in the source file of a class, here that of the donor
     @classmethod
@@ -356,7 +392,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             layer.config = self.config
             layer.layer_idx = layer_idx
             layer.depth_read = DepthRead(self.config)
-        self.depth_attention = DepthAttention(self.config)
+        depth_class = DepthScalars if self.config.attn_res_mode == "denseformer" else DepthAttention
+        self.depth_attention = depth_class(self.config)
         self.output_read = DepthRead(self.config)
         self._no_split_modules = [self.layer_class.__name__]
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "depth_attention"}

@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 
 import configuration_attnres
 import modeling_attnres
-from configuration_attnres import ATTN_RES_MODES
 
 from .card import CARD_NAME, DONOR_CARD_NAME, CardFacts, write_card
 from .checkpoint import (
@@ -37,6 +36,7 @@ from .staging import check_destination, staged
 from .verification import Verification, quiet, reason_to_skip, verify
 
 
+MODES = ("block", "full")
 CODE_FILES = tuple(Path(module.__file__) for module in (modeling_attnres, configuration_attnres))
 NOT_COPIED = (CARD_NAME, DONOR_CARD_NAME, *(file.name for file in CODE_FILES))
 SECOND_OF_TWO = "model-00002-of-00002.safetensors"
@@ -105,8 +105,8 @@ def convert_checkpoint(
     Raises:
         ConversionError: nothing was written; the message says why.
     """
-    if mode not in ATTN_RES_MODES:
-        raise ConversionError(f"mode is {mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
+    if mode not in MODES:
+        raise ConversionError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
     if block_size is not None and num_blocks is not None:
         raise ConversionError("give either a block size or a number of blocks, not both.")
     if mode == "full" and (block_size is not None or num_blocks is not None):
@@ -203,6 +203,8 @@ def _plan_donor(source: Source) -> Plan:
     donor_name = family.donor_head(checkpoint.config.get("architectures"))
     attnres_class = family.heads[donor_name]
     config = _build_config(family, checkpoint.config)
+    if config.attn_res_mode not in MODES:
+        raise ConversionError(f"only models of mode {' or '.join(MODES)} convert back; this is {config.attn_res_mode}.")
     warnings = check_tensors(_build_model(attnres_class, config), _shapes(checkpoint))
     depth = _read_depth(checkpoint)
     _check_uniform(depth, config)

@@ -857,3 +857,30 @@ def test_plans_of_a_model():
     assert model.tp_plan == donor.tp_plan and model.tp_plan
     assert model.fsdp_plan == donor.fsdp_plan and model.fsdp_plan
     assert donor.pp_plan and not model.pp_plan
+
+
+# --- The DenseFormer ablation
+
+
+def test_denseformer_starts_as_the_donor():
+    """Fixed depth weights start at one, the plain sum: the donor's logits, without any scale."""
+    donor = tiny_donor()
+    model = attn_res_from_donor(donor, mode="denseformer").eval()
+    assert relative_error(model(tokens()).logits, donor(tokens()).logits) <= 3e-6
+
+
+def test_denseformer_reads_are_weighted_sums(tmp_path):
+    """The weights of each read are its row of the parameter, for all tokens, and survive bfloat16 and the disk."""
+    model = tiny_model(attn_res_mode="denseformer").eval()
+    weight = model.model.depth_attention.weight
+    torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    outputs = model(tokens(), output_depth_attentions=True, output_hidden_states=True)
+    for row, depth_weights in enumerate(outputs.depth_attentions):
+        assert depth_weights.shape == (3, row + 1, 7)
+        assert (depth_weights == weight[row, : row + 1, None]).all()
+    assert_close(outputs.hidden_states[0], weight[0, 0] * model.get_input_embeddings()(tokens()), 1e-6)
+    outputs.logits.sum().backward()
+    assert weight.grad.tril().count_nonzero() == weight.grad.count_nonzero() > 0
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16 and loaded.model.depth_attention.weight.equal(weight)
