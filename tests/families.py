@@ -25,6 +25,8 @@ COMMON = {
 }
 
 # name: arguments of the tiny configuration. The model type is "attnres" for llama, "attnres_<name>" for the others.
+# Windows and layer patterns fit a few tokens and layers. An epsilon is larger where the stream is so large that
+# reads without their scale would hardly show.
 FAMILIES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 4},
@@ -58,16 +60,28 @@ FAMILIES = {
         "moe_intermediate_size": 24,
         "first_k_dense_replace": 1,
     },
-    "gpt_oss": {"head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4},
+    "gpt_oss": {
+        "head_dim": 12,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "rms_norm_eps": 1e-4,
+    },
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,
         "attention_multiplier": 0.3,
         "logits_scaling": 2.0,
     },
-    "gemma2": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10},
-    "gemma3_text": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "sliding_window_pattern": 2},
-    "glm4": {"head_dim": 12, "attention_bias": True},
+    "gemma2": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "rms_norm_eps": 1e-3},
+    "gemma3_text": {
+        "head_dim": 12,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 10,
+        "sliding_window_pattern": 2,
+        "rms_norm_eps": 1e-3,
+    },
+    "glm4": {"head_dim": 12, "attention_bias": True, "rms_norm_eps": 1e-3},
     "kimi_linear": {
         "num_key_value_heads": 4,
         "kv_lora_rank": 20,
