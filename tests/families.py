@@ -65,7 +65,7 @@ FAMILIES = {
         "num_local_experts": 5,
         "num_experts_per_tok": 2,
         "sliding_window": 4,
-        "rms_norm_eps": 1e-4,
+        "rms_norm_eps": 5e-5,
     },
     "granite": {
         "embedding_multiplier": 3.0,

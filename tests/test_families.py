@@ -56,7 +56,7 @@ needs_kimi_linear = pytest.mark.skipif("kimi_linear" not in AVAILABLE, reason="t
 class DonorBehaviours(FamilyBehaviours):
     """The behaviours of all families, where they depend on what the donor can do."""
 
-    decoding_error = 1e-5
+    decoding_error = 3e-5  # float32 sums in another order, amplified by queries far from zero
 
     @TWO_MODES
     @torch.no_grad()
