@@ -215,7 +215,15 @@ class DepthRead(nn.Module):
         return depth_attention(sources, product, self.config.attn_res_norm_eps, scale)
 
 
-class AttnResDecoderLayerMixin(GradientCheckpointingLayer):
+class HiddenStateRecorded:
+    """Marks modules whose first output, unless it is None, is an entry of a model's `hidden_states`."""
+
+
+class OutputRead(DepthRead, HiddenStateRecorded):
+    """The read before the final norm."""
+
+
+class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
     """A donor's decoder layer that reads sources where the donor's adds to a residual stream.
 
     The sources of a token are one tuple of tensors `(batch, seq, hidden)`: the embedding, the finished blocks and, at
@@ -238,24 +246,26 @@ class AttnResDecoderLayerMixin(GradientCheckpointingLayer):
             return *sources[:-1], sources[-1].to(sources[0].dtype) + output
         return *sources, output
 
-    def forward(self, products: torch.Tensor, *sources: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple:
+    def forward(self, *sources_and_products: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple:
         """
         Args:
-            products: `(2, hidden)`, the products of this layer's two reads.
-            sources: what there is to read. Positional, as re-entrant checkpointing sees only positional tensors.
+            sources_and_products: what there is to read and, last, `(2, hidden)`, the products of this layer's two
+                reads. Positional, as re-entrant checkpointing sees only positional tensors.
             kwargs: what the donor's attention takes.
 
         Returns:
-            What attention reads, the depth weights of the two reads `(batch, num_sources, seq)`, then the sources that
-            are new or changed: all but those that were closed before this layer.
+            What attention reads, or None in the first layer, where it is the first source; the depth weights of the two
+            reads `(batch, num_sources, seq)`; then the sources that are new or changed: all but those that were closed
+            before this layer.
         """
+        *sources, products = sources_and_products
         sublayer = 2 * self.layer_idx
         closed = self.config.num_closed_depth_sources(sublayer)
         attention_input, attention_weights = self.depth_read(products[0], sources)
         sources = self.write(sources, sublayer, self.attend(attention_input, **kwargs))
         mlp_input, mlp_weights = self.depth_read(products[1], sources)
         sources = self.write(sources, sublayer + 1, self.transform(mlp_input))
-        return attention_input, attention_weights, mlp_weights, *sources[closed:]
+        return attention_input if sublayer else None, attention_weights, mlp_weights, *sources[closed:]
 
 
 @dataclass
@@ -375,14 +385,10 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        read = {"index": 0, "capture_initial_hidden_state": False}
-        cls._can_record_outputs = {
-            **cls._can_record_outputs,
-            "hidden_states": [
-                OutputRecorder(AttnResDecoderLayerMixin, **read),
-                OutputRecorder(DepthRead, layer_name="output_read", **read),
-            ],
-        }
+        # One recorder, as donors have, so that hidden states can be selected by index. It takes the first entry, the
+        # embedding, from the first argument of the first layer.
+        recorder = OutputRecorder(HiddenStateRecorded, index=0)
+        cls._can_record_outputs = {**cls._can_record_outputs, "hidden_states": recorder}
 
     def post_init(self):
         # The donor's constructor calls this last. Its layers differ from ours in nothing but methods, so they change
@@ -394,7 +400,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             layer.depth_read = DepthRead(self.config)
         depth_class = DepthScalars if self.config.attn_res_mode == "denseformer" else DepthAttention
         self.depth_attention = depth_class(self.config)
-        self.output_read = DepthRead(self.config)
+        self.output_read = OutputRead(self.config)
         self._no_split_modules = [self.layer_class.__name__]
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "depth_attention"}
         super().post_init()
@@ -457,8 +463,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             closed = self.config.num_closed_depth_sources(2 * layer_idx)
             _, attention_weights, mlp_weights, *written = decoder_layer(
-                products[2 * layer_idx : 2 * layer_idx + 2],
                 *sources,
+                products[2 * layer_idx : 2 * layer_idx + 2],
                 attention_mask=for_layer(causal_mask, layer_idx),
                 position_embeddings=for_layer(position_embeddings, layer_idx),
                 position_ids=position_ids,

@@ -31,6 +31,7 @@ from attnres import (
     DepthAttentionInterface,
     eager_depth_attention,
 )
+from modeling_attnres import fixed_depth_mix
 
 
 FLOAT64 = 1e-12  # two ways to write the same sums in float64
@@ -870,16 +871,23 @@ def test_denseformer_starts_as_the_donor():
     assert relative_error(model(tokens()).logits, donor(tokens()).logits) <= 3e-6
 
 
+def test_denseformer_mix():
+    """The formula, at sizes that show a transposed axis."""
+    sources, weights = random_sources(4), torch.randn(9, dtype=torch.float64)
+    mixed, depth_weights = fixed_depth_mix(sources, weights, eps=0.1, scale=3)
+    assert_close(mixed, torch.einsum("n,nbtd->btd", weights[:4], torch.stack(sources)), FLOAT64)
+    assert depth_weights.shape == (3, 4, 5)
+
+
 def test_denseformer_reads_are_weighted_sums(tmp_path):
     """The weights of each read are its row of the parameter, for all tokens, and survive bfloat16 and the disk."""
     model = tiny_model(attn_res_mode="denseformer").eval()
     weight = model.model.depth_attention.weight
     torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
-    outputs = model(tokens(), output_depth_attentions=True, output_hidden_states=True)
+    outputs = model(tokens(), output_depth_attentions=True)
     for row, depth_weights in enumerate(outputs.depth_attentions):
         assert depth_weights.shape == (3, row + 1, 7)
         assert (depth_weights == weight[row, : row + 1, None]).all()
-    assert_close(outputs.hidden_states[0], weight[0, 0] * model.get_input_embeddings()(tokens()), 1e-6)
     outputs.logits.sum().backward()
     assert weight.grad.tril().count_nonzero() == weight.grad.count_nonzero() > 0
     model.to(torch.bfloat16).save_pretrained(tmp_path)
