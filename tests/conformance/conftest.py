@@ -36,5 +36,6 @@ class OutcomeRecorder:
 
 
 def pytest_configure(config):
-    if path := config.getoption("--outcomes"):
+    # a plain `pytest` finds this file too late for the option to exist
+    if path := config.getoption("--outcomes", default=None):
         config.pluginmanager.register(OutcomeRecorder(path))

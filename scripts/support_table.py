@@ -1,0 +1,170 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""python scripts/support_table.py
+
+Fills the table of supported families in the README. Every cell is measured or read from a result: a tiny model of each
+family, every tensor away from its initial value, is converted, generates, and is trained for a few steps; the last
+column comes from `results/conformance.json`, which `make conformance` writes.
+
+Prints the table, then the results as one line of JSON. Ends with an error if a family fails.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from attnres_convert import convert_checkpoint
+from transformers import AutoModelForCausalLM
+
+import attnres
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from families import FAMILIES, config_class, relative_error, tiny_config, tiny_donor, tokens  # noqa: E402
+
+
+START, END = "<!-- support -->\n", "\n<!-- /support -->"
+SHAPES = [{"mode": "full"}, *({"block_size": size} for size in (1, 2, 3, 5))]
+# Largest relative error of the logits; higher where routed experts or a recurrence amplify rounding
+ERROR_BOUND = 3e-6
+ERROR_BOUNDS = dict.fromkeys(("deepseek_v3", "gpt_oss", "kimi_linear"), 2e-5)
+TRAINING_STEPS = 15
+
+
+@torch.no_grad()
+def compare_with_donor(family: str) -> dict:
+    """Converts on disk, Full and in several block sizes: the largest relative error of the logits, and whether greedy
+    and beam search give the donor's tokens."""
+    donor = tiny_donor(family)
+    prompt = tokens(2, 9)
+    expected = donor(prompt).logits
+    options = [{"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "num_beams": beams} for beams in (1, 2)]
+    error, same_tokens = 0.0, True
+    with tempfile.TemporaryDirectory() as folder:
+        donor.save_pretrained(Path(folder) / "donor")
+        for number, shape in enumerate(SHAPES):
+            target = Path(folder) / str(number)
+            convert_checkpoint(Path(folder) / "donor", target, verify=False, **shape)
+            model = AutoModelForCausalLM.from_pretrained(target)
+            error = max(error, relative_error(model(prompt).logits, expected))
+            for option in options:
+                same_tokens &= torch.equal(model.generate(prompt, **option), donor.generate(prompt, **option))
+    return {"error": error, "same_tokens": same_tokens}
+
+
+def train(family: str) -> list[float]:
+    """The losses of a fresh model over a few steps of AdamW on one batch."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(TRAINING_STEPS):
+        loss = model(tokens(4, 12), labels=tokens(4, 12)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def measure(family: str, conformance: dict | None) -> dict:
+    """The results of a family; `conformance` is its row in the results of `scripts/conformance.py`."""
+    bound = ERROR_BOUNDS.get(family, ERROR_BOUND)
+    comparison = compare_with_donor(family)
+    losses = train(family)
+    row = {
+        "family": family,
+        "model": config_class(family).hub_classes()["AutoModelForCausalLM"].split(".")[1],
+        "exact": comparison["error"] <= bound,
+        "error": comparison["error"],
+        "error_bound": bound,
+        "generation": comparison["same_tokens"],
+        "training": losses[-1] < 0.8 * losses[0],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "conformance": None,
+    }
+    if conformance is not None:
+        worse = len(conformance["regressions"]) + len(conformance["exceptions"])
+        row["conformance"] = {
+            "donor_passes": conformance["donor"]["passed"],
+            "worse": worse,
+            "exceptions": conformance["exceptions"],
+            "transformers": conformance["versions"]["transformers"],
+        }
+    return row
+
+
+def is_supported(row: dict) -> bool:
+    conformance = row["conformance"]
+    conforms = conformance is not None and conformance["worse"] == len(conformance["exceptions"])
+    return row["exact"] and row["generation"] and row["training"] and conforms
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a Markdown table, with the exceptions below it."""
+    lines = [
+        ["model", "`model_type` of the donor", "exact conversion", "generation", "training", "conformance"],
+        ["---"] * 6,
+    ]
+    notes = []
+    for row in rows:
+        conformance = row["conformance"]
+        passed = "not run"
+        if conformance is not None:
+            total = conformance["donor_passes"]
+            passed = f"{total - conformance['worse']} of {total}"
+            notes += [f"- `{row['model']}`, `{test}`: {reason}" for test, reason in conformance["exceptions"].items()]
+        cells = [f"{'yes' if row['exact'] else 'no'}, {row['error']:.0e}"]
+        cells += ["yes" if row[name] else "no" for name in ("generation", "training")]
+        lines.append([f"`{row['model']}`", f"`{row['family']}`", *cells, passed])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([table, *([""] if notes else []), *notes])
+
+
+def fill(readme: Path, table: str):
+    """Replaces what is between the two marks of the support table."""
+    text = readme.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise SystemExit(f"error: {readme} must have the lines {START.strip()} and {END.strip()} once each.")
+    before, rest = text.split(START)
+    readme.write_text(before + START + table + END + rest.split(END)[1], encoding="utf-8")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
+    parser.add_argument("--conformance", type=Path, default=ROOT / "results" / "conformance.json", help="its results")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "support.json", help="JSON file to write")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Markdown file to fill")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # the models are tiny
+
+    conformance = json.loads(args.conformance.read_text()) if args.conformance.is_file() else {}
+    rows = [measure(family, conformance.get(family)) for family in FAMILIES]
+    results = {
+        "command": "python scripts/support_table.py",
+        "hardware": f"CPU, {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (attnres, torch, transformers)},
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    table = markdown(rows)
+    fill(args.readme, table)
+    print(table)
+    print(json.dumps(results))
+    if failed := [row["family"] for row in rows if not is_supported(row)]:
+        raise SystemExit(f"error: not supported in full: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
