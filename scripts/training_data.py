@@ -1,0 +1,343 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Text for training: loaded with `datasets`, split by the hash of each document, tokenised, packed without padding.
+
+A document is a row of a data set, or a file, paragraph or line of text. Documents follow one another with an end of
+text between them, and are cut into sequences of equal length. Position ids restart with each document: from this, and
+because no attention mask is given, transformers keeps attention within a document.
+"""
+
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+STDLIB = "stdlib"
+BUILDERS = {
+    **dict.fromkeys((".txt", ".md", ".rst", ".py"), "text"),
+    **dict.fromkeys((".jsonl", ".json"), "json"),
+    ".parquet": "parquet",
+}
+TOKENIZER_CHARACTERS = 100_000_000  # more text hardly changes a vocabulary
+PACKING_VERSION = 1  # part of the cache's key, to be raised when `tokenize` changes
+TOKEN_FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "num_tokens": datasets.Value("int64"),
+        "document": datasets.Value("int64"),
+        "hash": datasets.Value("int64"),
+    }
+)
+
+
+class DataError(ValueError):
+    """The data can't be trained on; the message is one line that says why and what to do."""
+
+
+def stdlib_files() -> list[Path]:
+    """The source files of Python's standard library, without installed packages and unit tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return sorted(file for file in root.rglob("*.py") if skip.isdisjoint(file.parts[len(root.parts) :]))
+
+
+def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
+    """The builder of `datasets` that reads `paths`, files or folders, and the files."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and file.is_file())
+        else:
+            files.append(path)
+    unknown = [file for file in files if file.suffix not in BUILDERS]
+    if unknown:
+        raise DataError(f"{unknown[0]}: unknown kind of file; known are {', '.join(BUILDERS)}.")
+    if not files:
+        raise DataError(f"{paths[0]} holds no file to train on; known kinds are {', '.join(BUILDERS)}.")
+    kinds = {BUILDERS[file.suffix]: file for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"text, JSON and Parquet can't be mixed: {', '.join(map(str, kinds.values()))}.")
+    return next(iter(kinds)), files
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What went wrong in the first place, below what `datasets` says about it."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def load_documents(
+    data: list[str],
+    column: str = "text",
+    config: str | None = None,
+    split: str = "train",
+    sample_by: str | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The documents, in one column `column` of strings.
+
+    Args:
+        data: `["stdlib"]`, files or folders of one kind, or `[id]` of a data set on the Hub.
+        column: which column holds the text.
+        config: configuration of a data set on the Hub.
+        split: which split, also with a slice as in `train[:1%]`.
+        sample_by: what a document is in text files: `"document"` (a file), `"paragraph"` or `"line"`. By default
+            files if there are several, otherwise paragraphs.
+        streaming: read as training goes on instead of preparing all of it first.
+
+    Raises:
+        DataError: it can't be read, is empty or has no such column.
+    """
+    name = " ".join(data)
+    if len(name) > 100:
+        name = f"{data[0]} and {len(data) - 1} more"
+    options = {"split": split, "streaming": streaming}
+    paths = [Path(path) for path in data]
+    try:
+        if data == [STDLIB]:
+            files = list(map(str, stdlib_files()))
+            documents = datasets.load_dataset(
+                "text", data_files=files, sample_by="document", encoding_errors="replace", **options
+            )
+        elif any(path.exists() for path in paths):
+            missing = [path for path in paths if not path.exists()]
+            if missing:
+                raise DataError(f"{missing[0]} doesn't exist.")
+            builder, files = local_files(paths)
+            if builder == "text":
+                options["sample_by"] = sample_by or ("document" if len(files) > 1 else "paragraph")
+            documents = datasets.load_dataset(builder, data_files=list(map(str, files)), **options)
+        elif len(data) > 1 or paths[0].suffix in BUILDERS or paths[0].is_absolute():
+            raise DataError(f"{data[0]} doesn't exist.")
+        else:
+            documents = datasets.load_dataset(data[0], config, **options)
+        columns = documents.column_names or list(next(iter(documents), {}))
+    except DataError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = root_cause(error)
+        if isinstance(cause, UnicodeDecodeError):
+            raise DataError(f"{name} is not text: {cause}.") from None
+        raise DataError(f"{name} can't be read: {first_line(cause)}.") from None
+    if not columns or (not streaming and len(documents) == 0):
+        raise DataError(f"{name} is empty.")
+    if column not in columns:
+        raise DataError(f"{name} has no column {column!r}; choose with --column from: {', '.join(columns)}.")
+    if documents.features is not None and documents.features[column] not in (
+        datasets.Value("string"),
+        datasets.Value("large_string"),
+    ):
+        raise DataError(f"column {column!r} of {name} doesn't hold text but {documents.features[column]}.")
+    return documents.select_columns([column])
+
+
+def text_hash(text: str) -> int:
+    """63 bits that decide on which side of the split a document is, whatever else the data holds."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def is_held_out(hashes, fraction: float):
+    return hashes < int(fraction * 2**63)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` tokens that puts `<bos>` in front."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def training_texts(documents, column: str, held_out_fraction: float) -> Iterator[str]:
+    """The documents that aren't held out, up to TOKENIZER_CHARACTERS."""
+    characters = 0
+    for row in documents:
+        text = row[column]
+        if text and not is_held_out(text_hash(text), held_out_fraction):
+            yield text
+            characters += len(text)
+            if characters > TOKENIZER_CHARACTERS:
+                return
+
+
+def tokenize(batch: dict, indices: list[int], tokenizer, column: str) -> dict[str, list]:
+    """Documents as tokens, end of text after each. Blank ones are left out."""
+    kept = [(index, text) for index, text in zip(indices, batch[column]) if text and not text.isspace()]
+    if not kept:
+        return {name: [] for name in TOKEN_FEATURES}
+    tokens = tokenizer([text for _, text in kept], verbose=False, return_attention_mask=False)["input_ids"]
+    if (eos := tokenizer.eos_token_id) is not None:
+        tokens = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in tokens]
+    return {
+        "input_ids": tokens,
+        "num_tokens": [len(ids) for ids in tokens],
+        "document": [index for index, _ in kept],
+        "hash": [text_hash(text) for _, text in kept],
+    }
+
+
+def tokenized(documents: datasets.Dataset, tokenizer, column: str, num_proc: int | None = None) -> datasets.Dataset:
+    """All documents as tokens, kept in the cache of `datasets` for the next run with the same text and tokenizer."""
+    vocabulary = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    )
+    key = f"{documents._fingerprint} {PACKING_VERSION} {column} {tokenizer.eos_token_id} {vocabulary}"
+    return documents.map(
+        tokenize,
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "column": column},
+        remove_columns=documents.column_names,
+        features=TOKEN_FEATURES,
+        num_proc=num_proc,
+        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
+        desc="tokenising",
+    )
+
+
+def sequence(input_ids: np.ndarray, documents: np.ndarray) -> dict[str, torch.Tensor]:
+    """One sequence `(seq,)` of tokens with the documents that they come from; positions count within a document."""
+    index = np.arange(len(input_ids))
+    is_first = np.diff(documents, prepend=-1) != 0
+    positions = index - np.maximum.accumulate(np.where(is_first, index, 0))
+    return {
+        "input_ids": torch.tensor(input_ids, dtype=torch.long),
+        "position_ids": torch.from_numpy(positions),
+        "documents": torch.tensor(documents, dtype=torch.long),
+    }
+
+
+class PackedDocuments(torch.utils.data.Dataset):
+    """Tokenised documents, one after another, as sequences of `seq_len` tokens. Reads only what an index asks for."""
+
+    def __init__(self, documents: datasets.Dataset, seq_len: int):
+        self.documents = documents.with_format("arrow")
+        self.lengths = np.asarray(documents.with_format("numpy")["num_tokens"][:], dtype=np.int64)
+        self.ends = self.lengths.cumsum()
+        self.seq_len = seq_len
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __len__(self) -> int:
+        return self.num_tokens // self.seq_len
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.seq_len
+        first, last = np.searchsorted(self.ends, [start, start + self.seq_len - 1], side="right")
+        rows = self.documents[int(first) : int(last) + 1]
+        skipped = start - (self.ends[first] - self.lengths[first])
+        wanted = slice(skipped, skipped + self.seq_len)
+        input_ids = rows["input_ids"].combine_chunks().flatten().to_numpy()[wanted]
+        documents = np.repeat(rows["document"].to_numpy(), self.lengths[first : last + 1])[wanted]
+        return sequence(input_ids, documents)
+
+
+class ShuffledSequences(torch.utils.data.Dataset):
+    """`length` sequences: all of `sequences` in a random order, then all again in another one, and so on.
+
+    The order depends on `seed` alone, not on what else draws random numbers, so that every model trained with it sees
+    the same batches and a resumed run finds its place.
+    """
+
+    def __init__(self, sequences: PackedDocuments, length: int, seed: int):
+        self.sequences, self.length, self.seed = sequences, length, seed
+        self.orders = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        epoch, index = divmod(index, len(self.sequences))
+        if epoch not in self.orders:
+            self.orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))}
+        return self.sequences[int(self.orders[epoch][index])]
+
+
+class StreamedSequences(torch.utils.data.IterableDataset):
+    """Sequences of a stream of documents, read again from its start whenever it ends. One side of the split."""
+
+    def __init__(self, documents, tokenizer, column: str, seq_len: int, held_out: bool, fraction: float):
+        self.documents, self.tokenizer, self.column = documents, tokenizer, column
+        self.seq_len, self.held_out, self.fraction = seq_len, held_out, fraction
+
+    def once(self) -> Iterator[dict[str, torch.Tensor]]:
+        input_ids, documents = np.empty(0, np.int64), np.empty(0, np.int64)
+        position = 0
+        for batch in self.documents.iter(batch_size=64):
+            indices = list(range(position, position + len(batch[self.column])))
+            position += len(indices)
+            tokens = tokenize(batch, indices, self.tokenizer, self.column)
+            for ids, document, value in zip(tokens["input_ids"], tokens["document"], tokens["hash"]):
+                if is_held_out(value, self.fraction) == self.held_out:
+                    input_ids = np.concatenate([input_ids, ids])
+                    documents = np.concatenate([documents, np.full(len(ids), document)])
+            while len(input_ids) >= self.seq_len:
+                yield sequence(input_ids[: self.seq_len], documents[: self.seq_len])
+                input_ids, documents = input_ids[self.seq_len :], documents[self.seq_len :]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            empty = True
+            for item in self.once():
+                empty = False
+                yield item
+            if empty:
+                raise DataError(f"the stream holds less than one sequence of {self.seq_len} tokens to train on.")
+
+
+def collate(sequences: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch `(batch, seq)`; the first token of a document is predicted from the end of text before it."""
+    batch = {name: torch.stack([item[name] for item in sequences]) for name in sequences[0]}
+    return {**batch, "labels": batch["input_ids"]}
+
+
+def split_and_pack(tokens: datasets.Dataset, seq_len: int, fraction: float) -> tuple[PackedDocuments, PackedDocuments]:
+    """Sequences to train on, and those of the held-out documents, these in the order of their hashes.
+
+    Raises:
+        DataError: one of the two is empty.
+    """
+    hashes = np.asarray(tokens.with_format("numpy")["hash"][:], dtype=np.int64)
+    held_out = is_held_out(hashes, fraction)
+    order = np.argsort(hashes, kind="stable")
+    train = PackedDocuments(tokens.select(np.flatnonzero(~held_out)), seq_len)
+    test = PackedDocuments(tokens.select(order[held_out[order]]), seq_len)
+    for packed, what in ((train, "to train on"), (test, "held out")):
+        if len(packed) == 0:
+            raise DataError(
+                f"too little text: {packed.num_tokens} tokens {what}, fewer than one sequence of {seq_len}; give more "
+                "text or more documents (--sample-by), or change --seq-len or --held-out."
+            )
+    return train, test

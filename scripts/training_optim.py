@@ -1,0 +1,94 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""AdamW, or Muon for the layers' matrices with AdamW for the rest; depth attention is a parameter group of its own."""
+
+import torch
+
+
+OPTIMIZERS = ("adamw", "muon")
+
+# Share of the learning rate that depth attention gets. A score is query . RMSNorm(source), without a division by
+# sqrt(hidden): one step of Adam moves every element of a query by up to the learning rate, so a score by up to
+# learning rate * hidden for a source that points that way and by about learning rate * sqrt(hidden) for a random one.
+# The wider the model, the smaller this has to be.
+DEPTH_LR_SCALE = 1.0
+
+
+def is_depth_attention(name: str) -> bool:
+    return "depth_attention" in name.split(".")
+
+
+def parameter_groups(model, learning_rate: float, weight_decay: float, depth_lr_scale: float) -> dict[str, dict]:
+    """The trained parameters by what they need: `matrices` of the layers, `other` matrices (embeddings, head, stacked
+    experts), `vectors` (norms, biases) and `depth`. Groups without parameters are left out.
+
+    Weight decay would pull the queries towards zero, the plain average of all sources, and the gains of the keys away
+    from one; depth attention and vectors have none.
+    """
+    groups = {
+        "matrices": {"params": [], "weight_decay": weight_decay},
+        "other": {"params": [], "weight_decay": weight_decay},
+        "vectors": {"params": [], "weight_decay": 0.0},
+        "depth": {"params": [], "weight_decay": 0.0, "lr": depth_lr_scale * learning_rate},
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if is_depth_attention(name):
+            kind = "depth"
+        elif parameter.ndim < 2:
+            kind = "vectors"
+        else:
+            kind = "matrices" if parameter.ndim == 2 and "layers" in name.split(".") else "other"
+        groups[kind]["params"].append(parameter)
+    return {kind: group for kind, group in groups.items() if group["params"]}
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon on one group and torch's AdamW on the others, as one optimizer with one state.
+
+    Muon's updates are scaled to the size of AdamW's, so that both take the same learning rate.
+    """
+
+    def __init__(self, matrices: dict, others: list[dict], lr: float, betas: tuple[float, float]):
+        self.muon = torch.optim.Muon([matrices], lr=lr, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+
+    def _share(self):
+        for optimizer, groups in ((self.muon, self.param_groups[:1]), (self.adamw, self.param_groups[1:])):
+            optimizer.state, optimizer.param_groups = self.state, groups
+
+    def __setstate__(self, state):  # load_state_dict replaces the groups and the state
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.muon.step(closure)
+        self.adamw.step()
+        return loss
+
+
+def new_optimizer(
+    model,
+    name: str = "adamw",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    depth_lr_scale: float = DEPTH_LR_SCALE,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> torch.optim.Optimizer:
+    """The optimizer `"adamw"` or `"muon"` for the parameters of `model` that are trained.
+
+    Raises:
+        ValueError: this torch has no Muon, or the model has no matrices that are trained.
+    """
+    groups = parameter_groups(model, learning_rate, weight_decay, depth_lr_scale)
+    if name == "adamw":
+        return torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas)
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"Muon needs torch 2.9 or newer, installed is {torch.__version__}; use AdamW.")
+    if "matrices" not in groups:
+        raise ValueError("Muon trains the matrices of the layers, and all of them are frozen; use AdamW.")
+    matrices = groups.pop("matrices")
+    return MuonWithAdamW(matrices, list(groups.values()), learning_rate, betas)

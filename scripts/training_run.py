@@ -1,0 +1,353 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""What all training scripts do around training: the run folder, its log, checkpoints that are complete or absent,
+and a stop at the first loss that isn't a number.
+
+A run folder holds `run.json` (arguments and versions), `metrics.jsonl` (one line per logged step), `tensorboard/`,
+`checkpoint-<step>/`, `model/` and, when the run is done, `results.json` and figures.
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import datasets
+import matplotlib
+import numpy
+import tokenizers
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+import attnres
+
+
+matplotlib.use("Agg")  # no window, also where there is a display
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE = "run.json", "metrics.jsonl", "results.json", "failure.json"
+
+
+class RunError(ValueError):
+    """The run can't start or go on; the message is one line that says why and what to do."""
+
+
+def versions() -> dict[str, str]:
+    modules = (attnres, torch, transformers, accelerate, datasets, tokenizers, numpy)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in modules},
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path, content: dict):
+    """The file appears complete or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def sync_folder(folder: Path):
+    """Brings a folder's files to the disk, so that a name given to it afterwards never stands for less."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish(partial: Path, folder: Path):
+    """Gives a finished folder its name; what had the name before is replaced."""
+    sync_folder(partial)
+    remove(folder)
+    partial.rename(folder)
+
+
+def remove(folder: Path):
+    """Takes a folder's name away before its files, so that there never is half of it under this name."""
+    if folder.exists():
+        trash = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Path | None:
+    """Starts a run in `folder` or takes up the one that is there, and returns its last complete checkpoint, if any.
+
+    Raises:
+        RunError: the folder is in use for something else, or for a run with other arguments.
+    """
+    arguments = json.loads(json.dumps(arguments, default=str))
+    run_file = folder / RUN_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+    if run_file.exists():
+        before = json.loads(run_file.read_text(encoding="utf-8"))["arguments"]
+        for name in arguments.keys() | before.keys():
+            if arguments.get(name) != before.get(name):
+                raise RunError(
+                    f"{folder} holds a run with {name} = {before.get(name)}, not {arguments.get(name)}; "
+                    "choose another --output, or remove it."
+                )
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise RunError(f"{folder} exists and isn't the output of such a run; choose another --output.")
+    if not is_main_process:
+        return next(reversed(checkpoints(folder)), None)
+    if not run_file.exists():
+        write_json(run_file, {"arguments": arguments, "versions": versions()})
+    for leftover in folder.glob(".*"):  # of a killed run
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+    return next(reversed(checkpoints(folder)), None)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The entries of a JSON lines file; a last line that a killed run didn't finish is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class JsonLines:
+    """A log with an entry per line, each with its `step`; entries after `last_step` are removed when it is opened."""
+
+    def __init__(self, path: Path, last_step: int):
+        kept = [entry for entry in read_lines(path) if entry["step"] <= last_step]
+        partial = path.with_name(f".{path.name}")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        partial.replace(path)
+        self.path = path
+
+    def write(self, entry: dict):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class RunLog(TrainerCallback):
+    """Writes losses, gradient norm, learning rate and tokens per second to `metrics.jsonl` and TensorBoard.
+
+    Times are those of the steps alone, without evaluation and checkpoints.
+    """
+
+    def __init__(self, folder: Path, tokens_per_step: int):
+        self.folder, self.tokens_per_step = folder, tokens_per_step
+        self.seconds = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds
+
+        step = state.global_step
+        self.lines = JsonLines(self.folder / METRICS_FILE, step if step else -1)
+        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
+        self.bar = tqdm(
+            total=state.max_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty()
+        )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+        if state.is_world_process_zero:
+            self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            entry = {"held_out_loss": logs["eval_loss"]}
+        elif "loss" in logs:
+            entry = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            entry["tokens_per_second"] = self.tokens_per_step * len(self.seconds) / sum(self.seconds)
+            self.seconds = []
+        else:
+            return
+        self.lines.write({"step": state.global_step, **entry})
+        for name, value in entry.items():
+            self.writer.add_scalar(name, value, state.global_step)
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in entry.items() if "loss" in name})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar.close()
+            self.writer.flush()
+
+
+class RunTrainer(Trainer):
+    """A Trainer that takes the data in the order it is in, writes checkpoints complete or not at all, and stops at a
+    loss or gradient that isn't finite, before the step is taken.
+
+    Batches may hold `documents` `(batch, seq)`, which row of the data each token is from.
+    """
+
+    def __init__(self, *args, keep_checkpoints: int = 2, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.folder = Path(self.args.output_dir)
+        self.keep_checkpoints = keep_checkpoints
+        self.batches = []  # the micro-batches of the current step
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return None
+        return torch.utils.data.SequentialSampler(dataset)
+
+    def compute_loss(self, model, inputs, **kwargs):
+        # a cache would hide from transformers that the sequences are packed
+        inputs = {name: value for name, value in inputs.items() if name != "documents"}
+        return super().compute_loss(model, {**inputs, "use_cache": False}, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.batches.append(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._check_finite(loss, "loss")
+        return loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        if norm is not None:
+            self._check_finite(norm, "gradient norm")
+        self.batches.clear()
+        return norm
+
+    def _check_finite(self, value, name: str):
+        value = torch.as_tensor(value, device=self.args.device).detach().float()
+        if self.args.world_size > 1:  # all processes stop together
+            value = self.accelerator.gather(value)
+        if value.isfinite().all():
+            return
+        step = self.state.global_step + 1
+        documents = sorted(
+            {int(row) for batch in self.batches if "documents" in batch for row in batch["documents"].unique()}
+        )
+        last = next(reversed(checkpoints(self.folder)), None)
+        reading = ", ".join(str(number) for number in value.flatten().tolist() if not math.isfinite(number))
+        failure = {"step": step, "what": name, "value": reading, "documents": documents, "checkpoint": last}
+        if self.processing_class is not None:
+            failure["batch"] = [
+                self.processing_class.decode(ids) for batch in self.batches for ids in batch["input_ids"]
+            ]
+        if self.is_world_process_zero():
+            write_json(self.folder / FAILURE_FILE, failure)
+        shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
+        raise RunError(
+            f"the {name} is {reading} at step {step}, with documents {shown or 'unknown'} of the data; "
+            + (f"the last good checkpoint is {last}" if last else "no checkpoint was written yet")
+            + f"; {self.folder / FAILURE_FILE} holds the batch."
+        )
+
+    def _get_output_dir(self, trial):
+        return str(self.folder / ".saving") if self.is_saving else super()._get_output_dir(trial)
+
+    is_saving = False
+
+    def _save_checkpoint(self, model, trial):
+        partial = self.folder / ".saving"
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            publish(partial / name, self.folder / name)
+            partial.rmdir()
+            for old in checkpoints(self.folder)[: -self.keep_checkpoints]:
+                remove(old)
+        self.accelerator.wait_for_everyone()
+
+    def save_final_model(self, folder: Path):
+        """The model and its tokenizer, as `save_pretrained` writes them, complete or not at all."""
+        partial = folder.with_name(f".{folder.name}")
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(partial), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            publish(partial, folder)
+
+
+def losses(metrics: list[dict], name: str) -> dict[int, float]:
+    """By step, from the entries of `metrics.jsonl`: `"loss"` or `"held_out_loss"`, in nats per token."""
+    return {entry["step"]: entry[name] for entry in metrics if name in entry}
+
+
+def tokens_per_second(metrics: list[dict]) -> float:
+    """The median over the logged steps, so that starting up and interruptions don't count."""
+    return statistics.median(entry["tokens_per_second"] for entry in metrics if "tokens_per_second" in entry)
+
+
+def plot_losses(runs: dict[str, list[dict]], path: Path, title: str):
+    """Held-out losses by step, and the training losses fainter.
+
+    Args:
+        runs: entries of `metrics.jsonl` by the name of the run.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, metrics in runs.items():
+        held_out, training = losses(metrics, "held_out_loss"), losses(metrics, "loss")
+        (line,) = axes.plot(held_out.keys(), held_out.values(), marker="o", markersize=4, label=f"{name}, held-out")
+        label = f"{name}, training" if len(runs) == 1 else None
+        axes.plot(training.keys(), training.values(), color=line.get_color(), alpha=0.3, linewidth=1, label=label)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first row is the heading, all columns but the first hold numbers."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
+    lines = []
+    for first, *others in (rows[0], rule, *rows[1:]):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)
