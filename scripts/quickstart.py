@@ -54,17 +54,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--block-size", type=positive, help="decoder layers per block; an eighth of the layers by default"
     )
-    parser.add_argument("--donor-steps", type=positive, default=440, help="training steps of the new donor")
-    parser.add_argument("--steps", type=positive, default=120, help="steps of each of the three runs that follow")
+    parser.add_argument("--donor-steps", type=positive, default=360, help="training steps of the new donor")
+    parser.add_argument("--steps", type=positive, default=90, help="steps of each of the three runs that follow")
     parser.add_argument("--batch-size", type=positive, default=4, help="sequences per step")
     parser.add_argument("--seq-len", type=positive, default=256, help="tokens per sequence")
-    parser.add_argument("--eval-sequences", type=positive, default=64, help="held-out sequences that are evaluated")
+    parser.add_argument("--eval-sequences", type=positive, default=32, help="held-out sequences that are evaluated")
     parser.add_argument("--layers", type=positive, default=12, help="decoder layers of the new donor")
     parser.add_argument(
         "--hidden-size", type=positive, default=128, help="hidden size of the new donor, a multiple of 32"
     )
     parser.add_argument("--vocab-size", type=positive, default=4096, help="tokens of the new donor's tokenizer")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the new donor")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the new donor")
     parser.add_argument(
         "--continue-learning-rate",
         type=float,

@@ -181,7 +181,7 @@ def new_trainer(model, data, args, steps: int, learning_rate: float, schedule: s
         learning_rate=learning_rate,
         lr_scheduler_type=schedule,
         warmup_steps=min(20, steps // 10),
-        logging_steps=max(1, steps // 50),
+        logging_steps=max(1, steps // 12),
         eval_strategy="steps",
         eval_steps=max(1, steps // 4),
         eval_on_start=True,
@@ -385,7 +385,8 @@ def tokenizer_and_data(args, results: dict):
         "held out".format(**results["text"]),
         flush=True,
     )
-    return tokenizer, (train_set, held_out[: args.eval_sequences])
+    stride = max(1, len(held_out) // args.eval_sequences)  # from all over the held-out text
+    return tokenizer, (train_set, held_out[::stride][: args.eval_sequences])
 
 
 def train_and_save(name: str, model, tokenizer, data, args, runs: dict, folder: Path, **settings):
