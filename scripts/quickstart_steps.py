@@ -55,8 +55,8 @@ def read_texts(path: Path | None, max_megabytes: float) -> list[str]:
     else:
         files = sorted(file for file in root.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
         if path is None:
-            # installed packages and unit tests are not the library itself
-            skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+            # not the library itself: installed packages, unit tests, tables of characters and topics
+            skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
             files = [file for file in files if file.suffix == ".py" and skip.isdisjoint(file.parts[len(root.parts) :])]
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
     by_hash = {hashlib.sha256(text.encode()).hexdigest(): text for text in texts if text.strip()}
@@ -123,6 +123,7 @@ def new_llama(tokenizer, args) -> LlamaForCausalLM:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=2 * args.seq_len,
+        initializer_range=(0.4 / args.hidden_size) ** 0.5,  # transformers' default is that of much wider models
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
