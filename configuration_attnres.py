@@ -64,8 +64,8 @@ class AttnResConfigMixin:
     Args:
         attn_res_mode (`str`, *optional*, defaults to `"block"`):
             `"block"` sums the sublayer outputs of a block into one source, `"full"` makes every sublayer's output a
-            source (sections 3.1 and 3.2 of the paper). `"denseformer"` is the paper's ablation: the sources of
-            `"full"`, mixed by one learned scalar for each source of each read, which starts at 1, the plain sum.
+            source. `"denseformer"` is the paper's ablation: the sources of `"full"`, mixed by one learned scalar for
+            each source of each read, which starts at 1, the plain sum.
         attn_res_block_size (`int`, *optional*, defaults to `ceil(num_hidden_layers / 8)`):
             Decoder layers per block, from 1 to `num_hidden_layers`; the last block may be shorter. The paper counts
             sublayers, twice this number. Only for `"block"` mode.

@@ -97,7 +97,7 @@ except ImportError:
 def eager_depth_attention(
     sources: tuple[torch.Tensor, ...], product: torch.Tensor, eps: float, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One read, `h = scale * sum_i softmax_i(w . RMSNorm_g(v_i)) v_i` (equations 2 to 4 of the paper).
+    """One read, `h = scale * sum_i softmax_i(w . RMSNorm_g(v_i)) v_i` (Kimi Team, arXiv 2603.15031).
 
     Scores, softmax and sums are computed in float32 (float64 for float64 sources) whatever the sources' dtype, also
     under autocast, and cast once at the end. There is no division by sqrt(hidden).
@@ -490,6 +490,13 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         )
 
 
+OUTPUT_DEPTH_ATTENTIONS_DOC = """
+        output_depth_attentions (`bool`, *optional*):
+            Whether the outputs hold `depth_attentions`, the weights of all reads: a tuple of 2 * num_hidden_layers + 1
+            tensors `(batch, num_sources, seq)`.
+"""
+
+
 def with_depth_attentions(forward: Callable, output_class: type[ModelOutput]) -> Callable:
     """The `forward` of a donor's head, with the argument `output_depth_attentions` and outputs that hold them."""
 
@@ -504,6 +511,7 @@ def with_depth_attentions(forward: Callable, output_class: type[ModelOutput]) ->
         outputs = forward(self, *args, return_dict=True, **kwargs)
         return output_class(**outputs, depth_attentions=tuple(depth_attentions) if output_depth_attentions else None)
 
+    head_forward.__doc__ = (forward.__doc__ or "") + OUTPUT_DEPTH_ATTENTIONS_DOC
     parameters = dict(inspect.signature(forward).parameters)
     rest = parameters.pop("kwargs")
     option = inspect.Parameter(
