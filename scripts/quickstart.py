@@ -64,7 +64,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--hidden-size", type=positive, default=128, help="hidden size of the new donor, a multiple of 32"
     )
     parser.add_argument("--vocab-size", type=positive, default=4096, help="tokens of the new donor's tokenizer")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the new donor")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the new donor")
     parser.add_argument(
         "--continue-learning-rate",
         type=float,
