@@ -117,7 +117,11 @@ def check_context(config: PreTrainedConfig, seq_len: int):
 
 def new_model(args, tokenizer):
     """A model with random weights; of one seed, all modes of a family share the donor's weights."""
-    config = with_mode(read_config(args.config, args.set), args.mode, args.block_size)
+    config = read_config(args.config, args.set)
+    try:
+        config = with_mode(config, args.mode, args.block_size)
+    except ValueError as error:
+        raise RunError(str(error)) from None
     check_context(config, args.seq_len)
     if args.train_tokenizer:
         config.vocab_size = len(tokenizer)
@@ -155,9 +159,14 @@ def starting_point(args, config: PreTrainedConfig) -> str:
 def load_model(args, tokenizer):
     config = read_config(args.model, {})
     check_context(config, args.seq_len)
-    source = starting_point(args, config)
+    options = {}
+    if args.mode == "denseformer" and not isinstance(config, AttnResConfigMixin):
+        # not a result of conversion; depth scalars, which the checkpoint lacks, start as the plain sum
+        source, options["config"] = args.model, with_mode(config, args.mode, None)
+    else:
+        source = starting_point(args, config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise RunError(f"{args.model} doesn't load: {first_line(error)}") from None
     if len(tokenizer) > model.config.vocab_size:
@@ -239,6 +248,7 @@ def training_arguments(args) -> TrainingArguments:
         lr_scheduler_type=schedule[args.schedule],
         lr_scheduler_kwargs=schedule_options,
         warmup_steps=args.warmup,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=args.bf16,
         torch_compile=args.compile,
         **{f"{checkpointing}_checkpointing": args.gradient_checkpointing},
@@ -538,14 +548,13 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         results = compare(args, argv) if args.compare or args.sweep else pretrain(args)
-    except (RunError, DataError, ConversionError, ValueError) as error:
-        if not isinstance(error, (RunError, DataError, ConversionError)) and "Attention Residuals" not in str(error):
-            raise
+    except (RunError, DataError, ConversionError) as error:
         raise SystemExit(f"pretrain: {error}") from None
     if PartialState().is_main_process:
         print(json.dumps({name: value for name, value in results.items() if name not in ("arguments", "versions")}))

@@ -61,6 +61,8 @@ def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
         raise DataError(f"{unknown[0]}: unknown kind of file; known are {', '.join(BUILDERS)}.")
     if not files:
         raise DataError(f"{paths[0]} holds no file to train on; known kinds are {', '.join(BUILDERS)}.")
+    if not any(file.stat().st_size for file in files):
+        raise DataError(f"{paths[0]} is empty.")
     kinds = {BUILDERS[file.suffix]: file for file in files}
     if len(kinds) > 1:
         raise DataError(f"text, JSON and Parquet can't be mixed: {', '.join(map(str, kinds.values()))}.")
