@@ -86,7 +86,7 @@ class DonorBehaviours(FamilyBehaviours):
 
     @torch.no_grad()
     def test_attention_implementations_agree(self, family):
-        """Eager attention returns the donor's weights; the implementations that the donor supports can be switched."""
+        """Eager attention returns the donor's weights; where the donor can switch to sdpa, so can the model."""
         donor = tiny_donor(family, attn_implementation="eager")
         model = attn_res_from_donor(donor)
         expected = donor(tokens(), output_attentions=True)
@@ -96,9 +96,10 @@ class DonorBehaviours(FamilyBehaviours):
             assert relative_error(weights, expected_weights) <= self.conversion_error
         assert model._supports_sdpa == donor._supports_sdpa
         if donor._supports_sdpa:
-            model.set_attn_implementation("sdpa")
-            assert model.config._attn_implementation == "sdpa"
-            assert relative_error(model(tokens()).logits, outputs.logits) <= self.decoding_error
+            for either in (donor, model):
+                either.set_attn_implementation("sdpa")
+                assert either.config._attn_implementation == "sdpa"
+            assert relative_error(model(tokens()).logits, donor(tokens()).logits) <= self.conversion_error
 
 
 @pytest.mark.parametrize("family", [family for family in AVAILABLE if family not in (*LOOSE, "llama")])
@@ -163,8 +164,9 @@ def test_plans_are_the_donors(family):
     donor, model = tiny_donor(family), tiny_model(family)
     for name in ("base_model_tp_plan", "base_model_ep_plan"):
         assert getattr(model.config, name) == getattr(donor.config, name)
-    assert model.tp_plan == donor.tp_plan and model.ep_plan == donor.ep_plan
-    assert model._tp_plan == donor._tp_plan and model._ep_plan == donor._ep_plan
+    for name in ("tp_plan", "ep_plan", "_tp_plan", "_ep_plan"):  # not all in every version of transformers
+        assert getattr(model, name, None) == getattr(donor, name, None)
+    assert model._tp_plan
     assert not model.config.base_model_pp_plan and not model._pp_plan
 
 
@@ -211,6 +213,9 @@ def test_routing_is_the_donors(family, mode, block_size):
         plain = loss_and_gradients(model, tokens())[0]
         assert plain.router_logits is None and not torch.equal(plain.loss, outputs.loss)
 
+    if "router_logits" not in donor.model._can_record_outputs:
+        assert family == "deepseek_v3"  # of older versions of transformers
+        return
     expected = donor.model(tokens(), output_router_logits=True).router_logits
     router_logits = model.model(tokens(), output_router_logits=True).router_logits
     assert len(router_logits) == len(expected) > 0
