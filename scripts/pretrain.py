@@ -249,6 +249,7 @@ def training_arguments(args) -> TrainingArguments:
         lr_scheduler_kwargs=schedule_options,
         warmup_steps=args.warmup,
         use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
         bf16=args.bf16,
         torch_compile=args.compile,
         **{f"{checkpointing}_checkpointing": args.gradient_checkpointing},
@@ -323,6 +324,7 @@ def pretrain(args) -> dict:
     if checkpoint is not None and trainer.is_world_process_zero():
         print(f"going on from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.wait_for_everyone()  # the main process writes the log
     if args.steps not in losses(read_lines(args.output / METRICS_FILE), "held_out_loss"):
         trainer.evaluate()
     trainer.save_final_model(args.output / "model")
@@ -547,6 +549,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
+    state = PartialState(cpu=not torch.accelerator.is_available())
     transformers.utils.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
@@ -556,7 +559,7 @@ def main(argv: list[str] | None = None):
         results = compare(args, argv) if args.compare or args.sweep else pretrain(args)
     except (RunError, DataError, ConversionError) as error:
         raise SystemExit(f"pretrain: {error}") from None
-    if PartialState().is_main_process:
+    if state.is_main_process:
         print(json.dumps({name: value for name, value in results.items() if name not in ("arguments", "versions")}))
 
 

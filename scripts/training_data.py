@@ -81,6 +81,16 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+READING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError)
+
+
+def reading_error(name: str, error: BaseException) -> DataError:
+    cause = root_cause(error)
+    if isinstance(cause, UnicodeDecodeError):
+        return DataError(f"{name} is not text: {cause}.")
+    return DataError(f"{name} can't be read: {first_line(cause)}.")
+
+
 def load_documents(
     data: list[str],
     column: str = "text",
@@ -126,23 +136,17 @@ def load_documents(
             raise DataError(f"{data[0]} doesn't exist.")
         else:
             documents = datasets.load_dataset(data[0], config, **options)
-        columns = documents.column_names or list(next(iter(documents), {}))
+        first = next(iter(documents), {})
     except DataError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = root_cause(error)
-        if isinstance(cause, UnicodeDecodeError):
-            raise DataError(f"{name} is not text: {cause}.") from None
-        raise DataError(f"{name} can't be read: {first_line(cause)}.") from None
-    if not columns or (not streaming and len(documents) == 0):
+    except READING_ERRORS as error:
+        raise reading_error(name, error) from None
+    if not first:
         raise DataError(f"{name} is empty.")
-    if column not in columns:
-        raise DataError(f"{name} has no column {column!r}; choose with --column from: {', '.join(columns)}.")
-    if documents.features is not None and documents.features[column] not in (
-        datasets.Value("string"),
-        datasets.Value("large_string"),
-    ):
-        raise DataError(f"column {column!r} of {name} doesn't hold text but {documents.features[column]}.")
+    if column not in first:
+        raise DataError(f"{name} has no column {column!r}; choose with --column from: {', '.join(first)}.")
+    if not isinstance(first[column], (str, type(None))):
+        raise DataError(f"column {column!r} of {name} doesn't hold text; its first row is {first[column]!r:.80}.")
     return documents.select_columns([column])
 
 
@@ -312,9 +316,12 @@ class StreamedSequences(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             empty = True
-            for item in self.once():
-                empty = False
-                yield item
+            try:
+                for item in self.once():
+                    empty = False
+                    yield item
+            except READING_ERRORS as error:
+                raise reading_error("the stream", error) from None
             if empty:
                 raise DataError(f"the stream holds less than one sequence of {self.seq_len} tokens to train on.")
 

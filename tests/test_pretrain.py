@@ -492,6 +492,8 @@ BAD = {
     "empty folder": (lambda d: [(d / "none").mkdir(), "--data", d / "none"][1:], "holds no file"),
     "empty rows": (lambda d: ["--data", write(d / "empty.jsonl", "")], "is empty"),
     "image": (lambda d: ["--data", write(d / "image.txt", PNG)], "is not text"),
+    "streamed image": (lambda d: ["--streaming", "--data", write(d / "image.txt", PNG)], "is not text"),
+    "streamed column": (lambda d: ["--streaming", "--data", write(d / "c.jsonl", '{"a": 1}\n')], "no column 'text'.*a"),
     "unknown kind": (lambda d: ["--data", write(d / "image.png", PNG)], "unknown kind of file"),
     "not JSON": (lambda d: ["--data", write(d / "rows.jsonl", "{never closed\n")], "can't be read"),
     "not Parquet": (lambda d: ["--data", write(d / "rows.parquet", "text")], "can't be read"),

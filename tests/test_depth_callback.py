@@ -1,0 +1,168 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""What the look at each layer reports, against the same quantities computed another way."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import attnres
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from depth_callback import DepthCallback, gradient_norms, look  # noqa: E402
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 99}
+
+
+def perturbed(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def attnres_model(**options):
+    torch.manual_seed(2)
+    return perturbed(attnres.AttnResForCausalLM(attnres.AttnResConfig(**SIZES, **options)))
+
+
+@pytest.fixture
+def probe() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 99, (2, 11), generator=torch.Generator().manual_seed(0))}
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("options", [{"attn_res_mode": "full"}, {"attn_res_block_size": 2}], ids=["full", "block"])
+def test_look_at_attnres(options, probe):
+    """Weights, reads and outputs are those of the model's own outputs, also under gradient checkpointing."""
+    model = attnres_model(**options)
+    seen = look(model, probe)
+    with torch.no_grad():
+        outputs = model.eval()(**probe, output_depth_attentions=True, output_hidden_states=True)
+    weights = [read.double() for read in outputs.depth_attentions]
+    assert seen["largest_weight"] == pytest.approx([read.amax(1).mean().item() for read in weights], rel=1e-5)
+    entropy = [-(read * read.log()).sum(1).mean().item() for read in weights]
+    assert seen["entropy"] == pytest.approx(entropy, rel=1e-5, abs=1e-7)
+    assert seen["query_norm"] == pytest.approx(model.model.depth_attention.query.norm(dim=1).tolist(), rel=1e-6)
+    reads = [rms(hidden_states) for hidden_states in outputs.hidden_states[:-1]]
+    assert seen["read_rms"][:-1:2] == pytest.approx(reads, rel=1e-5)
+    assert len(seen["read_rms"]) == 7 and len(seen["output_rms"]) == 6
+    model.gradient_checkpointing_enable()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    assert look(model.train(), probe) == seen and model.training
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert not any("attend" in vars(layer) for layer in model.model.layers)
+
+
+def test_outputs_are_those_that_are_read(probe):
+    """In full mode the sources are the outputs: a read of the mixture of them gives the reported RMS."""
+    model = attnres_model(attn_res_mode="full")
+    written = []
+    for layer in model.model.layers:
+        layer.write = lambda sources, sublayer, output, write=layer.write: (
+            written.append(output) or write(sources, sublayer, output)
+        )
+    seen = look(model, probe)
+    assert seen["output_rms"] == pytest.approx([rms(output) for output in written], rel=1e-5)
+
+
+def test_look_at_denseformer(probe):
+    """Weights that are no distribution have no entropy; the largest of the plain sum is one."""
+    model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**SIZES, attn_res_mode="denseformer"))
+    seen = look(model, probe)
+    assert seen.keys() == {"output_rms", "read_rms", "largest_weight"}
+    assert seen["largest_weight"] == [1] * 7
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_look_at_donor(family, probe):
+    """A donor and the AttnRes model that computes the same function show the same reads and outputs."""
+    donor_classes = {"llama": (LlamaConfig, LlamaForCausalLM), "gemma2": (Gemma2Config, Gemma2ForCausalLM)}
+    classes = {
+        "llama": (attnres.AttnResConfig, attnres.AttnResForCausalLM),
+        "gemma2": (attnres.AttnResGemma2Config, attnres.AttnResGemma2ForCausalLM),
+    }
+    sizes = {**SIZES, "head_dim": 16, "num_key_value_heads": 2}
+    config_class, model_class = donor_classes[family]
+    donor = perturbed(model_class(config_class(**sizes)))
+    config_class, model_class = classes[family]
+    model = model_class(config_class(**sizes, attn_res_mode="full", attn_res_sum_scale=True))
+    model.load_state_dict(donor.state_dict(), strict=False)
+    expected, seen = look(donor, probe), look(model, probe)
+    for name in ("output_rms", "read_rms"):
+        assert seen[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_gradient_norms(probe):
+    """The norm of each layer is that of all its parameters' gradients together."""
+    model = attnres_model()
+    assert gradient_norms(model.model.layers) is None
+    model(**probe, labels=probe["input_ids"]).loss.backward()
+    expected = [torch.cat([p.grad.flatten() for p in layer.parameters()]).norm().item() for layer in model.model.layers]
+    assert gradient_norms(model.model.layers) == pytest.approx(expected, rel=1e-5)
+
+
+def trained(model, folder: Path, callbacks: list, steps: int = 5, seq_len: int = 16) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 99, (8 * steps, seq_len))]
+    options = {"max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
+    arguments = TrainingArguments(str(folder), **options, report_to="none", save_strategy="no", disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()
+    return model.state_dict()
+
+
+def test_any_trainer(probe, tmp_path):
+    """Under a plain Trainer every N-th step is in the file and in TensorBoard, and training isn't touched."""
+    reference = trained(attnres_model(attention_dropout=0.3), tmp_path, [])
+    callback = DepthCallback(tmp_path / "run", probe, every=2)
+    weights = trained(attnres_model(attention_dropout=0.3), tmp_path, [callback])
+    assert all(torch.equal(weights[name], reference[name]) for name in reference)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "depth.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    start = look(attnres_model(), probe)
+    assert {name: lines[0][name] for name in start} == start
+    assert lines[1]["query_norm"] != start["query_norm"]
+    assert all(len(line["gradient_norm"]) == 3 and min(line["gradient_norm"]) > 0 for line in lines)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "depth"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("entropy/006")] == [1, 2, 4]
+    last = [event.value for event in events.Scalars("entropy/006")]
+    assert last == pytest.approx([line["entropy"][6] for line in lines])
+
+
+def test_adapters(probe, tmp_path):
+    """With LoRA the query norms are those of the copy that is trained."""
+    lora = peft.LoraConfig(target_modules="all-linear", modules_to_save=["depth_attention"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(attnres_model(), lora)
+    trained(model, tmp_path, [DepthCallback(tmp_path, probe, every=1)])
+    lines = [json.loads(line) for line in (tmp_path / "depth.jsonl").read_text().splitlines()]
+    assert lines[-1]["query_norm"] != lines[0]["query_norm"]
+    module = model.get_base_model().model.depth_attention.modules_to_save["default"]
+    assert look(model, probe)["query_norm"] == pytest.approx(module.query.norm(dim=1).tolist())
+
+
+def test_cost(tmp_path):
+    """At its default the callback costs less than one percent of training: a look takes less than a step."""
+    model = attnres_model()
+    probe = {"input_ids": torch.zeros(1, 128, dtype=torch.long)}
+    callback = DepthCallback(tmp_path, probe, every=1)
+    started = time.perf_counter()
+    trained(model, tmp_path, [callback], steps=6, seq_len=128)
+    seconds = time.perf_counter() - started
+    lines = [json.loads(line) for line in (tmp_path / "depth.jsonl").read_text().splitlines()]
+    looks = sorted(line["seconds"] for line in lines)
+    step = (seconds - sum(looks)) / 6
+    assert looks[2] / (DepthCallback(tmp_path, probe).every * step) < 0.01
