@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -213,7 +214,8 @@ def get_data(args, documents, tokenizer):
         "epochs": needed / len(train),
         "held_out_sequences": min(len(test), args.eval_sequences),
     }
-    held_out = torch.utils.data.Subset(test, range(amount["held_out_sequences"]))
+    spread = np.linspace(0, len(test) - 1, amount["held_out_sequences"]).round().astype(int)
+    held_out = torch.utils.data.Subset(test, spread.tolist())  # of all held-out documents
     return ShuffledSequences(train, needed, args.seed), held_out, amount
 
 
