@@ -153,7 +153,7 @@ def new_optimizer(model, learning_rate: float, depth_lr_scale: float) -> torch.o
 
 
 class Progress(TrainerCallback):
-    """One bar with the losses, and the time of each step."""
+    """One bar with the losses, or lines where there is no terminal, and the time of each step."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, unit="step", desc="  training", disable=not sys.stderr.isatty())
@@ -168,6 +168,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs})
+        if self.bar.disable and "eval_loss" in logs:
+            print(f"    step {state.global_step}: held-out loss {logs['eval_loss']:.3f}", flush=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -184,7 +186,7 @@ def new_trainer(model, data, args, steps: int, learning_rate: float, schedule: s
         warmup_steps=min(20, steps // 10),
         logging_steps=max(1, steps // 12),
         eval_strategy="steps",
-        eval_steps=max(1, steps // 4),
+        eval_steps=-(-steps // 4),
         eval_on_start=True,
         prediction_loss_only=True,
         save_strategy="no",
