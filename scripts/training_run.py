@@ -222,7 +222,7 @@ class RunTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.folder = Path(self.args.output_dir)
         self.keep_checkpoints = keep_checkpoints
-        self.batches = []  # the micro-batches of the current step
+        self.batches, self.batches_step = [], -1  # the micro-batches of a step
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -236,6 +236,8 @@ class RunTrainer(Trainer):
         return super().compute_loss(model, {**inputs, "use_cache": False}, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
+        if self.batches_step != self.state.global_step:
+            self.batches, self.batches_step = [], self.state.global_step
         self.batches.append(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._check_finite(loss, "loss")
@@ -245,7 +247,6 @@ class RunTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if norm is not None:
             self._check_finite(norm, "gradient norm")
-        self.batches.clear()
         return norm
 
     def _check_finite(self, value, name: str):
