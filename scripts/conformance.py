@@ -140,13 +140,10 @@ def compare(family: str, outcomes: dict) -> dict:
     return row
 
 
-def versions() -> dict:
-    return {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "attnres": version("attnres"),
-        "python": platform.python_version(),
-    }
+def circumstances() -> dict:
+    versions = {"python": platform.python_version(), "attnres": version("attnres")}
+    versions |= {module.__name__: module.__version__ for module in (torch, transformers)}
+    return {"hardware": f"CPU, {platform.machine()}", "versions": versions}
 
 
 def run_conformance(families: list[str], cache: Path, processes: int) -> dict:
@@ -160,20 +157,20 @@ def run_conformance(families: list[str], cache: Path, processes: int) -> dict:
     print(f"{'family':14}{'donor passed':>14}{'AttnRes passed':>16}{'worse':>7}{'exceptions':>12}{'seconds':>9}")
     with ThreadPoolExecutor(processes) as pool:
         for family, row in zip(families, pool.map(run_family, families)):
-            rows[family] = {**row, "versions": versions()}
+            rows[family] = row | circumstances()
             passed = f"{row['donor']['passed']:>14}{row['attnres']['passed']:>16}"
             worse = f"{len(row['regressions']):>7}{len(row['exceptions']):>12}"
             print(f"{family:14}{passed}{worse}{row['seconds']:>9}", flush=True)
     return rows
 
 
-def parse_args(families: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, families: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--families", default=",".join(families), help="comma-separated; default: all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to update (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the tests are kept (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="families tested at a time")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.families = args.families.split(",")
     if unknown := sorted(set(args.families) - set(families)):
         parser.error(f"unknown family {', '.join(unknown)}; choose from {', '.join(families)}")
@@ -184,17 +181,20 @@ def parse_args(families: list[str]) -> argparse.Namespace:
     return args
 
 
-def main():
+def main(argv: list[str] | None = None):
     sys.path.insert(0, str(ROOT / "tests"))
     from families import FAMILIES
 
-    args = parse_args(list(FAMILIES))
+    args = parse_args(argv, list(FAMILIES))
     start = time.perf_counter()
     rows = run_conformance(args.families, args.cache, args.processes)
-    known = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    results = {family: rows.get(family, known.get(family)) for family in FAMILIES if family in rows or family in known}
+    known = json.loads(args.output.read_text())["rows"] if args.output.is_file() else {}
+    results = {
+        "command": "python scripts/conformance.py",
+        "rows": {family: (known | rows)[family] for family in FAMILIES if family in known | rows},
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
 
     for family, row in rows.items():
         for test, message in row["regressions"].items():

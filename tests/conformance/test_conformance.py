@@ -113,18 +113,25 @@ def test_tests_of_another_transformers_are_refused(tmp_path):
         conformance.unpack_tests(tmp_path / "other.tar.gz", tmp_path / "other")
 
 
-@pytest.mark.parametrize("script", ["conformance.py", "support_table.py"])
-def test_help(script):
-    result = subprocess.run(
-        [sys.executable, HERE.parents[1] / "scripts" / script, "--help"], capture_output=True, text=True
-    )
-    assert result.returncode == 0 and "--output" in result.stdout
+@pytest.mark.parametrize("script", [conformance, support_table], ids=["conformance", "support_table"])
+def test_help(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    assert "--output" in capsys.readouterr().out
 
 
-def test_unknown_family_is_refused():
-    command = [sys.executable, HERE.parents[1] / "scripts" / "conformance.py", "--families", "llama,olmo2"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "unknown family olmo2; choose from llama" in result.stderr
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--families", "llama,olmo2"], "unknown family olmo2; choose from llama"),
+        (["--processes", "0"], "--processes must be at least 1"),
+    ],
+    ids=["family", "processes"],
+)
+def test_bad_options(options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        conformance.main(options)
+    assert message in capsys.readouterr().err
 
 
 def test_support_table(tmp_path, monkeypatch):
