@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup quickstart test lint exactness conformance clean
+.PHONY: help setup quickstart test lint exactness support pretrain conformance clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -20,8 +20,8 @@ $(READY): setup.py pyproject.toml constraints.txt
 quickstart: $(READY) ## train, convert, continue, adapt and compare a small model; writes outputs/quickstart
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
-test: $(READY) ## run the tests; ARGS are handed to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
@@ -29,6 +29,12 @@ lint: $(READY) ## check style and format
 
 exactness: $(READY) ## measure how exact conversion is, the numbers in the README
 	$(BIN)/python scripts/exactness.py --output results/exactness.json $(ARGS)
+
+support: $(READY) ## measure every family and fill the table of supported families in the README
+	$(BIN)/python scripts/support_table.py $(ARGS)
+
+pretrain: $(READY) ## pretrain a model; ARGS="--help" lists the options
+	$(BIN)/python scripts/pretrain.py $(ARGS)
 
 conformance: $(READY) ## run the model tests of transformers on every family
 	$(BIN)/python scripts/conformance.py $(ARGS)

@@ -39,7 +39,7 @@ setup(
             "matplotlib>=3.8",
             "tensorboard>=2.15",
         ],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "psutil>=5.9", "parameterized>=0.9"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "psutil>=5.9", "parameterized>=0.9"],
         "lint": ["ruff"],
     },
     entry_points={"console_scripts": ["attnres-convert = attnres_convert.cli:main"]},

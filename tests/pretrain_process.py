@@ -21,8 +21,11 @@ def child(arguments: list[str], log: Path, folder: Path):
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(folder)
+    import huggingface_hub.constants
     import pretrain
 
+    # the fork server may be that of another test, which let it import this without the environment of these
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     pretrain.main(arguments)
 
 
