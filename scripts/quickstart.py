@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--text", type=Path, help="file, or folder of .py, .txt, .md and .rst, instead of Python's library"
     )
     parser.add_argument("--max-text-mb", type=float, default=16, help="how much text is read at most")
-    parser.add_argument("--prompt", default="def get_", help="what the models continue")
+    parser.add_argument("--prompt", default="    def __init__(self", help="what the models continue")
     parser.add_argument("--new-tokens", type=positive, default=80, help="how far they continue it")
     parser.add_argument("--mode", choices=("block", "full"), default="block", help="kind of Attention Residuals")
     parser.add_argument(

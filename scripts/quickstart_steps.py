@@ -281,7 +281,7 @@ def generate(model, tokenizer, args) -> str:
     torch.manual_seed(args.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.eval().generate(
-        **inputs, max_new_tokens=args.new_tokens, do_sample=True, temperature=0.7, top_k=50, pad_token_id=pad
+        **inputs, max_new_tokens=args.new_tokens, do_sample=True, temperature=0.6, top_k=50, pad_token_id=pad
     )
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
@@ -338,7 +338,7 @@ def plot_losses(runs: dict[str, dict], path: Path):
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Training on from the same weights, on the same data")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
