@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 
@@ -21,11 +22,8 @@ def child(arguments: list[str], log: Path, folder: Path):
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(folder)
-    import huggingface_hub.constants
     import pretrain
 
-    # the fork server may be that of another test, which let it import this without the environment of these
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
     pretrain.main(arguments)
 
 
@@ -69,8 +67,13 @@ class Server:
             HF_DATASETS_CACHE=str(folder / "cache"),
             PYTHONPATH=os.pathsep.join([str(SCRIPTS), str(Path(__file__).parent), *sys.path]),
         )
+        self.stop()  # another test's fork server has another environment
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["pretrain", "torch.utils.tensorboard", "pretrain_process"])
+
+    @staticmethod
+    def stop():
+        forkserver._forkserver._stop()
 
     def start(self, *arguments) -> Run:
         self.count += 1

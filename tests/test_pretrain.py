@@ -47,7 +47,9 @@ def server(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "HF_DATASETS_CACHE", "PYTHONPATH"):
             patch.setenv(name, "")
-        yield Server(tmp_path_factory.mktemp("pretrain"))
+        server = Server(tmp_path_factory.mktemp("pretrain"))
+        yield server
+        server.stop()
 
 
 @pytest.fixture(scope="module")
