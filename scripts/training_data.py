@@ -91,6 +91,62 @@ def reading_error(name: str, error: BaseException) -> DataError:
     return DataError(f"{name} can't be read: {first_line(cause)}.")
 
 
+def data_name(data: list[str]) -> str:
+    name = " ".join(data)
+    return name if len(name) <= 100 else f"{data[0]} and {len(data) - 1} more"
+
+
+def load_rows(
+    data: list[str],
+    columns: list[str],
+    config: str | None = None,
+    split: str = "train",
+    sample_by: str | None = None,
+    streaming: bool = False,
+    option: str = "--column",
+) -> tuple[datasets.Dataset | datasets.IterableDataset, dict]:
+    """The rows of a data set, with `columns` alone, and the first of them.
+
+    Args:
+        option: with which a user chooses columns, for the message. The others are those of [`load_documents`].
+
+    Raises:
+        DataError: it can't be read, is empty or lacks a column.
+    """
+    name = data_name(data)
+    options = {"split": split, "streaming": streaming}
+    paths = [Path(path) for path in data]
+    try:
+        if data == [STDLIB]:
+            files = list(map(str, stdlib_files()))
+            rows = datasets.load_dataset(
+                "text", data_files=files, sample_by="document", encoding_errors="replace", **options
+            )
+        elif any(path.exists() for path in paths):
+            missing = [path for path in paths if not path.exists()]
+            if missing:
+                raise DataError(f"{missing[0]} doesn't exist.")
+            builder, files = local_files(paths)
+            if builder == "text":
+                options["sample_by"] = sample_by or ("document" if len(files) > 1 else "paragraph")
+            rows = datasets.load_dataset(builder, data_files=list(map(str, files)), **options)
+        elif len(data) > 1 or paths[0].suffix in BUILDERS or paths[0].is_absolute():
+            raise DataError(f"{data[0]} doesn't exist.")
+        else:
+            rows = datasets.load_dataset(data[0], config, **options)
+        first = next(iter(rows), {})
+    except DataError:
+        raise
+    except READING_ERRORS as error:
+        raise reading_error(name, error) from None
+    if not first:
+        raise DataError(f"{name} is empty.")
+    for column in columns:
+        if column not in first:
+            raise DataError(f"{name} has no column {column!r}; choose with {option} from: {', '.join(first)}.")
+    return rows.select_columns(columns), first
+
+
 def load_documents(
     data: list[str],
     column: str = "text",
@@ -113,41 +169,12 @@ def load_documents(
     Raises:
         DataError: it can't be read, is empty or has no such column.
     """
-    name = " ".join(data)
-    if len(name) > 100:
-        name = f"{data[0]} and {len(data) - 1} more"
-    options = {"split": split, "streaming": streaming}
-    paths = [Path(path) for path in data]
-    try:
-        if data == [STDLIB]:
-            files = list(map(str, stdlib_files()))
-            documents = datasets.load_dataset(
-                "text", data_files=files, sample_by="document", encoding_errors="replace", **options
-            )
-        elif any(path.exists() for path in paths):
-            missing = [path for path in paths if not path.exists()]
-            if missing:
-                raise DataError(f"{missing[0]} doesn't exist.")
-            builder, files = local_files(paths)
-            if builder == "text":
-                options["sample_by"] = sample_by or ("document" if len(files) > 1 else "paragraph")
-            documents = datasets.load_dataset(builder, data_files=list(map(str, files)), **options)
-        elif len(data) > 1 or paths[0].suffix in BUILDERS or paths[0].is_absolute():
-            raise DataError(f"{data[0]} doesn't exist.")
-        else:
-            documents = datasets.load_dataset(data[0], config, **options)
-        first = next(iter(documents), {})
-    except DataError:
-        raise
-    except READING_ERRORS as error:
-        raise reading_error(name, error) from None
-    if not first:
-        raise DataError(f"{name} is empty.")
-    if column not in first:
-        raise DataError(f"{name} has no column {column!r}; choose with --column from: {', '.join(first)}.")
+    documents, first = load_rows(data, [column], config, split, sample_by, streaming)
     if not isinstance(first[column], (str, type(None))):
-        raise DataError(f"column {column!r} of {name} doesn't hold text; its first row is {first[column]!r:.80}.")
-    return documents.select_columns([column])
+        raise DataError(
+            f"column {column!r} of {data_name(data)} doesn't hold text; its first row is {first[column]!r:.80}."
+        )
+    return documents
 
 
 def text_hash(text: str) -> int:

@@ -53,11 +53,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_json(path: Path, content: dict):
+def write_text(path: Path, text: str):
     """The file appears complete or not at all."""
     partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, content: dict):
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def sync_folder(folder: Path):
