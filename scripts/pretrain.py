@@ -15,24 +15,19 @@ import argparse
 import dataclasses
 import itertools
 import json
-import logging
-import math
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from attnres_convert import ConversionError, convert_checkpoint, convert_to_donor
+from comparison import compare, open_comparison
 from depth_callback import DepthCallback
 from training_data import (
     DataError,
-    PackedDocuments,
     ShuffledSequences,
     StreamedSequences,
     collate,
@@ -43,9 +38,17 @@ from training_data import (
     train_tokenizer,
     training_texts,
 )
-from training_optim import DEPTH_LR_SCALE, OPTIMIZERS, new_optimizer
+from training_optim import new_optimizer
+from training_options import (
+    add_training_options,
+    check_training_options,
+    positive,
+    run_arguments,
+    set_intervals,
+    start_process,
+    training_arguments,
+)
 from training_run import (
-    FAILURE_FILE,
     METRICS_FILE,
     RESULTS_FILE,
     RunError,
@@ -57,20 +60,17 @@ from training_run import (
     plot_losses,
     publish,
     read_lines,
-    table,
     tokens_per_second,
     versions,
     write_json,
 )
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import attnres  # noqa: F401, registers its classes
 from configuration_attnres import ATTN_RES_MODES, AttnResConfigMixin, attn_res_config_class
 
 
 MODES = ("donor", *ATTN_RES_MODES)
-NOT_OF_A_RUN = ("output", "compare", "sweep", "set_options")
-SCHEDULES = ("cosine", "wsd", "constant")
 
 
 def read_config(source: str, overrides: dict) -> PreTrainedConfig:
@@ -157,17 +157,17 @@ def starting_point(args, config: PreTrainedConfig) -> str:
     return str(converted)
 
 
-def load_model(args, tokenizer):
+def load_model(args, tokenizer, **options):
+    """The model to train on, a donor's converted on the way; `options` are those of `from_pretrained`."""
     config = read_config(args.model, {})
     check_context(config, args.seq_len)
-    options = {}
     if args.mode == "denseformer" and not isinstance(config, AttnResConfigMixin):
         # not a result of conversion; depth scalars, which the checkpoint lacks, start as the plain sum
         source, options["config"] = args.model, with_mode(config, args.mode, None)
     else:
         source = starting_point(args, config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **options})
     except (OSError, ValueError) as error:
         raise RunError(f"{args.model} doesn't load: {first_line(error)}") from None
     if len(tokenizer) > model.config.vocab_size:
@@ -224,51 +224,11 @@ def check_same_data(folder: Path, train, is_new: bool):
     if not isinstance(train, ShuffledSequences):
         return
     path, packed = folder / "data.json", train.sequences
-    assert isinstance(packed, PackedDocuments)
     checksum = {"documents": len(packed.lengths), "tokens": packed.num_tokens}
     checksum["lengths"] = int((packed.lengths * range(1, len(packed.lengths) + 1) % 1_000_003).sum())
     if not is_new and path.exists() and json.loads(path.read_text(encoding="utf-8")) != checksum:
         raise RunError(f"the data have changed since {folder} was begun; choose another --output.")
     write_json(path, checksum)
-
-
-def training_arguments(args) -> TrainingArguments:
-    schedule = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
-    ratio = {"cosine": "min_lr_rate", "wsd": "min_lr_ratio"}
-    schedule_options = {ratio[args.schedule]: args.min_lr_ratio} if args.schedule in ratio else {}
-    if args.schedule == "wsd":
-        schedule_options["num_decay_steps"] = max(1, round(args.decay * args.steps))
-    checkpointing = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-    return TrainingArguments(
-        output_dir=str(args.output),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulate,
-        learning_rate=args.learning_rate,
-        max_grad_norm=args.max_grad_norm,
-        lr_scheduler_type=schedule[args.schedule],
-        lr_scheduler_kwargs=schedule_options,
-        warmup_steps=args.warmup,
-        use_cpu=not torch.accelerator.is_available(),
-        ddp_find_unused_parameters=False,
-        bf16=args.bf16,
-        torch_compile=args.compile,
-        **{f"{checkpointing}_checkpointing": args.gradient_checkpointing},
-        logging_steps=args.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=args.eval_steps,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=args.save_steps,
-        remove_unused_columns=False,
-        dataloader_num_workers=args.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        seed=args.seed,
-    )
 
 
 def prepare(args, is_new: bool):
@@ -283,10 +243,6 @@ def prepare(args, is_new: bool):
         train, held_out, amount = get_data(args, documents, tokenizer)
         check_same_data(args.output, train, is_new)
     return tokenizer, model, train, held_out, amount
-
-
-def run_arguments(args) -> dict:
-    return {name: value for name, value in vars(args).items() if name not in NOT_OF_A_RUN}
 
 
 def pretrain(args) -> dict:
@@ -353,58 +309,9 @@ def pretrain(args) -> dict:
     return results
 
 
-def variants(args) -> list[tuple[str, list[str]]]:
-    """Name and options of each run of a comparison: every mode with every combination of swept values."""
-    axes = [[(mode, ["--mode", mode]) for mode in args.compare]] if args.compare else []
-    for sweep in args.sweep:
-        name, _, values = sweep.partition("=")
-        axes.append([(f"{name}={value}", [f"--{name.replace('_', '-')}={value}"]) for value in values.split(",")])
-    return [
-        (" ".join(name for name, _ in combination), [option for _, options in combination for option in options])
-        for combination in itertools.product(*axes)
-    ]
-
-
-def without_seed(name: str) -> str:
-    return " ".join(part for part in name.split(" ") if not part.startswith("seed=")) or "all"
-
-
-def compare_table(runs: dict[str, dict]) -> str:
-    """One row for each run, then, where seeds were swept, one for each mean over seeds."""
-    groups = {}
-    for name, run in runs.items():
-        groups.setdefault(without_seed(name), []).append(run)
-    rows = [("run", "held-out loss", "tokens/s", "peak memory, MB", "parameters", "of depth attention")]
-    rows += [table_row(name, [run]) for name, run in runs.items()]
-    if any("seed=" in name for name in runs):
-        rows += [table_row(f"mean: {name}", group) for name, group in groups.items() if len(group) > 1]
-    return table(rows)
-
-
-def table_row(name: str, runs: list[dict]) -> tuple[str, ...]:
-    failed = [run for run in runs if "held_out_loss" not in run]
-    if failed:
-        return name, f"none: {failed[0]['what']} {failed[0]['value']} at step {failed[0]['step']}", *4 * ("-",)
-    values = [run["held_out_loss"] for run in runs]
-    loss = f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-    speed = statistics.mean(run["tokens_per_second"] for run in runs)
-    memory = max(run["peak_memory_bytes"] for run in runs) / 1e6
-    return (
-        name,
-        loss,
-        f"{speed:,.0f}",
-        f"{memory:,.0f}",
-        f"{runs[0]['parameters']:,}",
-        f"{runs[0]['depth_parameters']:,}",
-    )
-
-
-def compare(args, argv: list[str]) -> dict:
-    """Trains each variant in a process of its own, one after the other, with the same data order, seed and budget.
-
-    Finished ones are not trained again, interrupted ones go on. Writes `comparison.json`, `.md` and `.png`.
-    """
-    open_run(args.output, {**run_arguments(args), "compare": args.compare, "sweep": args.sweep})
+def compare_runs(args, argv: list[str]) -> dict:
+    """All variants, with one tokenizer; see [`compare`]."""
+    open_comparison(args)
     shared = []
     if args.train_tokenizer:
         documents = load_documents(
@@ -413,42 +320,8 @@ def compare(args, argv: list[str]) -> dict:
         get_tokenizer(args, documents)
         shared = ["--train-tokenizer", "0", "--tokenizer", str(args.output / "tokenizer")]
         shared += ["--set", *args.set_options, f"vocab_size={args.train_tokenizer}"] if args.config else []
-    runs = {}
-    for name, options in variants(args):
-        folder = args.output / name.replace(" ", ",")
-        print(f"--- {name}", flush=True)
-        command = [
-            sys.executable,
-            __file__,
-            *argv,
-            "--compare",
-            "",
-            "--sweep",
-            *shared,
-            *options,
-            "--output",
-            str(folder),
-        ]
-        run = subprocess.run(command, stdout=subprocess.DEVNULL)
-        result = folder / (FAILURE_FILE if run.returncode else RESULTS_FILE)
-        if not result.exists():
-            raise RunError(f"the run {name} failed; its message is above.")
-        runs[name] = json.loads(result.read_text(encoding="utf-8"))
-    metrics = {name: read_lines(Path(run["output"]) / METRICS_FILE) for name, run in runs.items() if "output" in run}
-    if metrics:
-        plot_losses(metrics, args.output / "comparison.png", "Same data order, seed and budget")
-    text = compare_table(runs)
-    (args.output / "comparison.md").write_text(text, encoding="utf-8")
-    results = {"output": str(args.output), "runs": runs, "versions": versions(), "command": ["pretrain.py", *argv]}
-    write_json(args.output / "comparison.json", results)
-    print(text)
-    return {"output": str(args.output), "held_out_loss": {name: run.get("held_out_loss") for name, run in runs.items()}}
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
+    columns = {"parameters": "parameters", "of depth attention": "depth_parameters"}
+    return compare(Path(__file__), args, argv, "--mode", shared, columns)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -481,33 +354,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--seq-len", type=positive, default=256, help="tokens per sequence; default: 256")
     add("--num-proc", type=positive, help="processes that tokenise")
     add("--num-workers", type=int, default=0, help="processes that read batches; default: 0")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=positive, default=1000, help="default: 1000")
-    add("--batch-size", type=positive, default=8, help="sequences per device and forward; default: 8")
-    add("--accumulate", type=positive, default=1, help="forwards per step; default: 1")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for matrices, AdamW for the rest")
-    add("--learning-rate", type=float, default=1e-3, help="default: 1e-3")
-    add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a multiple of "
-        f"--learning-rate; default: {DEPTH_LR_SCALE}")  # fmt: skip
-    add("--weight-decay", type=float, default=0.1, help="of matrices; default: 0.1")
-    add("--max-grad-norm", type=float, default=1.0, help="default: 1")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="default: cosine; wsd: warm-up, stable, decay")
-    add("--warmup", type=int, default=100, help="steps; default: 100, at most a tenth of --steps")
-    add("--decay", type=float, default=0.2, help="share of the steps in which wsd decays; default: 0.2")
-    add("--min-lr-ratio", type=float, default=0.1, help="of the last learning rate to --learning-rate; default: 0.1")
-    add("--bf16", action="store_true", help="compute in bfloat16, weights stay in float32")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--seed", type=int, default=0)
-    add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, required=True, help="run folder; the same command again resumes what is in it")
-    add("--logging-steps", type=positive, default=1, help="default: 1")
-    add("--eval-steps", type=positive, help="default: a tenth of --steps")
-    add("--save-steps", type=positive, help="steps between checkpoints; default: a tenth of --steps")
-    add("--keep-checkpoints", type=positive, default=2, help="default: the last 2")
-    add("--depth-every", type=int, default=100, help="steps between looks at each layer, 0 for none; default: 100")
-    add("--compare", help="modes to train one after the other, such as donor,block,full,denseformer")
-    add("--sweep", nargs="*", default=[], metavar="OPTION=V1,V2", help="values to try, such as seed=0,1,2")
+    add_training_options(parser, "modes", "donor,block,full,denseformer")
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
@@ -533,32 +380,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         except ValueError:
             fields[name] = value
     args.set = fields
-    args.warmup = min(args.warmup, args.steps // 10)
-    args.eval_steps = args.eval_steps or math.ceil(args.steps / 10)
-    args.save_steps = args.save_steps or math.ceil(args.steps / 10 / args.logging_steps) * args.logging_steps
-    if args.save_steps % args.logging_steps:
-        parser.error("--save-steps must be a multiple of --logging-steps, so that a resumed run logs the same losses")
-    args.compare = args.compare.split(",") if args.compare else []
-    for mode in args.compare:
-        if mode not in MODES:
-            parser.error(f"--compare: {mode!r} is not one of {', '.join(MODES)}")
-    for sweep in args.sweep:
-        name, equals, values = sweep.partition("=")
-        if name not in vars(args) or not values or name in ("output", "compare", "sweep", "set", "data"):
-            parser.error(f"--sweep {sweep}: give an option and values, such as depth_lr_scale=0.1,1,10")
+    check_training_options(parser, args, MODES)
+    set_intervals(args)
 
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    transformers.utils.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    state = start_process()
     try:
-        results = compare(args, argv) if args.compare or args.sweep else pretrain(args)
+        results = compare_runs(args, argv) if args.compare or args.sweep else pretrain(args)
     except (RunError, DataError, ConversionError) as error:
         raise SystemExit(f"pretrain: {error}") from None
     if state.is_main_process:

@@ -1,0 +1,106 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Several runs of a training script, one after the other, with the same data order, seed and budget, and one table."""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from training_options import run_arguments
+from training_run import (
+    FAILURE_FILE,
+    METRICS_FILE,
+    RESULTS_FILE,
+    RunError,
+    open_run,
+    plot_losses,
+    read_lines,
+    table,
+    versions,
+    write_json,
+)
+
+
+def variants(args: argparse.Namespace, option: str) -> list[tuple[str, list[str]]]:
+    """Name and options of each run: every value of `option` in `--compare` with every combination of swept values."""
+    axes = [[(value, [option, value]) for value in args.compare]] if args.compare else []
+    for sweep in args.sweep:
+        name, _, values = sweep.partition("=")
+        axes.append([(f"{name}={value}", [f"--{name.replace('_', '-')}={value}"]) for value in values.split(",")])
+    return [
+        (" ".join(name for name, _ in combination), [option for _, options in combination for option in options])
+        for combination in itertools.product(*axes)
+    ]
+
+
+def without_seed(name: str) -> str:
+    return " ".join(part for part in name.split(" ") if not part.startswith("seed=")) or "all"
+
+
+def compare_table(runs: dict[str, dict], columns: dict[str, str]) -> str:
+    """One row for each run, then, where seeds were swept, one for each mean over seeds.
+
+    Args:
+        columns: the last columns, numbers of which every run has one: name in the results by heading.
+    """
+    groups = {}
+    for name, run in runs.items():
+        groups.setdefault(without_seed(name), []).append(run)
+    rows = [("run", "held-out loss", "tokens/s", "peak memory, MB", *columns)]
+    rows += [table_row(name, [run], columns) for name, run in runs.items()]
+    if any("seed=" in name for name in runs):
+        rows += [table_row(f"mean: {name}", group, columns) for name, group in groups.items() if len(group) > 1]
+    return table(rows)
+
+
+def table_row(name: str, runs: list[dict], columns: dict[str, str]) -> tuple[str, ...]:
+    failed = [run for run in runs if "held_out_loss" not in run]
+    if failed:
+        missing = ("-",) * (len(columns) + 2)
+        return name, f"none: {failed[0]['what']} {failed[0]['value']} at step {failed[0]['step']}", *missing
+    values = [run["held_out_loss"] for run in runs]
+    loss = f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    speed = statistics.mean(run["tokens_per_second"] for run in runs)
+    memory = max(run["peak_memory_bytes"] for run in runs) / 1e6
+    return name, loss, f"{speed:,.0f}", f"{memory:,.0f}", *(f"{runs[0][column]:,}" for column in columns.values())
+
+
+def open_comparison(args: argparse.Namespace):
+    open_run(args.output, {**run_arguments(args), "compare": args.compare, "sweep": args.sweep})
+
+
+def compare(
+    script: Path, args: argparse.Namespace, argv: list[str], option: str, shared: list[str], columns: dict[str, str]
+) -> dict:
+    """Trains each variant in a process of its own, one after the other, with the same data order, seed and budget.
+
+    Finished ones are not trained again, interrupted ones go on. Writes `comparison.json`, `.md` and `.png`.
+
+    Args:
+        script: the training script, and `args` and `argv` its options, parsed and as they were given.
+        option: the option whose values `--compare` holds.
+        shared: more options for all runs.
+        columns: as in [`compare_table`].
+    """
+    runs = {}
+    for name, options in variants(args, option):
+        folder = args.output / name.replace(" ", ",")
+        print(f"--- {name}", flush=True)
+        single = [*argv, "--compare", "", "--sweep", *shared, *options, "--output", str(folder)]
+        run = subprocess.run([sys.executable, str(script), *single], stdout=subprocess.DEVNULL)
+        result = folder / (FAILURE_FILE if run.returncode else RESULTS_FILE)
+        if not result.exists():
+            raise RunError(f"the run {name} failed; its message is above.")
+        runs[name] = json.loads(result.read_text(encoding="utf-8"))
+    metrics = {name: read_lines(Path(run["output"]) / METRICS_FILE) for name, run in runs.items() if "output" in run}
+    if metrics:
+        plot_losses(metrics, args.output / "comparison.png", "Same data order, seed and budget")
+    text = compare_table(runs, columns)
+    (args.output / "comparison.md").write_text(text, encoding="utf-8")
+    results = {"output": str(args.output), "runs": runs, "versions": versions(), "command": [script.name, *argv]}
+    write_json(args.output / "comparison.json", results)
+    print(text)
+    return {"output": str(args.output), "held_out_loss": {name: run.get("held_out_loss") for name, run in runs.items()}}

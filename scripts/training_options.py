@@ -1,0 +1,137 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The options that all training scripts have, and what transformers' Trainer is told of them."""
+
+import argparse
+import logging
+import math
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from training_optim import DEPTH_LR_SCALE, OPTIMIZERS
+from transformers import TrainingArguments
+
+
+NOT_OF_A_RUN = ("output", "compare", "sweep", "set_options")
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def add_training_options(parser: argparse.ArgumentParser, compared: str, example: str):
+    """The groups "training" and "run"; `set_defaults` of the parser changes defaults, also in the help.
+
+    Args:
+        compared, example: what `--compare` takes, for the help.
+    """
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=positive, default=1000, help="default: %(default)s")
+    add("--batch-size", type=positive, default=8, help="sequences per device and forward; default: 8")
+    add("--accumulate", type=positive, default=1, help="forwards per step; default: 1")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for matrices, AdamW for the rest")
+    add("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
+    add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a multiple of "
+        "--learning-rate; default: %(default)s")  # fmt: skip
+    add("--weight-decay", type=float, default=0.1, help="of matrices; default: %(default)s")
+    add("--max-grad-norm", type=float, default=1.0, help="default: 1")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="default: cosine; wsd: warm-up, stable, decay")
+    add("--warmup", type=int, default=100, help="steps; default: %(default)s, at most a tenth of --steps")
+    add("--decay", type=float, default=0.2, help="share of the steps in which wsd decays; default: 0.2")
+    add("--min-lr-ratio", type=float, default=0.1, help="of the last learning rate to --learning-rate; default: 0.1")
+    add("--bf16", action="store_true", help="compute in bfloat16, weights stay in float32")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=Path, required=True, help="run folder; the same command again resumes what is in it")
+    add("--logging-steps", type=positive, default=1, help="default: 1")
+    add("--eval-steps", type=positive, help="default: a tenth of --steps")
+    add("--save-steps", type=positive, help="steps between checkpoints; default: a tenth of --steps")
+    add("--keep-checkpoints", type=positive, default=2, help="default: the last 2")
+    add("--depth-every", type=int, default=100, help="steps between looks at each layer, 0 for none; default: 100")
+    add("--compare", help=f"{compared} to train one after the other, such as {example}")
+    add("--sweep", nargs="*", default=[], metavar="OPTION=V1,V2", help="values to try, such as seed=0,1,2")
+
+
+def check_training_options(parser: argparse.ArgumentParser, args: argparse.Namespace, compared: tuple[str, ...]):
+    """Refuses what can't work, and takes the lists apart."""
+    if args.save_steps and args.save_steps % args.logging_steps:
+        parser.error("--save-steps must be a multiple of --logging-steps, so that a resumed run logs the same losses")
+    args.compare = args.compare.split(",") if args.compare else []
+    for name in args.compare:
+        if name not in compared:
+            parser.error(f"--compare: {name!r} is not one of {', '.join(compared)}")
+    for sweep in args.sweep:
+        name, equals, values = sweep.partition("=")
+        if name not in vars(args) or not values or name in ("output", "compare", "sweep", "set", "data"):
+            parser.error(f"--sweep {sweep}: give an option and values, such as depth_lr_scale=0.1,1,10")
+
+
+def set_intervals(args: argparse.Namespace):
+    """Fills in what depends on the number of steps."""
+    args.warmup = min(args.warmup, args.steps // 10)
+    args.eval_steps = args.eval_steps or math.ceil(args.steps / 10)
+    args.save_steps = args.save_steps or math.ceil(args.steps / 10 / args.logging_steps) * args.logging_steps
+
+
+def run_arguments(args: argparse.Namespace) -> dict:
+    """The options that make a run what it is."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_OF_A_RUN}
+
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    schedule = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
+    ratio = {"cosine": "min_lr_rate", "wsd": "min_lr_ratio"}
+    schedule_options = {ratio[args.schedule]: args.min_lr_ratio} if args.schedule in ratio else {}
+    if args.schedule == "wsd":
+        schedule_options["num_decay_steps"] = max(1, round(args.decay * args.steps))
+    checkpointing = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return TrainingArguments(
+        output_dir=str(args.output),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        learning_rate=args.learning_rate,
+        max_grad_norm=args.max_grad_norm,
+        lr_scheduler_type=schedule[args.schedule],
+        lr_scheduler_kwargs=schedule_options,
+        warmup_steps=args.warmup,
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+        bf16=args.bf16,
+        torch_compile=args.compile,
+        **{f"{checkpointing}_checkpointing": args.gradient_checkpointing},
+        logging_steps=args.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        save_strategy="steps",
+        save_steps=args.save_steps,
+        remove_unused_columns=False,
+        dataloader_num_workers=args.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        seed=args.seed,
+    )
+
+
+def start_process() -> PartialState:
+    """Joins the other processes of a launch, and leaves the terminal to the script."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return state
