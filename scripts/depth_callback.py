@@ -121,6 +121,9 @@ def look(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, list[flo
         return donor_depth(base.layers, base.norm, forward)
     finally:
         model.train(was_training)
+        for module in model.modules():
+            if hasattr(module, "reshard"):  # FSDP2 expects a backward, and would compute the next step with old weights
+                module.reshard()
 
 
 def gradient_norms(layers: nn.ModuleList) -> list[float] | None:

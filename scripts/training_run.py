@@ -24,6 +24,7 @@ import numpy
 import tokenizers
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -220,13 +221,31 @@ class RunTrainer(Trainer):
     Batches may hold `documents` `(batch, seq)`, which row of the data each token is from.
     """
 
-    def __init__(self, *args, keep_checkpoints: int = 2, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, optimizers: tuple = (None, None), keep_checkpoints: int = 2, **kwargs):
+        # a Trainer that shards refuses an optimizer that it is given, and takes it from create_optimizer
+        self.given_optimizer, scheduler = optimizers
+        super().__init__(*args, optimizers=(None, scheduler), **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            # accelerate fails at a class that a model names and doesn't have
+            classes = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.folder = Path(self.args.output_dir)
         self.keep_checkpoints = keep_checkpoints
         self.batches, self.batches_step = [], -1  # the micro-batches of a step
+
+    def create_accelerator_and_postprocess(self):
+        state = self.args.distributed_state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate would leave the model unsharded on CPUs without a word, and needs no more than this to shard
+            state.distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            self.optimizer = self.given_optimizer
+        return super().create_optimizer(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -249,6 +268,7 @@ class RunTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if norm is not None:
             self._check_finite(norm, "gradient norm")
         return norm
@@ -309,7 +329,10 @@ class RunTrainer(Trainer):
         if self.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(partial), _internal_call=True)
+        if self.is_fsdp_enabled:  # save_model writes nothing if checkpoints are sharded
+            self._save(str(partial), state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            self.save_model(str(partial), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (partial / "training_args.bin").unlink(missing_ok=True)
