@@ -1,0 +1,556 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""python scripts/evaluate_model.py outputs/run/donor/model outputs/run/block/model --output outputs/evaluation
+
+Compares checkpoints: AttnRes models, donors, and folders of PEFT adapters. On text (`--data`): loss, perplexity and
+bits per byte. On questions with choices (`--choices`): accuracy by length-normalised likelihood. On tasks of
+EleutherAI's harness (`--lm-eval`): what they measure.
+
+Each token of a document is counted once, predicted from at least --seq-len minus --stride tokens before it, or all
+there are. The first token is predicted from the tokenizer's begin of text or, if it has none, its end of text; without
+either, it counts as uniform over the vocabulary. Loss and perplexity are per token: models with different tokenizers
+compare in bits per byte only.
+
+Intervals hold 95 % of bootstrap resamples of the documents or questions, the same ones for all models, so that those of
+differences are much narrower than those of values. They don't cover the randomness of training. `evaluation.json` and
+`evaluation.md` appear in --output at the end; the last line printed is JSON.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+import transformers
+from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
+from pretrain import positive
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from training_data import STDLIB, DataError, first_line, is_held_out, load_documents, load_rows, text_hash
+from training_run import RunError, table, versions, write_json, write_text
+
+
+METRICS = Path(__file__).parent / "evaluation"
+LONGEST_DEFAULT = 1024  # tokens
+
+
+@cache
+def metric(name: str) -> evaluate.EvaluationModule:
+    """A module of the folder `evaluation`; loading it needs no network."""
+    return evaluate.load(str(METRICS / name), keep_in_memory=True)
+
+
+@dataclass
+class Metric:
+    """A number with the documents' shares in it, `sum(values) / sum(weights)`; without them it has no interval."""
+
+    value: float
+    values: np.ndarray | None = None  # (documents,)
+    weights: np.ndarray | None = None  # (documents,)
+
+
+@dataclass
+class Question:
+    prompt: str
+    choices: list[str]
+    answer: int  # index
+
+
+@dataclass
+class Span:
+    """Tokens of which the last `scored` are predicted from those before them; `row` is the text they belong to."""
+
+    row: int
+    input_ids: list[int]
+    scored: int
+
+
+def windows(num_targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Where to cut a text of `num_targets` tokens after the first: inputs `[start, end)`, which predict the tokens one
+    further on, and how many of them, at the end, no window before has scored."""
+    end = 0
+    while end < num_targets:
+        before, end = end, min(num_targets, end + stride if end else seq_len)
+        yield max(0, end - seq_len), end, end - before
+
+
+@torch.no_grad()
+def span_nats(model, spans: list[Span], batch_size: int, description: str) -> np.ndarray:
+    """The negative log-likelihood of the scored tokens of each span, in nats."""
+    nats = np.zeros(len(spans))
+    order = sorted(range(len(spans)), key=lambda index: -len(spans[index].input_ids))
+    bar = tqdm(total=len(spans), desc=description, unit="window", disable=not sys.stderr.isatty())
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        length = len(spans[batch[0]].input_ids) - 1
+        # what stands behind a text has no influence on it: no mask is needed
+        rows = [spans[index].input_ids[:-1] + [0] * (length + 1 - len(spans[index].input_ids)) for index in batch]
+        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits
+        for index, row in zip(batch, logits):
+            span = spans[index]
+            end = len(span.input_ids) - 1
+            targets = torch.tensor(span.input_ids[-span.scored :], device=row.device)
+            nats[index] = cross_entropy(row[end - span.scored : end].float(), targets, reduction="none").double().sum()
+        bar.update(len(batch))
+    bar.close()
+    return nats
+
+
+def first_context(tokenizer) -> list[int]:
+    """What a text's first token is predicted from, if there is anything."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return [token for token in ids if token is not None][:1]
+
+
+def describe_first_context(tokenizer) -> str:
+    tokens = tokenizer.convert_ids_to_tokens(first_context(tokenizer))
+    return f"predicted from {tokens[0]}" if tokens else "uniform over the vocabulary"
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The texts' own tokens; special tokens aren't scored."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+
+
+def sums_by_row(model, spans: list[Span], num_rows: int, args, description: str) -> np.ndarray:
+    nats = span_nats(model, spans, args.batch_size, description)
+    if not np.isfinite(nats).all():
+        raise RunError(f"{description}: the loss is {nats[~np.isfinite(nats)][0]}; the model is broken.")
+    return np.bincount([span.row for span in spans], weights=nats, minlength=num_rows)
+
+
+def evaluate_texts(model, tokenizer, texts: list[str], args, name: str) -> tuple[dict, dict[str, Metric], int]:
+    """Loss, perplexity and bits per byte of `texts`.
+
+    Returns:
+        What the module `text_loss` computes; its numbers with the documents' shares; a hash of the tokens.
+    """
+    context = first_context(tokenizer)
+    tokens = encode(tokenizer, texts)
+    spans = []
+    for row, ids in enumerate(tokens):
+        ids = context + ids
+        for start, end, scored in windows(len(ids) - 1, args.seq_len, args.stride):
+            spans.append(Span(row, ids[start : end + 1], scored))
+    nats = sums_by_row(model, spans, len(texts), args, f"{name}, text")
+    lengths = np.array([len(ids) for ids in tokens])
+    if not context:
+        nats = nats + np.log(model.config.vocab_size) * (lengths > 0)
+    num_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
+    results = metric("text_loss").compute(nats=nats, tokens=lengths, bytes=num_bytes)
+    metrics = {
+        "loss": Metric(results["loss"], nats, lengths),
+        "perplexity": Metric(results["perplexity"]),
+        "bits_per_byte": Metric(results["bits_per_byte"], nats / np.log(2), num_bytes),
+    }
+    return results, metrics, hash(tuple(map(tuple, tokens)))
+
+
+def evaluate_choices(model, tokenizer, questions: list[Question], args, name: str) -> tuple[dict, dict[str, Metric]]:
+    """Accuracy of choosing the likeliest continuation of each prompt; tokens that prompt and continuation share count
+    to the continuation. Prompts that are too long lose their beginning."""
+    context = first_context(tokenizer)
+    prompts = encode(tokenizer, [question.prompt for question in questions])
+    spans, uniform, truncated = [], [], set()
+    choices = [(row, choice) for row, question in enumerate(questions) for choice in question.choices]
+    wholes = encode(tokenizer, [questions[row].prompt + choice for row, choice in choices])
+    for index, ((row, _), whole) in enumerate(zip(choices, wholes)):
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompts[row], whole)))
+        scored, ids = len(whole) - min(shared, len(whole) - 1), context + whole
+        uniform.append(scored == len(ids))
+        scored -= uniform[-1]
+        if scored > args.seq_len:
+            raise RunError(f"a choice of question {row + 1} has {scored} tokens, more than --seq-len {args.seq_len}.")
+        if len(ids) > args.seq_len + 1:
+            truncated.add(row)
+        if scored:
+            spans.append(Span(index, ids[-args.seq_len - 1 :], scored))
+    nats = sums_by_row(model, spans, len(choices), args, f"{name}, choices")
+    nats = nats + np.log(model.config.vocab_size) * np.array(uniform)
+    ends = np.cumsum([len(question.choices) for question in questions])[:-1]
+    results = metric("choice_accuracy").compute(
+        nats=[part.tolist() for part in np.split(nats, ends)],
+        bytes=[[len(choice.strip().encode()) for choice in question.choices] for question in questions],
+        answers=[question.answer for question in questions],
+    )
+    metrics = {}
+    for key, correct in (("accuracy", "correct"), ("raw_accuracy", "raw_correct")):
+        values = np.array(results.pop(correct))
+        metrics[key] = Metric(results[key], values, np.ones(len(values)))
+    return {**results, "truncated_questions": len(truncated)}, metrics
+
+
+def lm_eval_tasks(args):
+    """The harness's task manager, after a check that the tasks are known and their data are there."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise RunError("--lm-eval needs EleutherAI's harness: pip install '.[lm-eval]'.") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folder = args.lm_eval_include
+    if folder is not None and not folder.is_dir():
+        raise RunError(f"--lm-eval-include {folder} is not a folder.")
+    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
+    if manager is None or not set(args.lm_eval) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)  # reads thousands of files
+    unknown = [name for name in args.lm_eval if name not in manager.all_tasks]
+    if unknown:
+        raise RunError(
+            f"the harness has no task {', '.join(unknown)}; see `lm-eval ls tasks`, or give --lm-eval-include."
+        )
+    try:
+        manager.load(args.lm_eval)
+    except Exception as error:  # whatever a task's code and data raise
+        raise RunError(f"--lm-eval {','.join(args.lm_eval)} doesn't load: {first_line(error)}.") from None
+    return manager
+
+
+def evaluate_lm_eval(model, tokenizer, manager, args) -> tuple[dict, dict[str, Metric]]:
+    """Runs the harness; what it reports for each task, and each number of it with the documents' shares."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=args.batch_size)
+    run = lm_eval.simple_evaluate(
+        harness,
+        tasks=args.lm_eval,
+        task_manager=manager,
+        num_fewshot=args.lm_eval_fewshot,
+        limit=args.lm_eval_limit,
+        random_seed=args.seed,
+        numpy_random_seed=args.seed,
+        torch_random_seed=args.seed,
+        fewshot_random_seed=args.seed,
+    )
+    metrics = {}
+    for task, result in run["results"].items():
+        for key, value in result.items():
+            name, _, filter_name = key.partition(",")
+            if not filter_name or name.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            label = f"{task} {name}" + (f" ({filter_name})" if filter_name != "none" else "")
+            samples = [sample for sample in run["samples"].get(task, ()) if sample["filter"] == filter_name]
+            values = [sample.get(name) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+            metrics[label] = Metric(float(value))
+            # a mean over documents, as accuracies are; others, such as word perplexity, keep the harness's error
+            if values and all(isinstance(v, (int, float)) for v in values) and np.isclose(np.mean(values), value):
+                metrics[label] = Metric(float(value), np.array(values, dtype=float), np.ones(len(values)))
+    return {"results": run["results"], "versions": run["versions"], "fewshot": run["n-shot"]}, metrics
+
+
+def resampled_ratios(values: np.ndarray, weights: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """`sum(values) / sum(weights)` over documents that are drawn with replacement, the same ones for each row.
+
+    Args:
+        values: `(models, documents)`.
+        weights: `(models, documents)`.
+
+    Returns:
+        `(models, resamples)`.
+    """
+    generator = np.random.default_rng(seed)
+    documents = values.shape[1]
+    ratios = []
+    for _ in range(resamples):
+        counts = np.bincount(generator.integers(documents, size=documents), minlength=documents)
+        ratios.append((values @ counts) / (weights @ counts))
+    return np.stack(ratios, axis=1)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    return np.percentile(samples, [2.5, 97.5]).tolist()
+
+
+def with_intervals(metrics: dict[str, Metric], comparable: set[str], resamples: int, seed: int) -> dict[str, dict]:
+    """One number of each model with its interval, and the difference to the first model where it is comparable.
+
+    Args:
+        metrics: by the name of the model, the first one first.
+        comparable: the models for which a difference to the first one makes sense.
+    """
+    entries = {name: {"value": metric.value} for name, metric in metrics.items()}
+    first = next(iter(metrics))
+    for name in metrics:
+        if name != first and name in comparable:
+            entries[name]["difference"] = metrics[name].value - metrics[first].value
+    if any(metric.values is None or len(metric.values) < 2 for metric in metrics.values()):
+        return entries
+    values = np.stack([metric.values for metric in metrics.values()])
+    weights = np.stack([metric.weights for metric in metrics.values()])
+    for entry, ratios in zip(entries.values(), samples := resampled_ratios(values, weights, resamples, seed)):
+        entry["interval"] = interval(ratios)
+        if "difference" in entry:
+            entry["difference_interval"] = interval(ratios - samples[0])
+    return entries
+
+
+def read_texts(args) -> list[str]:
+    documents = load_documents(args.data, args.column, args.data_config, args.data_split, args.sample_by)
+    texts = [text for text in documents[args.column] if text and not text.isspace()]
+    if args.held_out:
+        texts = [text for text in texts if is_held_out(text_hash(text), args.held_out)]
+    texts = texts[: args.max_documents]
+    if not texts:
+        which = f" of which {args.held_out:g} is held out" if args.held_out else ""
+        raise RunError(f"{' '.join(args.data)} holds no text{which}; change --data or --held-out.")
+    return texts
+
+
+def read_questions(args) -> list[Question]:
+    """Choices are a list, or a dictionary with the lists `text` and `label`; the answer is an index, a label, a letter
+    or the text of the choice."""
+    columns = [args.question_column, args.choices_column, args.answer_column]
+    option = "--question-column, --choices-column and --answer-column"
+    rows, _ = load_rows([args.choices], columns, args.choices_config, args.choices_split, option=option)
+    questions = []
+    for number, row in enumerate(rows.select(range(min(len(rows), args.max_documents or len(rows)))), 1):
+        prompt, choices, answer = (row[column] for column in columns)
+        labels = []
+        if isinstance(choices, dict):
+            choices, labels = choices.get("text"), choices.get("label", [])
+        if not isinstance(prompt, str) or not isinstance(choices, list) or len(choices) < 2:
+            raise DataError(f"row {number} of {args.choices} is no question with a list of two choices or more.")
+        if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+            raise DataError(f"row {number} of {args.choices} has a choice without text.")
+        index = answer_index(answer, choices, labels)
+        if index is None:
+            raise DataError(f"the answer in row {number} of {args.choices}, {answer!r:.40}, is none of its choices.")
+        prompt = args.prompt_format.replace("{question}", prompt)
+        questions.append(Question(prompt, [args.choice_separator + choice for choice in choices], index))
+    return questions
+
+
+def answer_index(answer, choices: list[str], labels: list[str]) -> int | None:
+    for names in (labels, choices):
+        if answer in names:
+            return names.index(answer)
+    if isinstance(answer, str) and len(answer) == 1 and answer.isalpha():
+        answer = ord(answer.upper()) - ord("A")
+    elif isinstance(answer, str) and answer.isdecimal():
+        answer = int(answer)
+    return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
+
+
+def fill_in_lengths(args, checkpoints: list[Checkpoint]):
+    if args.seq_len is None:
+        contexts = [checkpoint.context for checkpoint in checkpoints if checkpoint.context]
+        args.seq_len = min([LONGEST_DEFAULT, *contexts])
+    check_contexts(checkpoints, args.seq_len)
+    args.stride = args.stride or max(1, args.seq_len // 2)
+    if args.stride > args.seq_len:
+        raise RunError(f"--stride {args.stride} is longer than --seq-len {args.seq_len}: tokens would be left out.")
+
+
+def evaluate_checkpoints(args) -> dict:
+    """Evaluates one checkpoint after the other and returns what is also in `evaluation.json`.
+
+    Raises:
+        RunError, DataError: bad input; one line says what to do.
+    """
+    started = time.perf_counter()
+    names = short_names(args.checkpoints)
+    checkpoints = [open_checkpoint(path, args.base, args.tokenizer) for path in args.checkpoints]
+    fill_in_lengths(args, checkpoints)
+    texts = read_texts(args) if args.data else []
+    questions = read_questions(args) if args.choices else []
+    manager = lm_eval_tasks(args) if args.lm_eval else None
+    results, metrics, tokens = {}, {}, {}
+    for name, checkpoint in zip(names, checkpoints):
+        tokenizer = checkpoint.tokenizer
+        model = load_checkpoint(checkpoint, args.dtype)
+        result = {"path": checkpoint.path, "base": checkpoint.base, "parameters": model.num_parameters()}
+        result["mode"] = getattr(checkpoint.config, "attn_res_mode", "donor")
+        result["dtype"] = str(model.dtype).removeprefix("torch.")
+        own = {}
+        if texts:
+            result["first_token"] = describe_first_context(tokenizer)
+            result["text"], found, tokens[name] = evaluate_texts(model, tokenizer, texts, args, name)
+            own |= found
+        if questions:
+            result["choices"], found = evaluate_choices(model, tokenizer, questions, args, name)
+            own |= found
+        if manager is not None:
+            result["lm_eval"], found = evaluate_lm_eval(model, tokenizer, manager, args)
+            own |= found
+        results[name] = result
+        for label, value in own.items():
+            metrics.setdefault(label, {})[name] = value
+        del model
+    same_tokens = {name for name in names if tokens.get(name) == tokens.get(names[0])}
+    for label, by_name in metrics.items():
+        comparable = same_tokens if label in ("loss", "perplexity") else set(names)
+        for name, entry in with_intervals(by_name, comparable, args.resamples, args.seed).items():
+            results[name].setdefault("metrics", {})[label] = entry
+    for result in results.values():
+        if "interval" in result["metrics"].get("loss", {}):
+            bounds = result["metrics"]["loss"]["interval"]
+            result["metrics"]["perplexity"]["interval"] = np.exp(bounds).tolist()
+    return {
+        "checkpoints": results,
+        "different_tokens": sorted(set(names) - same_tokens),
+        "seconds": time.perf_counter() - started,
+        "arguments": json.loads(json.dumps(vars(args), default=str)),
+        "versions": {**versions(), "evaluate": evaluate.__version__},
+    }
+
+
+def cell(value: float, bounds: list[float] | None, sign: str = "") -> str:
+    text = f"{value:{sign}.4f}"
+    return text if bounds is None else f"{text} [{bounds[0]:{sign}.4f}, {bounds[1]:{sign}.4f}]"
+
+
+def report_table(results: dict[str, dict]) -> str:
+    """A row for each checkpoint; for each number a column and, with several checkpoints, one for differences."""
+    first = next(iter(results.values()))
+    columns = [(label, "value", "interval", "") for label in first["metrics"]]
+    if len(results) > 1:
+        difference = ("difference", "difference_interval", "+")
+        columns = [
+            entry
+            for column in columns
+            for entry in ([column] if column[0] in ("loss", "perplexity") else [column, (column[0], *difference)])
+        ]
+    heading = [label.replace("_", " ") if key == "value" else "difference" for label, key, *_ in columns]
+    rows = [("checkpoint", "parameters", *heading)]
+    for name, result in results.items():
+        cells = [
+            cell(entry[key], entry.get(bounds), sign) if key in (entry := result["metrics"][label]) else "-"
+            for label, key, bounds, sign in columns
+        ]
+        rows.append((name, f"{result['parameters']:,}", *cells))
+    return table(rows)
+
+
+def notes(evaluation: dict) -> list[str]:
+    """What one has to know to read the table."""
+    results, args = evaluation["checkpoints"], evaluation["arguments"]
+    first = next(iter(results))
+    lines = [
+        f"Brackets: 95 % of {args['resamples']} bootstrap resamples of the documents or questions"
+        + (f"; differences are to {first}, on the same resamples." if len(results) > 1 else ".")
+    ]
+    for name, result in results.items():
+        if "text" in result:
+            counts = "{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(**result["text"])
+            lines.append(f"{name}: {counts}; the first token of a document is {result['first_token']}.")
+        if result.get("choices", {}).get("truncated_questions"):
+            counts = "{truncated_questions} of {questions} questions".format(**result["choices"])
+            lines.append(f"{name}: {counts} were longer than {args['seq_len']} tokens and lost their beginning.")
+    if "text" in results[first]:
+        share = f", the {args['held_out']:g} that is held out from training" if args["held_out"] else ""
+        lines.append(
+            f"Text: {' '.join(args['data'])}{share}; windows of {args['seq_len']} tokens, {args['stride']} apart."
+        )
+    if evaluation["different_tokens"]:
+        others = ", ".join(evaluation["different_tokens"])
+        lines.append(f"{others}: other tokens than {first}; compare bits per byte, not loss or perplexity.")
+    return lines
+
+
+def write_report(folder: Path, evaluation: dict, command: list[str]):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "evaluation.json", {**evaluation, "command": command})
+        lines = "".join(f"- {line}\n" for line in notes(evaluation))
+        write_text(folder / "evaluation.md", f"{report_table(evaluation['checkpoints'])}\n{lines}")
+    except OSError as error:
+        raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate_model.py",
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: " + __doc__.split("\n\n", 1)[0],
+    )
+    add = parser.add_argument_group("models").add_argument
+    add("checkpoints", nargs="+", help="folders or Hub ids of models, or folders of PEFT adapters; the others are "
+        "compared with the first one")  # fmt: skip
+    add("--base", help="base of the adapters, instead of the one that they name")
+    add("--tokenizer", help="folder or Hub id; default: each checkpoint's own")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as saved")
+    add("--batch-size", type=positive, default=8, help="sequences per forward; default: 8")
+    add("--seq-len", type=positive, help="tokens of context at most; default: the shortest context of the models, at "
+        f"most {LONGEST_DEFAULT}")  # fmt: skip
+    add = parser.add_argument_group("text: loss, perplexity, bits per byte").add_argument
+    add("--data", nargs="+", help="stdlib (Python's own source, offline), files or folders of text, JSON lines or "
+        "Parquet, or a Hub id; default: stdlib, if neither --choices nor --lm-eval is given")  # fmt: skip
+    add("--data-config", help="configuration of the data set on the Hub")
+    add("--data-split", default="train", help="split, also test[:1000] and the like; default: train")
+    add("--column", default="text", help="column that holds the text; default: text")
+    add("--sample-by", choices=("document", "paragraph", "line"), help="what a document is in text files; default: "
+        "document (a file) if there are several files, else paragraph")  # fmt: skip
+    add("--held-out", type=float, metavar="SHARE", help="only the documents that pretrain.py --held-out SHARE keeps "
+        "from training; default: 0.05 of stdlib, all of other data")  # fmt: skip
+    add("--max-documents", type=positive, help="documents, and questions, to evaluate at most; default: all")
+    add("--stride", type=positive, help="tokens by which windows follow one another; default: half of --seq-len")
+    add = parser.add_argument_group("questions: accuracy").add_argument
+    add("--choices", metavar="DATA", help="file of JSON lines or Parquet, or Hub id: a question, a list of choices and "
+        "the answer (index, letter or text) in each row")  # fmt: skip
+    add("--choices-config", help="configuration of the data set on the Hub")
+    add("--choices-split", default="train", help="default: train, which is all of a file")
+    add("--question-column", default="question", help="default: question")
+    add("--choices-column", default="choices", help="default: choices")
+    add("--answer-column", default="answer", help="default: answer")
+    add(
+        "--prompt-format", default="{question}", help="for instance 'Question: {question} Answer:'; default: {question}"
+    )
+    add("--choice-separator", default=" ", help="between prompt and choice; default: a space")
+    add = parser.add_argument_group("EleutherAI's harness (pip install '.[lm-eval]')").add_argument
+    add("--lm-eval", metavar="TASKS", help="names of tasks, groups or tags, separated by commas")
+    add("--lm-eval-include", type=Path, metavar="FOLDER", help="task files (YAML) of your own")
+    add("--lm-eval-fewshot", type=int, metavar="N", help="examples in the prompt; default: as the task says")
+    add("--lm-eval-limit", type=positive, metavar="N", help="documents of each task at most; default: all")
+    add = parser.add_argument_group("results").add_argument
+    add("--output", type=Path, required=True, help="folder for evaluation.json and evaluation.md")
+    add("--resamples", type=positive, default=1000, help="of the bootstrap; default: 1000")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.lm_eval = args.lm_eval.split(",") if args.lm_eval else []
+    if not (args.data or args.choices or args.lm_eval):
+        args.data = [STDLIB]
+    if args.held_out is None and args.data == [STDLIB]:
+        args.held_out = 0.05
+    if args.held_out is not None and not 0 < args.held_out < 1:
+        parser.error("--held-out is a share of the documents, between 0 and 1")
+    if "{question}" not in args.prompt_format:
+        parser.error("--prompt-format needs {question}, where the question comes")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file; give a folder")
+    return args
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        os.environ["TQDM_DISABLE"] = "1"  # the harness's
+    try:
+        evaluation = evaluate_checkpoints(args)
+        write_report(args.output, evaluation, ["evaluate_model.py", *argv])
+    except (RunError, DataError) as error:
+        raise SystemExit(f"evaluate_model: {error}") from None
+    print(report_table(evaluation["checkpoints"]))
+    print("\n".join(notes(evaluation)))
+    summary = {name: {label: entry["value"] for label, entry in result["metrics"].items()} for name, result in
+               evaluation["checkpoints"].items()}  # fmt: skip
+    print(json.dumps({"output": str(args.output), "checkpoints": summary}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints as a user names them: AttnRes models, donors, and folders of PEFT adapters on their base."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pretrain import check_context, read_config
+from training_data import first_line
+from training_run import RunError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+import attnres  # noqa: F401, registers its classes
+
+
+@dataclass
+class Checkpoint:
+    """A model to load, after the parts that can be checked quickly were."""
+
+    path: str
+    base: str
+    adapter: str | None
+    config: PreTrainedConfig
+    tokenizer: object
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence in tokens, if the model has a limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+def open_checkpoint(path: str, base: str | None = None, tokenizer: str | None = None) -> Checkpoint:
+    """Reads the configuration and tokenizer of a checkpoint.
+
+    Args:
+        path: folder or Hub id of a model, or folder of an adapter.
+        base: the base of an adapter, instead of the one that it names.
+        tokenizer: folder or Hub id, instead of the checkpoint's own.
+
+    Raises:
+        RunError: there is no checkpoint, base or tokenizer.
+    """
+    adapter = None
+    source = path
+    adapter_config = Path(path) / "adapter_config.json"
+    if adapter_config.is_file():
+        adapter = path
+        source = base or json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not source:
+            raise RunError(f"the adapter {path} names no base; give --base.")
+    try:
+        config = read_config(source, {})
+    except RunError as error:
+        raise RunError(f"the base of the adapter {path}: {error} Give --base." if adapter else str(error)) from None
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer or (adapter if own else source))
+    except Exception as error:  # of many kinds, some of tokenizers' own
+        raise RunError(f"no tokenizer for {path}: {first_line(error)}; give --tokenizer.") from None
+    if len(loaded) > config.vocab_size:
+        raise RunError(f"the tokenizer of {path} has {len(loaded)} tokens, the model {config.vocab_size}.")
+    return Checkpoint(path, source, adapter, config, loaded)
+
+
+def load_checkpoint(checkpoint: Checkpoint, dtype: str = "auto"):
+    """The model, on the accelerator where there is one, for inference.
+
+    Raises:
+        RunError: it doesn't load, or the adapter is for another base.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.base, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunError(f"{checkpoint.base} doesn't load: {first_line(error)}.") from None
+    if checkpoint.adapter is not None:
+        model = with_adapter(model, checkpoint)
+    if torch.accelerator.is_available() and model.device.type == "cpu":
+        model = model.to(torch.accelerator.current_accelerator())
+    return model.eval()
+
+
+def with_adapter(model, checkpoint: Checkpoint):
+    """PEFT only warns of tensors that an adapter lacks, and drops those that it has too many."""
+    import peft  # takes seconds
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel.from_pretrained(model, checkpoint.adapter)
+        saved = set(peft.utils.load_peft_weights(checkpoint.adapter, device="cpu"))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = "its tensors have other sizes" if "size mismatch" in str(error) else first_line(error)
+        raise RunError(f"the adapter {checkpoint.adapter} doesn't fit {checkpoint.base}: {reason}.") from None
+    expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    embeddings = ("embed_tokens.weight", "lm_head.weight")  # are saved with an adapter that doesn't train them
+    wrong = sorted(name for name in expected ^ saved if name in expected or not name.endswith(embeddings))
+    if wrong:
+        lacks = f"it lacks {wrong[0]}" if wrong[0] in expected else f"the base has no place for {wrong[0]}"
+        raise RunError(f"the adapter {checkpoint.adapter} is for another base than {checkpoint.base}: {lacks}.")
+    return model
+
+
+def check_contexts(checkpoints: list[Checkpoint], seq_len: int):
+    for checkpoint in checkpoints:
+        try:
+            check_context(checkpoint.config, seq_len)
+        except RunError as error:
+            raise RunError(f"{checkpoint.path}: {error}") from None
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The paths without the folders that all of them begin or end with, for tables and legends."""
+    if len(set(paths)) < len(paths):
+        raise RunError("a checkpoint is given twice.")
+    parts = [Path(path).parts for path in paths]
+    if len(parts) == 1:
+        return paths
+    shortest = min(map(len, parts))
+    start = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), shortest - 1)
+    end = next((i for i in range(shortest - start) if len({part[-1 - i] for part in parts}) > 1), shortest - start - 1)
+    return ["/".join(part[start : len(part) - end]) for part in parts]
