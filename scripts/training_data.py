@@ -108,6 +108,7 @@ def load_rows(
     """The rows of a data set, with `columns` alone, and the first of them.
 
     Args:
+        columns: none for all of them.
         option: with which a user chooses columns, for the message. The others are those of [`load_documents`].
 
     Raises:
@@ -144,7 +145,7 @@ def load_rows(
     for column in columns:
         if column not in first:
             raise DataError(f"{name} has no column {column!r}; choose with {option} from: {', '.join(first)}.")
-    return rows.select_columns(columns), first
+    return rows.select_columns(columns) if columns else rows, first
 
 
 def load_documents(
@@ -234,12 +235,17 @@ def tokenize(batch: dict, indices: list[int], tokenizer, column: str) -> dict[st
     }
 
 
-def tokenized(documents: datasets.Dataset, tokenizer, column: str, num_proc: int | None = None) -> datasets.Dataset:
-    """All documents as tokens, kept in the cache of `datasets` for the next run with the same text and tokenizer."""
+def vocabulary_key(tokenizer) -> str:
+    """What decides how a tokenizer cuts text, for a cache's key."""
     vocabulary = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     )
-    key = f"{documents._fingerprint} {PACKING_VERSION} {column} {tokenizer.eos_token_id} {vocabulary}"
+    return f"{tokenizer.eos_token_id} {vocabulary}"
+
+
+def tokenized(documents: datasets.Dataset, tokenizer, column: str, num_proc: int | None = None) -> datasets.Dataset:
+    """All documents as tokens, kept in the cache of `datasets` for the next run with the same text and tokenizer."""
+    key = f"{documents._fingerprint} {PACKING_VERSION} {column} {vocabulary_key(tokenizer)}"
     return documents.map(
         tokenize,
         batched=True,
