@@ -55,6 +55,7 @@ from training_run import (
     RunLog,
     RunTrainer,
     losses,
+    main_process_first,
     open_run,
     peak_memory,
     plot_losses,
@@ -233,7 +234,7 @@ def check_same_data(folder: Path, train, is_new: bool):
 
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
-    with PartialState().main_process_first():
+    with main_process_first():
         documents = load_documents(
             args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
         )
@@ -253,7 +254,7 @@ def pretrain(args) -> dict:
     """
     started = time.perf_counter()
     state = PartialState()
-    with state.main_process_first():
+    with main_process_first():
         checkpoint = open_run(args.output, run_arguments(args), state.is_main_process)
     results_file = args.output / RESULTS_FILE
     if results_file.exists():
@@ -268,6 +269,7 @@ def pretrain(args) -> dict:
         optimizer = new_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.depth_lr_scale)
     except ValueError as error:
         raise RunError(str(error)) from None
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # before they are sharded
     trainer = RunTrainer(
         model,
         training_arguments(args),
@@ -297,8 +299,8 @@ def pretrain(args) -> dict:
         **amount,
         "tokens_per_second": tokens_per_second(metrics),
         "peak_memory_bytes": peak_memory(),
-        "parameters": model.num_parameters(),
-        "depth_parameters": sum(p.numel() for name, p in model.named_parameters() if "depth_attention" in name),
+        "parameters": sum(parameters.values()),
+        "depth_parameters": sum(number for name, number in parameters.items() if "depth_attention" in name),
         "seconds": time.perf_counter() - started,
         "arguments": json.loads(json.dumps(run_arguments(args), default=str)),
         "versions": versions(),

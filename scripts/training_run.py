@@ -15,6 +15,7 @@ import shutil
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import accelerate
@@ -24,7 +25,9 @@ import numpy
 import tokenizers
 import torch
 import transformers
-from accelerate.utils import DistributedType
+from accelerate import PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -41,6 +44,26 @@ RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE = "run.json", "metrics.jsonl"
 
 class RunError(ValueError):
     """The run can't start or go on; the message is one line that says why and what to do."""
+
+
+@contextmanager
+def main_process_first():
+    """The block runs in the main process, then in all others; if it fails in the main one, they end without a word."""
+    is_main, succeeded = PartialState().is_main_process, [False]
+    if not is_main and not broadcast_object_list(succeeded)[0]:
+        raise SystemExit(1)
+    try:
+        yield
+        succeeded = [True]
+    finally:
+        if is_main:
+            broadcast_object_list(succeeded)
+
+
+def launched() -> dict:
+    """How `accelerate launch` started this process; a run goes on as it began."""
+    sharding = [name for name in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"]
+    return {"processes": PartialState().num_processes, "sharding": sharding[0] if sharding else None}
 
 
 def versions() -> dict[str, str]:
@@ -103,14 +126,14 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
     Raises:
         RunError: the folder is in use for something else, or for a run with other arguments.
     """
-    arguments = json.loads(json.dumps(arguments, default=str))
+    arguments = json.loads(json.dumps({**arguments, **launched()}, default=str))
     run_file = folder / RUN_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"can't write to {folder}: {error.strerror}.") from None
     if run_file.exists():
-        before = json.loads(run_file.read_text(encoding="utf-8"))["arguments"]
+        before = {"processes": 1, **json.loads(run_file.read_text(encoding="utf-8"))["arguments"]}
         for name in arguments.keys() | before.keys():
             if arguments.get(name) != before.get(name):
                 raise RunError(
@@ -241,6 +264,11 @@ class RunTrainer(Trainer):
             # accelerate would leave the model unsharded on CPUs without a word, and needs no more than this to shard
             state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2 and self.args.bf16:
+            # accelerate's policy rounds the loss, the sum of the gradients and what layers get from depth attention
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
@@ -274,24 +302,23 @@ class RunTrainer(Trainer):
         return norm
 
     def _check_finite(self, value, name: str):
-        value = torch.as_tensor(value, device=self.args.device).detach().float()
-        if self.args.world_size > 1:  # all processes stop together
-            value = self.accelerator.gather(value)
-        if value.isfinite().all():
+        value = torch.as_tensor(value, device=self.args.device).detach().float().reshape(1)
+        values = self.accelerator.gather(value)  # all processes stop together
+        if values.isfinite().all():
             return
         step = self.state.global_step + 1
-        documents = sorted(
-            {int(row) for batch in self.batches if "documents" in batch for row in batch["documents"].unique()}
-        )
+        batches = [] if value.isfinite() else self.batches
+        rows = [int(row) for batch in batches if "documents" in batch for row in batch["documents"].unique()]
+        documents = sorted(set(gather_object(rows)))
         last = next(reversed(checkpoints(self.folder)), None)
-        reading = ", ".join(str(number) for number in value.flatten().tolist() if not math.isfinite(number))
+        reading = ", ".join(str(number) for number in values.tolist() if not math.isfinite(number))
         failure = {"step": step, "what": name, "value": reading, "documents": documents, "checkpoint": last}
         if self.processing_class is not None:
-            failure["batch"] = [
-                self.processing_class.decode(ids) for batch in self.batches for ids in batch["input_ids"]
-            ]
-        if self.is_world_process_zero():
-            write_json(self.folder / FAILURE_FILE, failure)
+            texts = [self.processing_class.decode(ids) for batch in batches for ids in batch["input_ids"]]
+            failure["batch"] = gather_object(texts)
+        if not self.is_world_process_zero():
+            raise SystemExit(1)
+        write_json(self.folder / FAILURE_FILE, failure)
         shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
         raise RunError(
             f"the {name} is {reading} at step {step}, with documents {shown or 'unknown'} of the data; "
