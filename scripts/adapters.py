@@ -1,0 +1,158 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""PEFT adapters on AttnRes models, plain and quantised: made, saved with what tells their base, loaded, merged.
+
+Depth attention is trained in full beside the adapters, in float32: it is far smaller than they are.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+from depth_callback import decoder
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from training_data import first_line
+from training_run import RunError
+from transformers.utils import cached_file
+
+
+BASE_FILE = "base.json"  # beside an adapter: which weights it was trained on
+DEPTH_ATTENTION = "depth_attention"
+QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "torchao"}  # and the package that each needs
+
+
+def quantization_config(name: str, bf16: bool):
+    """For `from_pretrained`: `"nf4"`, 4 bits by bitsandbytes, or `"int8"`, 8 bits by torchao. The head stays as it is.
+
+    Raises:
+        RunError: its package isn't installed.
+    """
+    package = QUANTIZATIONS[name]
+    if importlib.util.find_spec(package) is None:
+        raise RunError(f"--quantization {name} needs {package}: pip install {package}")
+    if name == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the decoder layers' linear projections, as PEFT's `target_modules` takes them.
+
+    Those of attention, MLPs and shared experts, whatever the family calls them. Routers and stacks of experts are no
+    linear layers in transformers, and stay as they are.
+    """
+    layers = decoder(model).layers
+    return sorted({name.split(".")[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)})
+
+
+def with_adapter(model, config: peft.PeftConfig) -> peft.PeftModel:
+    with warnings.catch_warnings():  # of a base that has moved, and of transformers' deprecations
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config)
+
+
+def new_adapter(model, rank: int, alpha: float, dropout: float, dora: bool, target_modules: list[str] | None = None):
+    """A LoRA or DoRA adapter on `target_modules`, by default all of [`linear_layers`].
+
+    Raises:
+        RunError: the model has no such modules.
+    """
+    has_depth = hasattr(decoder(model), DEPTH_ATTENTION)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=dora,
+        target_modules=target_modules or linear_layers(model),
+        modules_to_save=[DEPTH_ATTENTION] if has_depth else None,
+    )
+    try:
+        return with_adapter(model, config)
+    except ValueError:
+        choice = ", ".join(linear_layers(model))
+        raise RunError(
+            f"the model can't be adapted at {', '.join(target_modules or [])}; its linear layers are {choice}."
+        ) from None
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Stands for a base's weights: tensors that no quantisation touches, to the precision of bfloat16."""
+    base = decoder(model)
+    tensors = [base.embed_tokens.weight[:64], base.norm.weight]
+    tensors += [parameter for _, parameter in sorted(getattr(base, DEPTH_ATTENTION, base.norm).named_parameters())]
+    parts = [tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16) for tensor in tensors]
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def load_adapter(model, adapter: str, is_trainable: bool = False):
+    """`model` with a saved adapter. PEFT alone is silent about much of what doesn't fit.
+
+    Args:
+        adapter: folder or Hub id.
+
+    Raises:
+        RunError: there is none, or it was trained on another base.
+    """
+    try:
+        config = peft.PeftConfig.from_pretrained(adapter)
+        saved = load_peft_weights(adapter, device="cpu")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"no adapter at {adapter}: {first_line(error)}.") from None
+    made_for = f"the adapter {adapter} is for another base, {config.base_model_name_or_path}"
+    base_file = cached_file(adapter, BASE_FILE, _raise_exceptions_for_missing_entries=False)
+    if base_file is not None:
+        before = json.loads(Path(base_file).read_text(encoding="utf-8"))["fingerprint"]
+        if before != fingerprint(model):
+            raise RunError(f"{made_for}, whose weights differ from the model's.")
+    config.inference_mode = not is_trainable
+    try:
+        adapted = with_adapter(model, config)
+    except ValueError as error:
+        raise RunError(f"{made_for}: {first_line(error)[:200]}.") from None
+    embeddings = ("embed_tokens.weight", "lm_head.weight")  # are saved with an adapter that doesn't train them
+    saved = {name: tensor for name, tensor in saved.items() if not name.endswith(embeddings)}
+    expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    shapes, saved_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (expected, saved))
+    for name in sorted(shapes.keys() | saved_shapes.keys()):
+        if shapes.get(name) != saved_shapes.get(name):
+            raise RunError(f"{made_for}: {name} is {saved_shapes.get(name)} in it, here {shapes.get(name)}.")
+    peft.set_peft_model_state_dict(adapted, saved)
+    return adapted
+
+
+@torch.no_grad()
+def merged(trained, base) -> nn.Module:
+    """A model without PEFT that computes what `trained` does.
+
+    Args:
+        trained: with adapters, the base maybe quantised.
+        base: the base in full precision, changed in place. Where the trained model's is quantised it takes over the
+            quantised weights, as it is them that the adapters go with.
+    """
+    for name, module in trained.get_base_model().named_modules():
+        name = name.removesuffix(".base_layer")
+        if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and ".lora_" not in name:
+            weight = base.get_submodule(name).weight
+            weight.copy_(dequantize_module_weight(module).to(weight.dtype))
+    adapted = with_adapter(base, copy.deepcopy(trained.peft_config["default"]))
+    peft.set_peft_model_state_dict(adapted, peft.get_peft_model_state_dict(trained, save_embedding_layers=False))
+    return adapted.merge_and_unload(safe_merge=True)
