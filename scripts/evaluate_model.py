@@ -16,15 +16,16 @@ differences are much narrower than those of values. They don't cover the randomn
 """
 
 import argparse
+import io
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 
 import datasets
@@ -52,11 +53,13 @@ def metric(name: str) -> evaluate.EvaluationModule:
 
 @dataclass
 class Metric:
-    """A number with the documents' shares in it, `sum(values) / sum(weights)`; without them it has no interval."""
+    """A number with the documents' shares in it: `transform(sum(values) / sum(weights))`. Without them, it has no
+    interval."""
 
     value: float
     values: np.ndarray | None = None  # (documents,)
     weights: np.ndarray | None = None  # (documents,)
+    transform: Callable = np.asarray
 
 
 @dataclass
@@ -99,7 +102,7 @@ def span_nats(model, spans: list[Span], batch_size: int, description: str) -> np
         for index, row in zip(batch, logits):
             span = spans[index]
             end = len(span.input_ids) - 1
-            targets = torch.tensor(span.input_ids[-span.scored :], device=row.device)
+            targets = torch.tensor(span.input_ids[end + 1 - span.scored :], device=row.device)
             nats[index] = cross_entropy(row[end - span.scored : end].float(), targets, reduction="none").double().sum()
         bar.update(len(batch))
     bar.close()
@@ -150,32 +153,33 @@ def evaluate_texts(model, tokenizer, texts: list[str], args, name: str) -> tuple
     results = metric("text_loss").compute(nats=nats, tokens=lengths, bytes=num_bytes)
     metrics = {
         "loss": Metric(results["loss"], nats, lengths),
-        "perplexity": Metric(results["perplexity"]),
+        "perplexity": Metric(results["perplexity"], nats, lengths, np.exp),
         "bits_per_byte": Metric(results["bits_per_byte"], nats / np.log(2), num_bytes),
     }
     return results, metrics, hash(tuple(map(tuple, tokens)))
 
 
 def evaluate_choices(model, tokenizer, questions: list[Question], args, name: str) -> tuple[dict, dict[str, Metric]]:
-    """Accuracy of choosing the likeliest continuation of each prompt; tokens that prompt and continuation share count
-    to the continuation. Prompts that are too long lose their beginning."""
+    """Accuracy of choosing the likeliest continuation of each prompt. Prompts that are too long lose their beginning.
+
+    A token may hold the end of the prompt and the beginning of a choice: all choices of a question are scored from the
+    first token on in which one of them differs from the prompt.
+    """
     context = first_context(tokenizer)
     prompts = encode(tokenizer, [question.prompt for question in questions])
     spans, uniform, truncated = [], [], set()
-    choices = [(row, choice) for row, question in enumerate(questions) for choice in question.choices]
-    wholes = encode(tokenizer, [questions[row].prompt + choice for row, choice in choices])
-    for index, ((row, _), whole) in enumerate(zip(choices, wholes)):
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompts[row], whole)))
-        scored, ids = len(whole) - min(shared, len(whole) - 1), context + whole
-        uniform.append(scored == len(ids))
-        scored -= uniform[-1]
-        if scored > args.seq_len:
-            raise RunError(f"a choice of question {row + 1} has {scored} tokens, more than --seq-len {args.seq_len}.")
-        if len(ids) > args.seq_len + 1:
-            truncated.add(row)
-        if scored:
-            spans.append(Span(index, ids[-args.seq_len - 1 :], scored))
-    nats = sums_by_row(model, spans, len(choices), args, f"{name}, choices")
+    for row, (question, prompt) in enumerate(zip(questions, prompts)):
+        wholes = encode(tokenizer, [question.prompt + choice for choice in question.choices])
+        shared = min(len(os.path.commonprefix([prompt, whole[:-1]])) for whole in wholes)
+        for whole in wholes:
+            ids, scored = context + whole, len(whole) - shared
+            if scored > args.seq_len:
+                raise RunError(f"a choice of question {row + 1} has {scored} tokens, --seq-len {args.seq_len} at most.")
+            if len(ids) > args.seq_len + 1:
+                truncated.add(row)
+            uniform.append(scored == len(ids))  # there is no token before the first one
+            spans.append(Span(len(spans), ids[-args.seq_len - 1 :], scored - uniform[-1]))
+    nats = sums_by_row(model, spans, len(spans), args, f"{name}, choices")
     nats = nats + np.log(model.config.vocab_size) * np.array(uniform)
     ends = np.cumsum([len(question.choices) for question in questions])[:-1]
     results = metric("choice_accuracy").compute(
@@ -220,18 +224,18 @@ def evaluate_lm_eval(model, tokenizer, manager, args) -> tuple[dict, dict[str, M
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     harness = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=args.batch_size)
-    run = lm_eval.simple_evaluate(
-        harness,
-        tasks=args.lm_eval,
-        task_manager=manager,
-        num_fewshot=args.lm_eval_fewshot,
-        limit=args.lm_eval_limit,
-        random_seed=args.seed,
-        numpy_random_seed=args.seed,
-        torch_random_seed=args.seed,
-        fewshot_random_seed=args.seed,
-    )
+    # its progress bars have no switch
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        run = lm_eval.simple_evaluate(
+            harness,
+            tasks=args.lm_eval,
+            task_manager=manager,
+            num_fewshot=args.lm_eval_fewshot,
+            limit=args.lm_eval_limit,
+            **dict.fromkeys(seeds, args.seed),
+        )
     metrics = {}
     for task, result in run["results"].items():
         for key, value in result.items():
@@ -240,12 +244,24 @@ def evaluate_lm_eval(model, tokenizer, manager, args) -> tuple[dict, dict[str, M
                 continue
             label = f"{task} {name}" + (f" ({filter_name})" if filter_name != "none" else "")
             samples = [sample for sample in run["samples"].get(task, ()) if sample["filter"] == filter_name]
-            values = [sample.get(name) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
-            metrics[label] = Metric(float(value))
-            # a mean over documents, as accuracies are; others, such as word perplexity, keep the harness's error
-            if values and all(isinstance(v, (int, float)) for v in values) and np.isclose(np.mean(values), value):
-                metrics[label] = Metric(float(value), np.array(values, dtype=float), np.ones(len(values)))
+            samples.sort(key=lambda sample: sample["doc_id"])
+            metrics[label] = harness_metric(float(value), [sample.get(name) for sample in samples])
     return {"results": run["results"], "versions": run["versions"], "fewshot": run["n-shot"]}, metrics
+
+
+def harness_metric(value: float, samples: list) -> Metric:
+    """With the documents' shares if it is a mean of theirs, as accuracies are, or made of the quotient of sums of
+    log-likelihoods and lengths, as perplexities are."""
+    try:
+        pairs = np.array([sample if isinstance(sample, (tuple, list)) else (sample, 1) for sample in samples], float)
+    except (TypeError, ValueError):
+        return Metric(value)
+    if pairs.ndim == 2 and pairs.shape[1] == 2:
+        values, weights = pairs.T
+        for transform in (np.asarray, lambda x: np.exp(-x), lambda x: -x / np.log(2)):
+            if np.isclose(transform(values.sum() / weights.sum()), value):
+                return Metric(value, values, weights, transform)
+    return Metric(value)
 
 
 def resampled_ratios(values: np.ndarray, weights: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -287,10 +303,11 @@ def with_intervals(metrics: dict[str, Metric], comparable: set[str], resamples: 
         return entries
     values = np.stack([metric.values for metric in metrics.values()])
     weights = np.stack([metric.weights for metric in metrics.values()])
-    for entry, ratios in zip(entries.values(), samples := resampled_ratios(values, weights, resamples, seed)):
-        entry["interval"] = interval(ratios)
+    samples = metrics[first].transform(resampled_ratios(values, weights, resamples, seed))
+    for entry, own in zip(entries.values(), samples):
+        entry["interval"] = interval(own)
         if "difference" in entry:
-            entry["difference_interval"] = interval(ratios - samples[0])
+            entry["difference_interval"] = interval(own - samples[0])
     return entries
 
 
@@ -391,10 +408,6 @@ def evaluate_checkpoints(args) -> dict:
         comparable = same_tokens if label in ("loss", "perplexity") else set(names)
         for name, entry in with_intervals(by_name, comparable, args.resamples, args.seed).items():
             results[name].setdefault("metrics", {})[label] = entry
-    for result in results.values():
-        if "interval" in result["metrics"].get("loss", {}):
-            bounds = result["metrics"]["loss"]["interval"]
-            result["metrics"]["perplexity"]["interval"] = np.exp(bounds).tolist()
     return {
         "checkpoints": results,
         "different_tokens": sorted(set(names) - same_tokens),
@@ -404,31 +417,24 @@ def evaluate_checkpoints(args) -> dict:
     }
 
 
-def cell(value: float, bounds: list[float] | None, sign: str = "") -> str:
-    text = f"{value:{sign}.4f}"
-    return text if bounds is None else f"{text} [{bounds[0]:{sign}.4f}, {bounds[1]:{sign}.4f}]"
+def cells(entry: dict, key: str, sign: str = "") -> tuple[str, str]:
+    """A value and its interval."""
+    interval_key = "interval" if key == "value" else f"{key}_interval"
+    numbers = [entry[key], *entry.get(interval_key, ())] if key in entry else []
+    value, *bounds = (f"{x:{sign}.4f}" if abs(x) < 1000 else f"{x:{sign},.0f}" for x in numbers) if numbers else "-"
+    return value, f"{bounds[0]} to {bounds[1]}" if bounds else "-"
 
 
 def report_table(results: dict[str, dict]) -> str:
-    """A row for each checkpoint; for each number a column and, with several checkpoints, one for differences."""
-    first = next(iter(results.values()))
-    columns = [(label, "value", "interval", "") for label in first["metrics"]]
-    if len(results) > 1:
-        difference = ("difference", "difference_interval", "+")
-        columns = [
-            entry
-            for column in columns
-            for entry in ([column] if column[0] in ("loss", "perplexity") else [column, (column[0], *difference)])
-        ]
-    heading = [label.replace("_", " ") if key == "value" else "difference" for label, key, *_ in columns]
-    rows = [("checkpoint", "parameters", *heading)]
-    for name, result in results.items():
-        cells = [
-            cell(entry[key], entry.get(bounds), sign) if key in (entry := result["metrics"][label]) else "-"
-            for label, key, bounds, sign in columns
-        ]
-        rows.append((name, f"{result['parameters']:,}", *cells))
-    return table(rows)
+    """A row for each measure of each checkpoint; with several of them, also the difference to the first one."""
+    first = next(iter(results))
+    several = len(results) > 1
+    rows = [("measure", "checkpoint", "value", "95 % interval", f"difference to {first}", "95 % interval")]
+    for label in results[first]["metrics"]:
+        for name, result in results.items():
+            entry = result["metrics"][label]
+            rows.append((label.replace("_", " "), name, *cells(entry, "value"), *cells(entry, "difference", "+")))
+    return table(rows if several else [row[:4] for row in rows])
 
 
 def notes(evaluation: dict) -> list[str]:
@@ -436,13 +442,15 @@ def notes(evaluation: dict) -> list[str]:
     results, args = evaluation["checkpoints"], evaluation["arguments"]
     first = next(iter(results))
     lines = [
-        f"Brackets: 95 % of {args['resamples']} bootstrap resamples of the documents or questions"
-        + (f"; differences are to {first}, on the same resamples." if len(results) > 1 else ".")
+        f"Intervals: 95 % of {args['resamples']} bootstrap resamples of the documents or questions"
+        + (", the same ones for all checkpoints." if len(results) > 1 else ".")
     ]
     for name, result in results.items():
+        line = f"{name}: {result['mode']}, {result['parameters']:,} parameters, {result['dtype']}"
         if "text" in result:
             counts = "{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(**result["text"])
-            lines.append(f"{name}: {counts}; the first token of a document is {result['first_token']}.")
+            line += f"; {counts}, the first token of a document is {result['first_token']}"
+        lines.append(f"{line}.")
         if result.get("choices", {}).get("truncated_questions"):
             counts = "{truncated_questions} of {questions} questions".format(**result["choices"])
             lines.append(f"{name}: {counts} were longer than {args['seq_len']} tokens and lost their beginning.")
@@ -539,7 +547,6 @@ def main(argv: list[str] | None = None):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        os.environ["TQDM_DISABLE"] = "1"  # the harness's
     try:
         evaluation = evaluate_checkpoints(args)
         write_report(args.output, evaluation, ["evaluate_model.py", *argv])

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
 from pretrain import check_context, read_config
 from training_data import first_line
@@ -83,8 +84,6 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: str = "auto"):
 
 def with_adapter(model, checkpoint: Checkpoint):
     """PEFT only warns of tensors that an adapter lacks, and drops those that it has too many."""
-    import peft  # takes seconds
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
