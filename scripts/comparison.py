@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from training_options import run_arguments
 from training_run import (
     FAILURE_FILE,
@@ -69,6 +70,10 @@ def table_row(name: str, runs: list[dict], columns: dict[str, str]) -> tuple[str
 
 
 def open_comparison(args: argparse.Namespace):
+    if PartialState().num_processes > 1:
+        if not PartialState().is_main_process:
+            raise SystemExit(1)
+        raise RunError("--compare and --sweep start processes themselves; launch the runs one by one instead.")
     open_run(args.output, {**run_arguments(args), "compare": args.compare, "sweep": args.sweep})
 
 

@@ -7,6 +7,7 @@ Every `every` steps one short forward of the same text, the probe, shows each su
 models are comparable and nothing of it touches training. Works on donors too, whose reads are the residual stream.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -163,8 +164,8 @@ class DepthCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step = state.global_step + 1
-        if step % self.every and step != 1:
-            return
+        if step % self.every and step != 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            return  # DeepSpeed has already taken the step, and keeps the parameters in pieces
         started = time.perf_counter()
         entry = {**look(model, self.probe), "gradient_norm": gradient_norms(decoder(model).layers)}
         if self.writer is None:

@@ -1,6 +1,8 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """AdamW, or Muon for the layers' matrices with AdamW for the rest; depth attention is a parameter group of its own."""
 
+import os
+
 import torch
 
 
@@ -81,11 +83,13 @@ def new_optimizer(
     """The optimizer `"adamw"` or `"muon"` for the parameters of `model` that are trained.
 
     Raises:
-        ValueError: this torch has no Muon, or the model has no matrices that are trained.
+        ValueError: Muon can't be had: this torch has none, DeepSpeed trains, or no matrices are trained.
     """
     groups = parameter_groups(model, learning_rate, weight_decay, depth_lr_scale)
     if name == "adamw":
         return torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError("Muon needs whole matrices, and DeepSpeed cuts them up; use AdamW, or FSDP2 or DDP.")
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"Muon needs torch 2.9 or newer, installed is {torch.__version__}; use AdamW.")
     if "matrices" not in groups:

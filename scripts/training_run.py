@@ -344,6 +344,10 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.is_fsdp_enabled:  # what `accelerate merge-weights` leaves to be added
+                self.model.config.save_pretrained(partial / name)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(partial / name)
             publish(partial / name, self.folder / name)
             partial.rmdir()
             for old in checkpoints(self.folder)[: -self.keep_checkpoints]:
