@@ -1,0 +1,1051 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Fused operators of depth attention (Kimi Team, arXiv 2603.15031) for GPUs, written in Triton.
+
+Two operators share the work of a block, as in the two-phase computation of the paper. [`closed_reads`] reads each
+closed source once for all reads of the block; [`depth_step`], once per sublayer, adds the sublayer's output to the open
+partial sum, merges that sum into the read by an online softmax, and normalises the result for the next sublayer.
+
+Letters in shapes: `tokens` is any number of leading dimensions (batch, seq), d the hidden size, n the number of closed
+sources, S the number of reads. The score of source i in read s is
+
+    score_si = (p_s . v_i) * rsqrt(mean(v_i^2) + eps),    p_s = query_s * key_norm_s
+
+and its weight the softmax over i. Arithmetic is float32, with one rounding per result. Gradients are the same on every
+run: sums over tokens are partial sums in a fixed order, without atomics.
+
+Both are custom operators that `torch.compile` takes whole and CUDA graphs capture. Where there is no GPU, they run in
+Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("kernels_attnres needs triton (pip install triton).") from error
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = tl.constexpr(16)  # rows (source, token) of one tile, the least that a matrix unit takes
+TABLE_ARGUMENTS = 16
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """`total + a @ b` with the precision of float32.
+
+    A bfloat16 factor is exact as it is; a float32 one is then the sum of three bfloat16 numbers, also exactly.
+    """
+    if a.dtype == tl.bfloat16:
+        if b.dtype == tl.bfloat16:
+            total = tl.dot(a, b, total)
+        else:
+            high = b.to(tl.bfloat16)
+            rest = b - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, total)))
+    elif b.dtype == tl.bfloat16:
+        high = a.to(tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        total = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, total)))
+    else:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _rows(table, index, inside, token, like, D: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers to rows `token` of the tensors number `index` of a table of addresses."""
+    tensors = tl.load(table + index, mask=inside, other=0).to(like.dtype)
+    return tl.multiple_of(tensors + token * D, ALIGN)
+
+
+@triton.jit
+def _tile(rows, inside, column, D: tl.constexpr):
+    return tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _products(products, read, column, S: tl.constexpr, D: tl.constexpr):
+    inside = (read < S)[:, None] & (column < D)[None, :]
+    return tl.load(products + read[:, None] * D + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _warp_columns(WARPS: tl.constexpr, PART: tl.constexpr):
+    """The first columns of dot products over d, (WARPS, PART): each warp sums a part of them."""
+    return tl.arange(0, WARPS)[:, None] * PART + tl.arange(0, PART)[None, :]
+
+
+@triton.jit
+def _warp_tile(rows, inside, column, D: tl.constexpr):
+    """(WARPS, rows, PART)"""
+    mask = inside[None, :, None] & (column < D)[:, None, :]
+    return tl.load(rows[None, :, None] + column[:, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _fill_table(table, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, size):
+    """Writes the addresses of up to 16 tensors. On the device, as a CUDA graph keeps arguments but not host memory."""
+    tl.store(table, t0.to(tl.int64))
+    tl.store(table + 1, t1.to(tl.int64), mask=size > 1)
+    tl.store(table + 2, t2.to(tl.int64), mask=size > 2)
+    tl.store(table + 3, t3.to(tl.int64), mask=size > 3)
+    tl.store(table + 4, t4.to(tl.int64), mask=size > 4)
+    tl.store(table + 5, t5.to(tl.int64), mask=size > 5)
+    tl.store(table + 6, t6.to(tl.int64), mask=size > 6)
+    tl.store(table + 7, t7.to(tl.int64), mask=size > 7)
+    tl.store(table + 8, t8.to(tl.int64), mask=size > 8)
+    tl.store(table + 9, t9.to(tl.int64), mask=size > 9)
+    tl.store(table + 10, t10.to(tl.int64), mask=size > 10)
+    tl.store(table + 11, t11.to(tl.int64), mask=size > 11)
+    tl.store(table + 12, t12.to(tl.int64), mask=size > 12)
+    tl.store(table + 13, t13.to(tl.int64), mask=size > 13)
+    tl.store(table + 14, t14.to(tl.int64), mask=size > 14)
+    tl.store(table + 15, t15.to(tl.int64), mask=size > 15)
+
+
+# In both kernels of closed reads a program holds TOKENS tokens. It multiplies tiles of ROWS rows (source, token) with
+# tiles of TOKENS * READS lines (token, read), of which the pairs with the same token count. It goes through its sources
+# twice, as the weights need whole rows; with few tokens per program the second time they come from the cache.
+
+
+@triton.jit
+def _closed_forward(
+    like,
+    mixed_like,
+    table,  # addresses of n sources, then of S results
+    products,
+    lse,
+    scores,  # (n, S, num_tokens)
+    inverse_rms,  # (n, num_tokens)
+    num_tokens,
+    num_sources,
+    eps,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    READS: tl.constexpr,
+    READS_DOT: tl.constexpr,
+    WARPS: tl.constexpr,
+    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    row = tl.arange(0, ROWS)
+    row_token = first + row % TOKENS
+    read_dot = tl.arange(0, READS_DOT)
+    for group in range(0, num_sources, ROWS // TOKENS):
+        source = group + row // TOKENS
+        inside = (source < num_sources) & (row_token < num_tokens)
+        rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
+        dots = tl.zeros([WARPS, ROWS, READS_DOT], tl.float32)
+        gram = tl.zeros([WARPS, ROWS, ROWS], tl.float32)  # its diagonal has the squares
+        column = _warp_columns(WARPS, PART)
+        value = _warp_tile(rows, inside, column, D)
+        for _ in range(0, D, WARPS * PART):
+            next_column = column + WARPS * PART
+            next_value = _warp_tile(rows, inside, next_column, D)  # on its way while this one is multiplied
+            product = _warp_tile(products + read_dot * D, read_dot < S, column, D)
+            dots = _dot(value, tl.permute(product, (0, 2, 1)), dots, PRECISION)
+            gram = _dot(value, tl.permute(value, (0, 2, 1)), gram, PRECISION)
+            column, value = next_column, next_value
+        dots = tl.sum(dots, 0)
+        squares = tl.sum(tl.where(row[:, None] == row[None, :], tl.sum(gram, 0), 0.0), 1)
+        rms = tl.rsqrt(squares / D + eps)
+        at = (source[:, None] * S + read_dot[None, :]) * num_tokens + row_token[:, None]
+        tl.store(scores + at, dots * rms[:, None], mask=inside[:, None] & (read_dot < S)[None, :])
+        tl.store(inverse_rms + source * num_tokens + row_token, rms, mask=inside)
+    tl.debug_barrier()  # from here on threads read each other's scores
+
+    line = tl.arange(0, TOKENS * READS)
+    token = first + line // READS
+    read = line % READS
+    inside_line = (token < num_tokens) & (read < S)
+    peak = tl.full([TOKENS * READS], float("-inf"), tl.float32)
+    total = tl.zeros([TOKENS * READS], tl.float32)
+    for group in range(0, num_sources, ROWS):
+        source = group + row
+        at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
+        score = tl.load(scores + at, mask=inside_line[:, None] & (source < num_sources)[None, :], other=0.0)
+        score = tl.where((source < num_sources)[None, :], score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(score - new_peak[:, None]), 1)
+        peak = new_peak
+    normaliser = peak + tl.log(total)
+    tl.store(lse + read * num_tokens + token, normaliser, mask=inside_line)
+
+    results = _rows(table, num_sources + read, read < S, token, mixed_like, D, ALIGN)
+    for start in range(0, D, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        mixed = tl.zeros([TOKENS * READS, CHUNK], tl.float32)
+        for group in range(0, num_sources, ROWS // TOKENS):
+            source = group + row // TOKENS
+            inside = (source < num_sources) & (row_token < num_tokens)
+            rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
+            at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
+            same = (token[:, None] == row_token[None, :]) & inside_line[:, None] & inside[None, :]
+            weight = tl.exp(tl.load(scores + at, mask=same, other=float("-inf")) - normaliser[:, None])
+            mixed = _dot(weight, _tile(rows, inside, column, D), mixed, PRECISION)
+        inside_tile = inside_line[:, None] & (column < D)[None, :]
+        tl.store(results[:, None] + column[None, :], mixed.to(mixed_like.dtype.element_ty), mask=inside_tile)
+
+
+@triton.jit
+def _closed_backward(
+    like,
+    mixed_like,
+    table,  # addresses of n sources, S gradients of results, n gradients of sources
+    products,
+    lse,
+    grad_lse,
+    scores,
+    inverse_rms,
+    grad_scores,  # (n, S, num_tokens)
+    num_tokens,
+    num_sources,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    READS: tl.constexpr,
+    READS_DOT: tl.constexpr,
+    WARPS: tl.constexpr,
+    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRAD_SOURCES: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    row = tl.arange(0, ROWS)
+    row_token = first + row % TOKENS
+    line = tl.arange(0, TOKENS * READS)
+    token = first + line // READS
+    read = line % READS
+    inside_line = (token < num_tokens) & (read < S)
+    results = _rows(table, num_sources + read, read < S, token, mixed_like, D, ALIGN)
+    for group in range(0, num_sources, ROWS // TOKENS):
+        source = group + row // TOKENS
+        inside = (source < num_sources) & (row_token < num_tokens)
+        rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
+        dots = tl.zeros([WARPS, TOKENS * READS, ROWS], tl.float32)
+        column = _warp_columns(WARPS, PART)
+        grad_mixed = _warp_tile(results, inside_line, column, D)
+        value = _warp_tile(rows, inside, column, D)
+        for _ in range(0, D, WARPS * PART):
+            column += WARPS * PART
+            next_grad = _warp_tile(results, inside_line, column, D)
+            next_value = _warp_tile(rows, inside, column, D)
+            dots = _dot(grad_mixed, tl.permute(value, (0, 2, 1)), dots, PRECISION)
+            grad_mixed, value = next_grad, next_value
+        grad_weights = tl.sum(dots, 0)
+        at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
+        same = (token[:, None] == row_token[None, :]) & inside_line[:, None] & inside[None, :]
+        tl.store(grad_scores + at, grad_weights, mask=same)
+    tl.debug_barrier()
+
+    at_line = read * num_tokens + token
+    normaliser = tl.load(lse + at_line, mask=inside_line, other=0.0)
+    mean_grad = tl.zeros([TOKENS * READS], tl.float32)
+    for group in range(0, num_sources, ROWS):
+        source = group + row
+        at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
+        inside_scores = inside_line[:, None] & (source < num_sources)[None, :]
+        weight = tl.exp(tl.load(scores + at, mask=inside_scores, other=float("-inf")) - normaliser[:, None])
+        mean_grad += tl.sum(weight * tl.load(grad_scores + at, mask=inside_scores, other=0.0), 1)
+    mean_grad -= tl.load(grad_lse + at_line, mask=inside_line, other=0.0)
+    for group in range(0, num_sources, ROWS):
+        source = group + row
+        at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
+        inside_scores = inside_line[:, None] & (source < num_sources)[None, :]
+        weight = tl.exp(tl.load(scores + at, mask=inside_scores, other=float("-inf")) - normaliser[:, None])
+        grad_weights = tl.load(grad_scores + at, mask=inside_scores, other=0.0)
+        tl.store(grad_scores + at, weight * (grad_weights - mean_grad[:, None]), mask=inside_scores)
+    tl.debug_barrier()
+
+    if GRAD_SOURCES:
+        read_dot = tl.arange(0, READS_DOT)
+        for group in range(0, num_sources, ROWS // TOKENS):
+            source = group + row // TOKENS
+            inside = (source < num_sources) & (row_token < num_tokens)
+            rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
+            grad_index = num_sources + S + source
+            grad_rows = _rows(table, grad_index, source < num_sources, row_token, like, D, ALIGN)
+            at = (source[:, None] * S + read[None, :]) * num_tokens + token[None, :]
+            same = (token[None, :] == row_token[:, None]) & inside_line[None, :] & inside[:, None]
+            weight = tl.exp(tl.load(scores + at, mask=same, other=float("-inf")) - normaliser[None, :])
+            at = (source[:, None] * S + read_dot[None, :]) * num_tokens + row_token[:, None]
+            inside_scores = inside[:, None] & (read_dot < S)[None, :]
+            score = tl.load(scores + at, mask=inside_scores, other=0.0)
+            grad_score = tl.load(grad_scores + at, mask=inside_scores, other=0.0)
+            rms = tl.load(inverse_rms + source * num_tokens + row_token, mask=inside, other=0.0)
+            along = tl.sum(score * grad_score, 1) * rms * rms / D
+            for start in range(0, D, CHUNK):
+                column = start + tl.arange(0, CHUNK)
+                grad = tl.zeros([ROWS, CHUNK], tl.float32)
+                product = _products(products, read_dot, column, S, D)
+                grad = _dot(grad_score * rms[:, None], product, grad, PRECISION)
+                grad = _dot(weight, _tile(results, inside_line, column, D), grad, PRECISION)
+                grad -= along[:, None] * _tile(rows, inside, column, D).to(tl.float32)
+                inside_tile = inside[:, None] & (column < D)[None, :]
+                tl.store(grad_rows[:, None] + column[None, :], grad.to(like.dtype.element_ty), mask=inside_tile)
+
+
+@triton.jit
+def _products_backward(
+    like,
+    table,
+    inverse_rms,
+    grad_scores,
+    partial_sums,  # (programs, S, D)
+    num_tokens,
+    num_sources,
+    tokens_per_program,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    READS_DOT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`sum over tokens and i of grad_score_si * inverse_rms_i * v_i` of a range of tokens and columns."""
+    column = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    first = tl.program_id(1).to(tl.int64) * tokens_per_program
+    last = tl.minimum(first + tokens_per_program, num_tokens)
+    read = tl.arange(0, READS_DOT)
+    total = tl.zeros([READS_DOT, CHUNK], tl.float32)
+    for start in range(first, last, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        inside = token < last
+        for source in range(0, num_sources):
+            tensor = tl.load(table + source).to(like.dtype)
+            value = _tile(tl.multiple_of(tensor + token * D, ALIGN), inside, column, D)
+            rms = tl.load(inverse_rms + tl.cast(source, tl.int64) * num_tokens + token, mask=inside, other=0.0)
+            at = (tl.cast(source, tl.int64) * S + read[:, None]) * num_tokens + token[None, :]
+            grad_score = tl.load(grad_scores + at, mask=(read < S)[:, None] & inside[None, :], other=0.0)
+            total = _dot(grad_score * rms[None, :], value, total, PRECISION)
+    at = (tl.program_id(1) * S + read[:, None]).to(tl.int64) * D + column[None, :]
+    tl.store(partial_sums + at, total, mask=(read < S)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _step_forward(
+    partial,
+    output,
+    mixed,
+    lse,
+    product,
+    norm_weight,
+    new_partial,
+    normed,
+    hidden,
+    weight,
+    statistics,  # (3, num_tokens): score, inverse RMS of the partial sum, inverse RMS of the read
+    num_tokens,
+    key_eps,
+    scale,
+    norm_eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    WRITE_HIDDEN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    at = token * D + column
+    read = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_OUTPUT:
+        value = tl.load(output + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_PARTIAL:
+            value += tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)
+            # what is scored is what later reads will see: the rounded sum
+            rounded = value.to(new_partial.dtype.element_ty)
+            tl.store(new_partial + at, rounded, mask=inside)
+            value = rounded.to(tl.float32)
+        rms = tl.rsqrt(tl.sum(value * value, 0) / D + key_eps)
+        score = tl.sum(value * tl.load(product + column, mask=inside, other=0.0), 0) * rms
+        share = 1.0 / (1.0 + tl.exp(tl.load(lse + token) - score))
+        read = (1.0 - share) * read + share * value
+        tl.store(weight + token, share)
+        tl.store(statistics + token, score)
+        tl.store(statistics + num_tokens + token, rms)
+    read *= scale
+    if WRITE_HIDDEN:
+        tl.store(hidden + at, read.to(hidden.dtype.element_ty), mask=inside)
+    if HAS_NORM:
+        norm_rms = tl.rsqrt(tl.sum(read * read, 0) / D + norm_eps)
+        tl.store(statistics + 2 * num_tokens + token, norm_rms)
+        gain = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+        result = (read * norm_rms).to(DTYPE).to(tl.float32) * gain
+        tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _step_backward(
+    value_pointer,
+    mixed,
+    lse,
+    product,
+    norm_weight,
+    statistics,
+    grad_partial,
+    grad_normed,
+    grad_hidden,
+    grad_weight,
+    grad_value,
+    grad_mixed,
+    grad_lse,
+    product_sums,  # (programs, D)
+    norm_sums,  # (programs, D)
+    num_tokens,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_GRAD_PARTIAL: tl.constexpr,
+    HAS_GRAD_NORMED: tl.constexpr,
+    HAS_GRAD_HIDDEN: tl.constexpr,
+    HAS_GRAD_WEIGHT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    product_sum = tl.zeros([WIDTH], tl.float32)
+    norm_sum = tl.zeros([WIDTH], tl.float32)
+    for index in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        token = tl.cast(index, tl.int64)
+        at = token * D + column
+        closed = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
+        read = closed
+        if HAS_OUTPUT:
+            value = tl.load(value_pointer + at, mask=inside, other=0.0).to(tl.float32)
+            score = tl.load(statistics + token)
+            rms = tl.load(statistics + num_tokens + token)
+            share = 1.0 / (1.0 + tl.exp(tl.load(lse + token) - score))
+            read = (1.0 - share) * closed + share * value
+        grad = tl.zeros([WIDTH], tl.float32)
+        if HAS_GRAD_NORMED:
+            norm_rms = tl.load(statistics + 2 * num_tokens + token)
+            unit = read * scale * norm_rms
+            grad_unit = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+            norm_sum += grad_unit * unit.to(DTYPE).to(tl.float32)
+            grad_unit *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+            grad = norm_rms * (grad_unit - unit * (tl.sum(grad_unit * unit, 0) / D))
+        if HAS_GRAD_HIDDEN:
+            grad += tl.load(grad_hidden + at, mask=inside, other=0.0).to(tl.float32)
+        grad *= scale
+        if HAS_OUTPUT:
+            grad_share = tl.sum(grad * (value - closed), 0)
+            if HAS_GRAD_WEIGHT:
+                grad_share += tl.load(grad_weight + token)
+            grad_score = grad_share * share * (1.0 - share)
+            tl.store(grad_lse + token, -grad_score)
+            product_sum += grad_score * rms * value
+            key = tl.load(product + column, mask=inside, other=0.0)
+            result = share * grad + grad_score * rms * (key - (score * rms / D) * value)
+            if HAS_GRAD_PARTIAL:
+                result += tl.load(grad_partial + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_value + at, result.to(grad_value.dtype.element_ty), mask=inside)
+            grad *= 1.0 - share
+        tl.store(grad_mixed + at, grad.to(grad_mixed.dtype.element_ty), mask=inside)
+    at = tl.program_id(0).to(tl.int64) * D + column
+    if HAS_OUTPUT:
+        tl.store(product_sums + at, product_sum, mask=inside)
+    if HAS_GRAD_NORMED:
+        tl.store(norm_sums + at, norm_sum, mask=inside)
+
+
+INTERPRETED = not isinstance(_fill_table, triton.runtime.JITFunction)
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _on_device(tensor: torch.Tensor):
+    """Context of kernel launches, which go to the current device, not to the tensors'."""
+    if tensor.device.type != "cpu":
+        return torch.cuda.device(tensor.device)
+    if INTERPRETED:
+        return nullcontext()
+    raise RuntimeError(
+        "The Triton kernels got tensors on the CPU: move the model to a GPU, or choose another attn_res_implementation "
+        "(two_phase, eager)."
+    )
+
+
+def _num_processors(tensor: torch.Tensor) -> int:
+    if tensor.device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _precision(tensor: torch.Tensor) -> str:
+    """How float32 matrices are multiplied: exactly in effect, on matrix units where there are some for it."""
+    if tensor.device.type == "cpu" or torch.version.hip or torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "ieee"
+    return "tf32x3"
+
+
+def _address_table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The addresses of the tensors, int64 on their device."""
+    table = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
+    for start in range(0, len(tensors), TABLE_ARGUMENTS):
+        part = list(tensors[start : start + TABLE_ARGUMENTS])
+        padding = [part[0]] * (TABLE_ARGUMENTS - len(part))
+        _fill_table[(1,)](table[start:], *part, *padding, len(part), num_warps=1)
+    return table
+
+
+def _alignment(tensors: Sequence[torch.Tensor], hidden_size: int) -> int:
+    """Bytes that every row's address is a multiple of, at most 16."""
+    for alignment in (16, 8, 4):
+        row_bytes = [hidden_size * tensor.element_size() for tensor in tensors]
+        if all(tensor.data_ptr() % alignment == 0 for tensor in tensors) and not any(b % alignment for b in row_bytes):
+            return alignment
+    return 2
+
+
+# What the sources of the programs that run at one time may take of the cache, about, divided by their number
+CACHE_BYTES_PER_PROGRAM = 128 * 1024
+
+
+def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_warp: int) -> dict:
+    """Tile sizes: few tokens per program, so that the second look at its sources hits the cache."""
+    hidden_size = sources[0].shape[-1]
+    token_bytes = len(sources) * hidden_size * sources[0].element_size()
+    reads = triton.next_power_of_2(num_reads)
+    tokens = 1
+    while (
+        2 * tokens * triton.next_power_of_2(len(sources)) <= ROWS.value
+        and 2 * tokens * reads <= 64
+        and 2 * tokens * token_bytes <= CACHE_BYTES_PER_PROGRAM
+    ):
+        tokens *= 2
+    reads = max(reads, 16 // tokens)
+    warps = 4 if hidden_size < 4096 else 8
+    if tokens * reads > 32:
+        chunk_per_warp //= 2
+    return {
+        "TOKENS": tokens,
+        "READS": reads,
+        "READS_DOT": max(reads, 16),
+        "WARPS": warps,
+        "PART": 32,
+        "CHUNK": min(max(triton.next_power_of_2(hidden_size), 16), chunk_per_warp * warps),
+        "num_warps": warps,
+        "num_stages": 1,  # with more, loads go past the first-level cache, and triton 3.2 fails
+    }
+
+
+@torch.library.custom_op("attnres::closed_reads", mutates_args=())
+def _closed_reads(
+    sources: list[torch.Tensor], products: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    (num_reads, hidden_size), num_sources, shape = products.shape, len(sources), sources[0].shape
+    sources = [source.contiguous() for source in sources]
+    products = products.contiguous()
+    num_tokens = shape[:-1].numel()
+    mixed = [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_reads)]
+    lse = products.new_empty(num_reads, *shape[:-1])
+    scores = products.new_empty(num_sources, num_reads, num_tokens)
+    inverse_rms = products.new_empty(num_sources, num_tokens)
+    if num_tokens == 0:
+        return mixed, lse, scores, inverse_rms
+    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=64)
+    with _on_device(products):
+        _closed_forward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
+            sources[0],
+            mixed[0],
+            _address_table([*sources, *mixed]),
+            products,
+            lse,
+            scores,
+            inverse_rms,
+            num_tokens,
+            num_sources,
+            eps,
+            S=num_reads,
+            D=hidden_size,
+            ALIGN=_alignment([*sources, *mixed], hidden_size),
+            PRECISION=_precision(products),
+            **tiles,
+        )
+    return mixed, lse, scores, inverse_rms
+
+
+@_closed_reads.register_fake
+def _(sources, products, eps, dtype):
+    (num_reads, _), num_sources, shape = products.shape, len(sources), sources[0].shape
+    num_tokens = sources[0].numel() // shape[-1]
+    return (
+        [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_reads)],
+        products.new_empty(num_reads, *shape[:-1]),
+        products.new_empty(num_sources, num_reads, num_tokens),
+        products.new_empty(num_sources, num_tokens),
+    )
+
+
+@torch.library.custom_op("attnres::closed_reads_backward", mutates_args=())
+def _closed_reads_backward(
+    sources: list[torch.Tensor],
+    products: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+    inverse_rms: torch.Tensor,
+    grad_mixed: list[torch.Tensor],
+    grad_lse: torch.Tensor,
+    need_sources: bool,
+    need_products: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    (num_reads, hidden_size), num_sources, num_tokens = products.shape, len(sources), inverse_rms.shape[1]
+    sources = [source.contiguous() for source in sources]
+    grad_mixed = [grad.contiguous() for grad in grad_mixed]
+    products, grad_lse = products.contiguous(), grad_lse.contiguous()
+    grad_sources = [torch.empty_like(source) for source in sources] if need_sources else []
+    if num_tokens == 0 or not (need_sources or need_products):
+        return grad_sources, torch.zeros_like(products) if need_products else products.new_empty(0)
+    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=32)
+    tensors = [*sources, *grad_mixed, *grad_sources]
+    alignment, precision = _alignment(tensors, hidden_size), _precision(products)
+    grad_scores = torch.empty_like(scores)
+    with _on_device(products):
+        table = _address_table(tensors)
+        _closed_backward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
+            sources[0],
+            grad_mixed[0],
+            table,
+            products,
+            lse,
+            grad_lse,
+            scores,
+            inverse_rms,
+            grad_scores,
+            num_tokens,
+            num_sources,
+            S=num_reads,
+            D=hidden_size,
+            ALIGN=alignment,
+            PRECISION=precision,
+            GRAD_SOURCES=need_sources,
+            **tiles,
+        )
+        if not need_products:
+            return grad_sources, products.new_empty(0)
+        chunk, tokens = min(max(triton.next_power_of_2(hidden_size), 16), 128), 32
+        chunks = triton.cdiv(hidden_size, chunk)
+        programs = max(1, min(triton.cdiv(4 * _num_processors(products), chunks), triton.cdiv(num_tokens, tokens)))
+        tokens_per_program = triton.cdiv(triton.cdiv(num_tokens, programs), tokens) * tokens
+        programs = triton.cdiv(num_tokens, tokens_per_program)
+        partial_sums = products.new_empty(programs, num_reads, hidden_size)
+        _products_backward[(chunks, programs)](
+            sources[0],
+            table,
+            inverse_rms,
+            grad_scores,
+            partial_sums,
+            num_tokens,
+            num_sources,
+            tokens_per_program,
+            S=num_reads,
+            D=hidden_size,
+            READS_DOT=tiles["READS_DOT"],
+            TOKENS=tokens,
+            CHUNK=chunk,
+            ALIGN=alignment,
+            PRECISION=precision,
+            num_warps=4,
+        )
+    return grad_sources, partial_sums.sum(0)
+
+
+@_closed_reads_backward.register_fake
+def _(sources, products, lse, scores, inverse_rms, grad_mixed, grad_lse, need_sources, need_products):
+    grad_sources = [source.new_empty(source.shape) for source in sources] if need_sources else []
+    return grad_sources, products.new_empty(products.shape if need_products else 0)
+
+
+def _closed_reads_setup(ctx, inputs, output):
+    sources, products, _, ctx.dtype = inputs
+    _, lse, scores, inverse_rms = output
+    ctx.save_for_backward(*sources, products, lse, scores, inverse_rms)
+    ctx.mark_non_differentiable(scores, inverse_rms)
+    ctx.set_materialize_grads(False)
+
+
+def _closed_reads_autograd(ctx, grad_mixed, grad_lse, *_):
+    *sources, products, lse, scores, inverse_rms = ctx.saved_tensors
+    need_sources, need_products = any(ctx.needs_input_grad[0]), ctx.needs_input_grad[1]
+    if any(grad is None for grad in grad_mixed):  # a read that nothing used
+        zeros = torch.zeros_like(sources[0], dtype=ctx.dtype)
+        grad_mixed = [zeros if grad is None else grad for grad in grad_mixed]
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    grad_sources, grad_products = _closed_reads_backward(
+        sources, products, lse, scores, inverse_rms, list(grad_mixed), grad_lse, need_sources, need_products
+    )
+    grad_sources = list(grad_sources) if need_sources else [None] * len(sources)
+    return grad_sources, grad_products if need_products else None, None, None
+
+
+_closed_reads.register_autograd(_closed_reads_autograd, setup_context=_closed_reads_setup)
+
+
+def closed_reads(
+    sources: Sequence[torch.Tensor], products: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """All reads of a block over its closed sources, `mixed_s = sum_i softmax_i(score_si) v_i`, not yet scaled.
+
+    Args:
+        sources: n tensors `(*tokens, d)`, the values v_i, float32, bfloat16 or float16. Where dtypes differ, that of
+            the first counts.
+        products: `(S, d)`, query times key norm gain of each read.
+        eps: epsilon of the RMSNorm of the keys.
+        dtype: of the result; default the sources'. float32 leaves the only rounding to what follows.
+
+    Returns:
+        S tensors `(*tokens, d)` (tensors of their own, so that their gradients need no copy), and float32
+        `(S, *tokens)`, the log of the sum of exponentials of the scores, with which more sources can be merged.
+
+    Raises:
+        ValueError: no source, or shapes that don't agree.
+        TypeError: a dtype without kernels, such as float64.
+    """
+    if not sources:
+        raise ValueError("closed_reads needs at least one source.")
+    shape = sources[0].shape
+    if any(source.shape != shape for source in sources):
+        raise ValueError(f"Sources differ in shape: {sorted({tuple(source.shape) for source in sources})}.")
+    if products.dim() != 2 or products.shape[0] == 0 or products.shape[1:] != shape[-1:]:
+        raise ValueError(f"products {tuple(products.shape)} is not (reads, {shape[-1]}), with at least one read.")
+    _check_dtypes(*sources, products)
+    sources = [source.to(sources[0].dtype) for source in sources]
+    mixed, lse, _, _ = _closed_reads(sources, products.float(), eps, dtype or sources[0].dtype)
+    return tuple(mixed), lse
+
+
+def _check_dtypes(*tensors: torch.Tensor | None):
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"The Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}: choose another "
+                "attn_res_implementation (two_phase, eager)."
+            )
+
+
+def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
+    return min(max(triton.next_power_of_2(hidden_size) // columns_per_warp, 1), 16)
+
+
+@torch.library.custom_op("attnres::depth_step", mutates_args=())
+def _depth_step(
+    partial: torch.Tensor | None,
+    output: torch.Tensor | None,
+    mixed: torch.Tensor,
+    lse: torch.Tensor,
+    product: torch.Tensor,
+    key_eps: float,
+    scale: float,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    return_hidden: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape, num_tokens, hidden_size = mixed.shape, lse.numel(), mixed.shape[-1]
+    results = _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype)
+    if num_tokens == 0:
+        return results
+    partial, output, norm_weight = (None if t is None else t.contiguous() for t in (partial, output, norm_weight))
+    mixed = mixed.contiguous()
+    with _on_device(mixed):
+        _step_forward[(num_tokens,)](
+            mixed if partial is None else partial,
+            mixed if output is None else output,
+            mixed,
+            lse.contiguous(),
+            product.contiguous(),
+            mixed if norm_weight is None else norm_weight,
+            *results,
+            num_tokens,
+            key_eps,
+            scale,
+            norm_eps,
+            D=hidden_size,
+            WIDTH=triton.next_power_of_2(shape[-1]),
+            HAS_PARTIAL=partial is not None,
+            HAS_OUTPUT=output is not None,
+            HAS_NORM=norm_weight is not None,
+            WRITE_HIDDEN=return_hidden,
+            DTYPE=TL_DTYPES[dtype],
+            num_warps=_step_warps(hidden_size, 512),
+        )
+    return results
+
+
+def _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype):
+    """Uninitialised results; those that are not asked for are empty."""
+    absent = (0,)
+    if partial is None:
+        new_partial = mixed.new_empty(absent)
+    else:
+        new_partial = mixed.new_empty(mixed.shape, dtype=torch.promote_types(partial.dtype, output.dtype))
+    if norm_weight is None:
+        normed = mixed.new_empty(absent)
+    else:
+        normed = mixed.new_empty(mixed.shape, dtype=torch.promote_types(dtype, norm_weight.dtype))
+    return (
+        new_partial,
+        normed,
+        mixed.new_empty(mixed.shape if return_hidden else absent, dtype=dtype),
+        lse.new_empty(absent if output is None else lse.shape),
+        lse.new_empty(3, lse.numel()),
+    )
+
+
+@_depth_step.register_fake
+def _(partial, output, mixed, lse, product, key_eps, scale, norm_weight, norm_eps, return_hidden, dtype):
+    return _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype)
+
+
+@torch.library.custom_op("attnres::depth_step_backward", mutates_args=())
+def _depth_step_backward(
+    value: torch.Tensor | None,
+    mixed: torch.Tensor,
+    lse: torch.Tensor,
+    product: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    statistics: torch.Tensor,
+    grad_partial: torch.Tensor | None,
+    grad_normed: torch.Tensor | None,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, hidden_size = lse.numel(), mixed.shape[-1]
+    mixed = mixed.contiguous()
+    grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight = _depth_step_grads(
+        value, mixed, lse, product, norm_weight, grad_normed
+    )
+    if num_tokens == 0:
+        return grad_value, grad_mixed, grad_lse, grad_product.zero_(), grad_norm_weight.zero_()
+
+    def given(tensor):
+        return mixed if tensor is None else tensor.contiguous()
+
+    warps = _step_warps(hidden_size, 256)
+    programs = min(num_tokens, max(20 // warps, 1) * _num_processors(mixed))  # as many as run at one time
+    product_sums = product.new_empty(programs if value is not None else 0, hidden_size)
+    norm_sums = product.new_empty(programs if grad_normed is not None else 0, hidden_size)
+    with _on_device(mixed):
+        _step_backward[(programs,)](
+            given(value),
+            mixed,
+            lse.contiguous(),
+            product.contiguous(),
+            given(norm_weight),
+            statistics,
+            given(grad_partial),
+            given(grad_normed),
+            given(grad_hidden),
+            given(grad_weight),
+            grad_value,
+            grad_mixed,
+            grad_lse,
+            product_sums,
+            norm_sums,
+            num_tokens,
+            scale,
+            D=hidden_size,
+            WIDTH=triton.next_power_of_2(hidden_size),
+            HAS_OUTPUT=value is not None,
+            HAS_GRAD_PARTIAL=grad_partial is not None,
+            HAS_GRAD_NORMED=grad_normed is not None,
+            HAS_GRAD_HIDDEN=grad_hidden is not None,
+            HAS_GRAD_WEIGHT=grad_weight is not None,
+            DTYPE=TL_DTYPES[dtype],
+            num_warps=warps,
+        )
+    if value is not None:
+        grad_product = product_sums.sum(0)
+    if grad_normed is not None:
+        grad_norm_weight = norm_sums.sum(0).to(grad_norm_weight.dtype)
+    return grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight
+
+
+def _depth_step_grads(value, mixed, lse, product, norm_weight, grad_normed):
+    absent = value is None
+    return (
+        mixed.new_empty(0) if absent else value.new_empty(value.shape),
+        mixed.new_empty(mixed.shape),
+        lse.new_empty(0 if absent else lse.shape),
+        product.new_empty(0 if absent else product.shape),
+        mixed.new_empty(0) if grad_normed is None else norm_weight.new_empty(norm_weight.shape),
+    )
+
+
+@_depth_step_backward.register_fake
+def _(
+    value,
+    mixed,
+    lse,
+    product,
+    norm_weight,
+    statistics,
+    grad_partial,
+    grad_normed,
+    grad_hidden,
+    grad_weight,
+    scale,
+    dtype,
+):
+    return _depth_step_grads(value, mixed, lse, product, norm_weight, grad_normed)
+
+
+def _depth_step_setup(ctx, inputs, output):
+    partial, sublayer_output, mixed, lse, product, _, ctx.scale, norm_weight, _, ctx.return_hidden, ctx.dtype = inputs
+    new_partial, _, _, _, statistics = output
+    ctx.input_dtypes = [None if t is None else t.dtype for t in (partial, sublayer_output)]
+    value = sublayer_output if partial is None else new_partial
+    ctx.save_for_backward(value, mixed, lse, product, norm_weight, statistics)
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+
+
+def _depth_step_autograd(ctx, grad_partial, grad_normed, grad_hidden, grad_weight, _):
+    value, mixed, lse, product, norm_weight, statistics = ctx.saved_tensors
+    partial_dtype, output_dtype = ctx.input_dtypes
+    if partial_dtype is None:
+        grad_partial = None
+    if norm_weight is None:
+        grad_normed = None
+    if not ctx.return_hidden:
+        grad_hidden = None
+    if value is None:
+        grad_weight = None
+    grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight = _depth_step_backward(
+        value,
+        mixed,
+        lse,
+        product,
+        norm_weight,
+        statistics,
+        grad_partial,
+        grad_normed,
+        grad_hidden,
+        grad_weight,
+        ctx.scale,
+        ctx.dtype,
+    )
+    return (
+        None if partial_dtype is None else grad_value.to(partial_dtype),
+        None if output_dtype is None else grad_value.to(output_dtype),
+        grad_mixed,
+        None if value is None else grad_lse,
+        None if value is None else grad_product,
+        None,
+        None,
+        None if grad_normed is None else grad_norm_weight,
+        None,
+        None,
+        None,
+    )
+
+
+_depth_step.register_autograd(_depth_step_autograd, setup_context=_depth_step_setup)
+
+
+class DepthStep(NamedTuple):
+    """What [`depth_step`] returns; what was not asked for, or does not exist, is None."""
+
+    partial: torch.Tensor | None  # (*tokens, d), the open partial sum with the new output in it
+    normed: torch.Tensor | None  # (*tokens, d), the pre-norm of the read
+    hidden: torch.Tensor | None  # (*tokens, d), the read
+    weight: torch.Tensor | None  # (*tokens), float32, the weight of the partial sum in the read
+
+
+def depth_step(
+    partial: torch.Tensor | None,
+    output: torch.Tensor | None,
+    mixed: torch.Tensor,
+    lse: torch.Tensor,
+    product: torch.Tensor,
+    key_eps: float,
+    scale: float = 1.0,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    return_hidden: bool = False,
+    dtype: torch.dtype | None = None,
+) -> DepthStep:
+    """Everything between two sublayers in one pass over the tokens.
+
+        v = partial + output,    beta = sigmoid(score(v) - lse)
+        hidden = scale * ((1 - beta) * mixed + beta * v)
+        normed = norm_weight * RMSNorm(hidden), cast before the weight is applied, as in Llama
+
+    Args:
+        partial: `(*tokens, d)`, the open partial sum, or None where `output` is the first of its block.
+        output: `(*tokens, d)`, what the last sublayer wrote, or None at the first read of a block, which sees closed
+            sources only.
+        mixed: `(*tokens, d)`, this read's result of [`closed_reads`].
+        lse: `(*tokens)`, likewise.
+        product: `(d,)`, query times key norm gain of this read.
+        key_eps: epsilon of the RMSNorm of the keys.
+        scale: factor of the read.
+        norm_weight: `(d,)`, gain of the pre-norm, or None for no pre-norm.
+        norm_eps: epsilon of the pre-norm.
+        return_hidden: also write `hidden`; without a pre-norm it always is.
+        dtype: of `hidden` and of the normalised value before the gain; default that of `mixed`.
+
+    Raises:
+        ValueError: a partial sum without an output, or shapes that don't agree.
+        TypeError: a dtype without kernels, such as float64.
+    """
+    if partial is not None and output is None:
+        raise ValueError("depth_step got a partial sum without an output to add to it.")
+    _check_dtypes(partial, output, mixed, lse, product, norm_weight)
+    hidden_size = mixed.shape[-1:]
+    for name, tensor, shape in (
+        ("partial", partial, mixed.shape),
+        ("output", output, mixed.shape),
+        ("lse", lse, mixed.shape[:-1]),
+        ("product", product, hidden_size),
+        ("norm_weight", norm_weight, hidden_size),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; with mixed {tuple(mixed.shape)} it is {tuple(shape)}.")
+    return_hidden = return_hidden or norm_weight is None
+    new_partial, normed, hidden, weight, _ = _depth_step(
+        partial,
+        output,
+        mixed,
+        lse.float(),
+        product.float(),
+        key_eps,
+        float(scale),
+        norm_weight,
+        norm_eps,
+        return_hidden,
+        dtype or mixed.dtype,
+    )
+    return DepthStep(
+        partial=output if partial is None else new_partial,
+        normed=None if norm_weight is None else normed,
+        hidden=hidden if return_hidden else None,
+        weight=None if output is None else weight,
+    )
+
+
+__all__ = ["DepthStep", "closed_reads", "depth_step"]
