@@ -4,7 +4,9 @@
 import argparse
 import logging
 import math
+import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -128,7 +130,11 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 def start_process() -> PartialState:
     """Joins the other processes of a launch, and leaves the terminal to the script."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    is_cpu = not torch.accelerator.is_available()
+    if is_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise SystemExit("no GPU here, and accelerate runs DeepSpeed on GPUs alone; use FSDP2 or DDP.")
+    # the others wait for the main process to prepare the data
+    state = PartialState(cpu=is_cpu, timeout=timedelta(hours=3))
     transformers.utils.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
