@@ -1,0 +1,492 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""python scripts/plot_depth_attention.py outputs/run/donor/model outputs/run/block/model --output outputs/depth
+
+Draws what happens over depth inside models. Of each AttnRes model: what its reads take from which source, averaged
+over a text (`<model>-reads.png`), and token by token for a prompt (`<model>-tokens.png`, `<model>-weights.png`). Of all
+models together, donors too: how large outputs of sublayers, reads and gradients are by depth (`dynamics.png`).
+
+`0a` is the attention of layer 0, `0m` its MLP; a read has the name of the sublayer that it feeds. The numbers of each
+figure are beside it as JSON. The last line printed is JSON.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from depth_callback import decoder, gradient_norms, look
+from matplotlib import colors, font_manager, ft2font, ticker
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
+from pretrain import positive
+from tqdm import tqdm
+from training_data import STDLIB, DataError, PackedDocuments, collate, is_held_out, load_documents, tokenized
+from training_run import RunError, plt, write_json
+
+
+WEIGHT_COLORS = "viridis"
+SIGNED_COLORS = "PuOr"
+# Okabe and Ito's, which people with any colour vision can tell apart, without the yellow
+LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINE_STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX"
+OPEN_COLOR = "#D55E00"
+LONGEST_SIDE = 15  # inches
+SMALL_TYPE = 0.145  # inches from line to line
+
+
+def read_names(config) -> list[str]:
+    """Of the 2L+1 reads, by the sublayer that they feed."""
+    return [f"{layer}{kind}" for layer in range(config.num_hidden_layers) for kind in "am"] + ["output"]
+
+
+def source_names(config) -> list[str]:
+    """Of all sources that there are in the end: the embedding, then blocks, or sublayers."""
+    sublayers = read_names(config)[:-1]
+    size = config.attn_res_sublayers_per_block
+    if size == 1:
+        return ["embedding", *sublayers]
+    return ["embedding", *(f"block {number}" for number in range(1, len(sublayers[::size]) + 1))]
+
+
+def block_layers(config) -> list[str]:
+    """The layers of each block, for people."""
+    size, last = config.attn_res_block_size, config.num_hidden_layers - 1
+    ends = [(first, min(first + size - 1, last)) for first in range(0, last + 1, size)]
+    return [f"layer {first}" if first == end else f"layers {first}–{end}" for first, end in ends]
+
+
+def is_block(config) -> bool:
+    return config.attn_res_mode == "block"
+
+
+def describe_mode(config) -> str:
+    size = config.attn_res_block_size
+    return (
+        f"block mode, {size} layer{'s' * (size > 1)} per block" if is_block(config) else f"{config.attn_res_mode} mode"
+    )
+
+
+def has_depth_weights(config) -> bool:
+    return hasattr(config, "attn_res_mode")
+
+
+@torch.no_grad()
+def token_weights(model, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """The weights of each read for each token, `(num_sources, batch * seq)`."""
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
+    reads = model.eval()(**inputs, output_depth_attentions=True, use_cache=False).depth_attentions
+    return [read.float().transpose(0, 1).flatten(1).cpu().numpy() for read in reads]
+
+
+def mean_weights(model, batches: list[dict[str, torch.Tensor]]) -> list[np.ndarray]:
+    """The weights of each read, `(num_sources,)`, averaged over the tokens of batches of one size."""
+    by_batch = [[read.mean(1) for read in token_weights(model, batch)] for batch in batches]
+    return [np.mean(reads, axis=0) for reads in zip(*by_batch)]
+
+
+def depth_dynamics(model, batches: list[dict[str, torch.Tensor]]) -> dict[str, list[float]]:
+    """What a donor or AttnRes model does over depth on some text, given as batches of one size.
+
+    Returns:
+        `output_rms` of each of the 2L sublayers, `read_rms` of each of the 2L+1 reads (the residual stream of a donor),
+        and `gradient_norm` of the parameters of each of the L layers, for the mean loss.
+    """
+    squares = {"output_rms": [], "read_rms": []}
+    layers = decoder(model).layers
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in layers.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    model.zero_grad()
+    for batch in batches:
+        batch = {name: value.to(model.device) for name, value in batch.items() if name != "documents"}
+        seen = look(model, {name: value for name, value in batch.items() if name != "labels"})
+        for name, values in squares.items():
+            values.append(np.square(seen[name]))
+        (model(**batch, use_cache=False).loss / len(batches)).backward()
+    dynamics = {name: np.sqrt(np.mean(values, axis=0)).tolist() for name, values in squares.items()}
+    dynamics["gradient_norm"] = gradient_norms(layers)
+    model.zero_grad()
+    for parameter, requires_grad in trained.items():
+        parameter.requires_grad_(requires_grad)
+    return dynamics
+
+
+def cell_size(columns: int, rows: int, widest: float, highest: float) -> tuple[float, float]:
+    """Inches of a heat map's cells, so that the map isn't larger than LONGEST_SIDE."""
+    return min(widest, LONGEST_SIDE / columns), min(highest, LONGEST_SIDE / rows)
+
+
+def shown_labels(labels: list[str], inches: float) -> list[int]:
+    """Indices of the labels that have room, the last one always."""
+    step = max(1, math.ceil(SMALL_TYPE / inches))
+    shown = list(range(0, len(labels), step))
+    if shown[-1] != len(labels) - 1:
+        shown[-1:] = [len(labels) - 1] if len(labels) - 1 - shown[-1] < step and len(shown) > 1 else [shown[-1]]
+    return shown
+
+
+def label_rows(axes, labels: list[str], inches: float):
+    shown = shown_labels(labels, inches)
+    axes.set_yticks(shown, [labels[index] for index in shown], fontsize=8)
+
+
+def label_columns(axes, labels: list[str], inches: float):
+    """Upright if they are wider than a column."""
+    shown = shown_labels(labels, inches)
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    upright = longest * 0.075 > inches or len(shown) < len(labels)
+    texts = [labels[index].replace("\n", ", ") if upright else labels[index] for index in shown]
+    axes.set_xticks(shown, texts, fontsize=8, rotation=90 if upright else 0, ha="center")
+
+
+def weight_norm(num_sources: int) -> colors.Normalize:
+    """From 0 to 1, with the uniform weight of `num_sources` at two fifths: most weights are about as small."""
+    return colors.PowerNorm(min(1, math.log(0.4) / -math.log(max(num_sources, 2))), 0, 1)
+
+
+def weight_bar(figure: Figure, image, axes, signed: bool = False, **options):
+    label = "weight (1: the plain sum)" if signed else "weight"
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, **options)
+    if not signed:
+        ticks = [
+            tick for tick in (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if tick == 0 or image.norm(tick) > 0.05
+        ]
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.ax.tick_params(labelsize=8)
+
+
+def grid(weights: list[np.ndarray], width: int) -> np.ndarray:
+    """Reads by sources; what a read can't see isn't a number."""
+    rows = np.full((len(weights), width), np.nan)
+    for row, read in enumerate(weights):
+        rows[row, : len(read)] = read
+    return rows
+
+
+def plot_reads(weights: list, config, title: str = "What each read takes from depth") -> Figure:
+    """A heat map of reads (rows) by sources (columns).
+
+    Args:
+        weights: for each read, its weights on the sources that it sees, as `mean_weights` gives them.
+    """
+    reads, sources = read_names(config), source_names(config)
+    cells = grid([np.asarray(read) for read in weights], len(sources))
+    signed = config.attn_res_mode == "denseformer"
+    if signed:  # any real numbers, 1 each at first
+        reach = max(np.nanmax(np.abs(cells - 1)), 0.1)
+        norm, palette = colors.Normalize(1 - reach, 1 + reach), SIGNED_COLORS
+    else:
+        norm, palette = weight_norm(len(sources)), WEIGHT_COLORS
+    width, height = cell_size(len(sources), len(reads), 0.8 if len(sources) <= 10 else 0.5, 0.24)
+    size = (max(5.5, width * len(sources) + 2.2), height * len(reads) + 2.2)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    axes.set_facecolor("0.93")
+    image = axes.imshow(cells, cmap=palette, norm=norm, aspect="auto", interpolation="nearest")
+    label_rows(axes, reads, height)
+    layers = ["", *(f"\n{layers}" for layers in block_layers(config))] if is_block(config) else [""] * len(sources)
+    label_columns(axes, [source + more for source, more in zip(sources, layers)], width)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("source")
+    axes.set_ylabel("read by (layer; a: attention, m: MLP)")
+    if width >= 0.42 and height >= 0.2:
+        for (row, column), value in np.ndenumerate(cells):
+            if not np.isnan(value):
+                red, green, blue, _ = image.cmap(norm(value))
+                is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                text_color = "white" if is_dark else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=text_color)
+    if is_block(config):
+        for row in filter(config.extends_open_depth_source, range(len(reads))):
+            corner = (len(weights[row]) - 1.5, row - 0.5)
+            axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor=OPEN_COLOR, linewidth=1.2))
+        open_block = Patch(facecolor="none", edgecolor=OPEN_COLOR, label="block still open: the sum so far")
+        figure.legend(handles=[open_block], loc="outside lower center", fontsize=8, frameon=False)
+    weight_bar(figure, image, axes, signed, fraction=0.05)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+@cache
+def drawable() -> set[int]:
+    """The characters that the font of figures has."""
+    return set(ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap())
+
+
+def token_label(text: str) -> str:
+    """A token as it can be drawn on one line."""
+    text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "␣") or "∅"
+    text = "".join(char if ord(char) in drawable() else char.encode("unicode_escape").decode() for char in text)
+    return (text if len(text) <= 14 else text[:13] + "…").replace("$", r"\$")
+
+
+def relative_entropy(weights: np.ndarray) -> np.ndarray:
+    """The entropy of weights `(num_sources, tokens)` as a share of the largest possible one."""
+    entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(0)
+    return entropy / np.log(len(weights)) if len(weights) > 1 else np.full(weights.shape[1], np.nan)
+
+
+def plot_tokens(weights: list[np.ndarray], tokens: list[str], config, title: str = "Reads by token") -> Figure:
+    """Two heat maps of reads (rows) by tokens (columns): how spread the weights are, and the source with the largest.
+
+    Args:
+        weights: for each read `(num_sources, tokens)`, as `token_weights` gives them.
+        tokens: the text of each token.
+    """
+    reads, sources = read_names(config), source_names(config)
+    spread = np.stack([relative_entropy(read) for read in weights])
+    strongest = np.stack([read.argmax(0) for read in weights]).astype(float)
+    strongest[0] = np.nan  # of one source
+    width, height = cell_size(len(tokens), len(reads), 0.24, 0.16)
+    size = (max(6, width * len(tokens) + 2.6), 2 * height * len(reads) + 2.8)
+    figure, (above, below) = plt.subplots(2, figsize=size, layout="constrained", sharex=True)
+    image = above.imshow(spread, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=above, label="entropy, 1 = uniform", fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
+    above.set_title("How evenly each read's weights are spread", fontsize=10)
+    bounds = np.arange(len(sources) + 1) - 0.5
+    norm = colors.BoundaryNorm(bounds, 256)
+    image = below.imshow(strongest, cmap=WEIGHT_COLORS, norm=norm, aspect="auto", interpolation="nearest")
+    bar = figure.colorbar(image, ax=below, label="source", fraction=0.05, pad=0.02, spacing="proportional")
+    step = max(1, math.ceil(0.16 * len(sources) / (height * len(reads))))
+    shown = range(0, len(sources), step)
+    bar.set_ticks(list(shown), labels=[sources[index] for index in shown], fontsize=8)
+    bar.minorticks_off()
+    below.set_title("The source with the largest weight", fontsize=10)
+    for axes in (above, below):
+        axes.set_facecolor("0.93")
+        label_rows(axes, reads, height)
+        axes.set_ylabel("read")
+    label_columns(below, [token_label(token) for token in tokens], width)
+    below.set_xlabel("token")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def plot_token_weights(
+    weights: list[np.ndarray], tokens: list[str], config, reads: list[str], title: str = "Weights by token"
+) -> Figure:
+    """For each of some reads, by name, a heat map of sources (rows) by tokens (columns). Arguments as `plot_tokens`."""
+    names, sources = read_names(config), source_names(config)
+    chosen = [names.index(read) for read in reads]
+    width, height = cell_size(len(tokens), sum(len(weights[row]) for row in chosen), 0.24, 0.2)
+    heights = [len(weights[row]) for row in chosen]
+    norm = weight_norm(max(heights))
+    size = (max(6, width * len(tokens) + 3), height * sum(heights) + 0.45 * len(chosen) + 2)
+    figure, panels = plt.subplots(
+        len(chosen), figsize=size, layout="constrained", sharex=True, squeeze=False, height_ratios=heights
+    )
+    for row, axes in zip(chosen, panels[:, 0]):
+        image = axes.imshow(weights[row], cmap=WEIGHT_COLORS, norm=norm, aspect="auto", interpolation="nearest")
+        labels = sources[: len(weights[row])]
+        if is_block(config) and config.extends_open_depth_source(row):
+            labels = [*labels[:-1], f"{labels[-1]}, open"]
+        label_rows(axes, labels, height)
+        axes.set_title(f"read {names[row]}", fontsize=9, loc="left", pad=3)
+    label_columns(panels[-1, 0], [token_label(token) for token in tokens], width)
+    panels[-1, 0].set_xlabel("token")
+    weight_bar(figure, image, panels, fraction=0.04, aspect=40)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def plot_dynamics(dynamics: dict[str, dict[str, list[float]]], title: str = "Magnitudes by depth") -> Figure:
+    """Four panels with a line for each model: outputs of attention and of MLPs, reads, gradients.
+
+    Args:
+        dynamics: by the name of the model, what `depth_dynamics` returns.
+    """
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for index, (name, seen) in enumerate(dynamics.items()):
+        num_layers = len(seen["gradient_norm"])
+        style = {
+            "color": LINE_COLORS[index % len(LINE_COLORS)],
+            "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 4 if num_layers <= 24 else 2.5,
+            "linewidth": 1.4,
+        }
+        layers = range(num_layers)
+        panels[0, 0].plot(layers, seen["output_rms"][0::2], label=name, **style)
+        panels[0, 1].plot(layers, seen["output_rms"][1::2], **style)
+        panels[1, 0].plot(np.arange(2 * num_layers + 1) / 2, seen["read_rms"], **style)
+        panels[1, 1].plot(layers, seen["gradient_norm"], **style)
+    titles = ("Output of attention", "Output of the MLP", "What each read returns", "Gradient of a layer's parameters")
+    for axes, panel_title in zip(panels.flat, titles):
+        axes.set_title(panel_title, fontsize=10)
+        axes.set_ylabel("norm" if "Gradient" in panel_title else "RMS")
+        axes.set_xlabel("layer (between: its MLP; last: output)" if "read" in panel_title else "layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.tick_params(labelsize=8)
+    figure.legend(loc="outside lower center", ncols=min(4, len(dynamics)), fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, numbers: dict):
+    """The figure, and its numbers as JSON beside it; each appears complete or not at all."""
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
+    plt.close(figure)
+    write_json(path.with_suffix(".json"), numbers)
+
+
+def read_batches(checkpoint: Checkpoint, documents, args) -> list[dict[str, torch.Tensor]]:
+    """Sequences of the text as in pretraining, one in each batch."""
+    tokens = tokenized(documents, checkpoint.tokenizer, args.column)
+    if args.text == [STDLIB]:  # the part that pretrain.py doesn't train on
+        tokens = tokens.select(np.flatnonzero(is_held_out(np.asarray(tokens["hash"]), 0.05)))
+    packed = PackedDocuments(tokens, args.seq_len)
+    if len(packed) == 0:
+        packed = PackedDocuments(tokens, packed.num_tokens or 1)
+    if packed.num_tokens < 2:
+        raise RunError(f"{' '.join(args.text)} holds no text to look at; change --text.")
+    spread = np.linspace(0, len(packed) - 1, min(len(packed), args.sequences)).round().astype(int)
+    return [collate([packed[index]]) for index in spread.tolist()]
+
+
+def prompt_batch(checkpoint: Checkpoint, prompt: str | None, batches: list, max_tokens: int) -> dict[str, torch.Tensor]:
+    """The first `max_tokens` tokens of the prompt or, without one, of the text."""
+    if prompt is None:
+        return {"input_ids": batches[0]["input_ids"][:, :max_tokens]}
+    ids = checkpoint.tokenizer(prompt, return_tensors="pt")["input_ids"][:, :max_tokens]
+    if ids.shape[1] == 0:
+        raise RunError("--prompt is empty.")
+    check_contexts([checkpoint], ids.shape[1])
+    return {"input_ids": ids}
+
+
+def chosen_reads(config, reads: list[str] | None) -> list[str]:
+    """`reads`, or five from all over the depth."""
+    names = read_names(config)
+    if reads is None:
+        return [names[round(index)] for index in np.linspace(min(2, len(names) - 1), len(names) - 1, 5)]
+    if unknown := [read for read in reads if read not in names]:
+        raise RunError(
+            f"--reads: there is no read {', '.join(unknown)}; reads are {names[0]}, {names[1]} ... {names[-2]}, output."
+        )
+    return reads
+
+
+def draw_model(name: str, model, checkpoint: Checkpoint, batches: list, args) -> list[Path]:
+    """The figures of one AttnRes model."""
+    config, stem = checkpoint.config, name.replace("/", "-")
+    kind = describe_mode(config)
+    mean = mean_weights(model, batches)
+    tokens_seen = sum(batch["input_ids"].numel() for batch in batches)
+    shared = {"model": checkpoint.path, "mode": config.attn_res_mode, "reads": read_names(config)}
+    shared["sources"] = source_names(config)
+    figure = plot_reads(
+        mean, config, f"{name}: what each read takes from depth\n{kind}, mean of {tokens_seen:,} tokens"
+    )
+    paths = [args.output / f"{stem}-reads.png"]
+    save_figure(figure, paths[0], {**shared, "tokens": tokens_seen, "weights": [read.tolist() for read in mean]})
+    if config.attn_res_mode == "denseformer":  # the same for all tokens
+        return paths
+    batch = prompt_batch(checkpoint, args.prompt, batches, args.tokens)
+    tokens = [checkpoint.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
+    weights = token_weights(model, batch)
+    reads = chosen_reads(config, args.reads)
+    shared["tokens"] = tokens
+    paths.append(args.output / f"{stem}-tokens.png")
+    figure = plot_tokens(weights, tokens, config, f"{name}: reads by token ({kind})")
+    spread = [relative_entropy(read).tolist() for read in weights[1:]]
+    strongest = [read.argmax(0).tolist() for read in weights]
+    save_figure(figure, paths[-1], {**shared, "relative_entropy": [None, *spread], "strongest_source": strongest})
+    paths.append(args.output / f"{stem}-weights.png")
+    figure = plot_token_weights(weights, tokens, config, reads, f"{name}: weights by token ({kind})")
+    rows = dict(zip(shared["reads"], weights))
+    save_figure(figure, paths[-1], {**shared, "weights": {read: rows[read].tolist() for read in reads}})
+    return paths
+
+
+def plot_depth_attention(args) -> list[Path]:
+    """Draws all figures and returns their paths.
+
+    Raises:
+        RunError, DataError: bad input; one line says what to do.
+    """
+    names = short_names(args.models)
+    checkpoints = [open_checkpoint(path, args.base, args.tokenizer) for path in args.models]
+    if args.seq_len is None:
+        args.seq_len = min([256, *(checkpoint.context for checkpoint in checkpoints if checkpoint.context)])
+    check_contexts(checkpoints, args.seq_len)
+    for checkpoint in checkpoints:
+        if args.reads and has_depth_weights(checkpoint.config):
+            chosen_reads(checkpoint.config, args.reads)
+    documents = load_documents(args.text, args.column, sample_by=args.sample_by)
+    batches = [read_batches(checkpoint, documents, args) for checkpoint in checkpoints]
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"can't write to {args.output}: {error.strerror}.") from None
+    paths, dynamics = [], {}
+    for name, checkpoint, own in tqdm(list(zip(names, checkpoints, batches)), disable=not sys.stderr.isatty()):
+        model = load_checkpoint(checkpoint, args.dtype)
+        if has_depth_weights(checkpoint.config):
+            paths += draw_model(name, model, checkpoint, own, args)
+        dynamics[name] = depth_dynamics(model, own)
+        del model
+    paths.append(args.output / "dynamics.png")
+    tokens = sum(batch["input_ids"].numel() for batch in batches[0])
+    save_figure(plot_dynamics(dynamics, f"Magnitudes by depth, on {tokens:,} tokens"), paths[-1], dynamics)
+    return paths
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="plot_depth_attention.py",
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: " + __doc__.split("\n\n", 1)[0],
+    )
+    add = parser.add_argument
+    add("models", nargs="+", help="folders or Hub ids of models, or folders of PEFT adapters")
+    add("--base", help="base of the adapters, instead of the one that they name")
+    add("--tokenizer", help="folder or Hub id; default: each model's own")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as saved")
+    add("--text", nargs="+", default=[STDLIB], help="files or folders of text, JSON lines or Parquet, or a Hub id, to "
+        "average over; default: the part of Python's own source that pretrain.py holds out")  # fmt: skip
+    add("--column", default="text", help="column that holds the text; default: text")
+    add("--sample-by", choices=("document", "paragraph", "line"), help="what a document is in text files")
+    add("--sequences", type=positive, default=16, help="sequences from all over the text; default: 16")
+    add("--seq-len", type=positive, help="tokens per sequence; default: 256, or the models' context")
+    add("--prompt", help="what to show token by token; default: the beginning of the text")
+    add("--tokens", type=positive, default=48, help="of the prompt, to show at most; default: 48")
+    add("--reads", help="whose weights to show token by token, such as 0m,3a,output; default: five")
+    add("--output", type=Path, required=True, help="folder for the figures")
+    args = parser.parse_args(argv)
+    args.reads = args.reads.split(",") if args.reads else None
+    return args
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        paths = plot_depth_attention(args)
+    except (RunError, DataError) as error:
+        raise SystemExit(f"plot_depth_attention: {error}") from None
+    print(json.dumps({"output": str(args.output), "figures": [path.name for path in paths]}))
+
+
+if __name__ == "__main__":
+    main()
