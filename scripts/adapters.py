@@ -52,6 +52,17 @@ def quantization_config(name: str, bf16: bool):
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
+def prepare_quantized(model):
+    """Freezes a quantised model, with what isn't quantised in float32."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # some CPUs get another format in evaluation, which has no gradients and takes multiples of 32 rows only
+            module.support_avx512bf16_for_cpu = False
+    with warnings.catch_warnings():  # PEFT calls transformers by an old name
+        warnings.simplefilter("ignore")
+        return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
 def linear_layers(model: nn.Module) -> list[str]:
     """Names of the decoder layers' linear projections, as PEFT's `target_modules` takes them.
 
@@ -97,8 +108,8 @@ def new_adapter(model, rank: int, alpha: float, dropout: float, dora: bool, targ
 def fingerprint(model: nn.Module) -> str:
     """Stands for a base's weights: tensors that no quantisation touches, to the precision of bfloat16."""
     base = decoder(model)
-    tensors = [base.embed_tokens.weight[:64], base.norm.weight]
-    tensors += [parameter for _, parameter in sorted(getattr(base, DEPTH_ATTENTION, base.norm).named_parameters())]
+    tensors = [base.embed_tokens.weight[:64], *base.norm.parameters()]
+    tensors += getattr(base, DEPTH_ATTENTION, nn.Module()).parameters()
     parts = [tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16) for tensor in tensors]
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
@@ -117,7 +128,9 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
         saved = load_peft_weights(adapter, device="cpu")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"no adapter at {adapter}: {first_line(error)}.") from None
-    made_for = f"the adapter {adapter} is for another base, {config.base_model_name_or_path}"
+    made_for = f"the adapter {adapter} is for another base"
+    if config.base_model_name_or_path:
+        made_for += f", {config.base_model_name_or_path}"
     base_file = cached_file(adapter, BASE_FILE, _raise_exceptions_for_missing_entries=False)
     if base_file is not None:
         before = json.loads(Path(base_file).read_text(encoding="utf-8"))["fingerprint"]
@@ -148,11 +161,11 @@ def merged(trained, base) -> nn.Module:
         base: the base in full precision, changed in place. Where the trained model's is quantised it takes over the
             quantised weights, as it is them that the adapters go with.
     """
-    for name, module in trained.get_base_model().named_modules():
-        name = name.removesuffix(".base_layer")
-        if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and ".lora_" not in name:
-            weight = base.get_submodule(name).weight
-            weight.copy_(dequantize_module_weight(module).to(weight.dtype))
+    if getattr(trained.get_base_model(), "is_quantized", False):
+        for name, module in trained.get_base_model().named_modules():
+            if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and ".lora_" not in name:
+                weight = base.get_submodule(name.removesuffix(".base_layer")).weight
+                weight.copy_(dequantize_module_weight(module).to(weight.dtype))
     adapted = with_adapter(base, copy.deepcopy(trained.peft_config["default"]))
     peft.set_peft_model_state_dict(adapted, peft.get_peft_model_state_dict(trained, save_embedding_layers=False))
     return adapted.merge_and_unload(safe_merge=True)

@@ -35,6 +35,7 @@ from adapters import (
     load_adapter,
     merged,
     new_adapter,
+    prepare_quantized,
     quantization_config,
 )
 from attnres_convert import ConversionError
@@ -129,7 +130,7 @@ def prepare_model(args, tokenizer) -> tuple[torch.nn.Module, dict | None]:
     source = str(Path(source).resolve()) if Path(source).exists() else source
     base = {"base": source, "fingerprint": fingerprint(model)}
     if args.method == "qlora":
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = prepare_quantized(model)
     if args.adapter:
         model = load_adapter(model, args.adapter, is_trainable=True)
         if model.peft_config["default"].use_dora != (args.method == "dora"):

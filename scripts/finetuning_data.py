@@ -19,7 +19,17 @@ import datasets
 import jinja2
 import numpy as np
 import torch
-from training_data import STDLIB, DataError, data_name, is_held_out, load_rows, stdlib_files, text_hash, vocabulary_key
+from training_data import (
+    STDLIB,
+    DataError,
+    data_name,
+    first_line,
+    is_held_out,
+    load_rows,
+    stdlib_files,
+    text_hash,
+    vocabulary_key,
+)
 
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -221,7 +231,7 @@ def encode(batch: dict, indices: list[int], tokenizer, name: str) -> dict[str, l
         try:
             examples = row_examples(values, tokenizer)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"row {index} of {name} {error}.") from None
+            raise DataError(f"row {index} of {name} {first_line(error)}.") from None
         for example in examples:
             item = labelled(example, tokenizer, has_template=is_chat(values[0]))
             length = len(item["input_ids"])

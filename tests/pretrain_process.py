@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Pretraining in processes of its own, which start from one that has already imported everything."""
+"""Training scripts in processes of their own, which start from one that has already imported everything."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -17,14 +18,12 @@ SIZES += ["max_position_embeddings=64"]
 TINY = ["--config=llama", "--train-tokenizer=300", "--seq-len=32", "--batch-size=4", "--set", *SIZES]
 
 
-def child(arguments: list[str], log: Path, folder: Path):
+def child(script: str, arguments: list[str], log: Path, folder: Path):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(folder)
-    import pretrain
-
-    pretrain.main(arguments)
+    importlib.import_module(script).main(arguments)
 
 
 @dataclass
@@ -57,10 +56,10 @@ class Run:
 
 
 class Server:
-    """Starts `pretrain.py` with arguments, in `folder`, where caches and logs lie too."""
+    """Starts a script with arguments, in `folder`, where caches and logs lie too."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, script: str = "pretrain"):
+        self.folder, self.script, self.count = folder, script, 0
         os.environ.update(
             HF_HUB_OFFLINE="1",
             OMP_NUM_THREADS="1",
@@ -69,7 +68,7 @@ class Server:
         )
         self.stop()  # another test's fork server has another environment
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pretrain", "torch.utils.tensorboard", "pretrain_process"])
+        self.context.set_forkserver_preload([script, "torch.utils.tensorboard", "pretrain_process"])
 
     @staticmethod
     def stop():
@@ -78,7 +77,7 @@ class Server:
     def start(self, *arguments) -> Run:
         self.count += 1
         log = self.folder / f"log-{self.count}"
-        process = self.context.Process(target=child, args=(list(map(str, arguments)), log, self.folder))
+        process = self.context.Process(target=child, args=(self.script, list(map(str, arguments)), log, self.folder))
         process.start()
         return Run(process, log)
 
