@@ -37,26 +37,50 @@ TABLE_ARGUMENTS = 16
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    """`total + a @ b` with the precision of float32.
+def _cast(x, dtype: tl.constexpr):
+    """Float32 `x`, rounded to the nearest value of another dtype."""
+    if INTERPRETED and dtype == tl.bfloat16:  # a cast would cut the digits off there
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += ((bits >> 16) & 1) + 0x7FFF
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
-    A bfloat16 factor is exact as it is; a float32 one is then the sum of three bfloat16 numbers, also exactly.
-    """
+
+INTERPRETED = tl.constexpr(not isinstance(_cast, triton.runtime.JITFunction))
+
+
+@triton.jit
+def _bfloat16_dot(a, b, total):
+    # the interpreter cannot multiply bfloat16 matrices
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), total) if INTERPRETED else tl.dot(a, b, total)
+
+
+@triton.jit
+def _three_parts(x):
+    """Three bfloat16 tensors whose sum is float32 `x`, as three times 8 bits of mantissa make 24."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return high, middle, low
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """`total + a @ b` with the precision of float32, on matrix units."""
     if a.dtype == tl.bfloat16:
         if b.dtype == tl.bfloat16:
-            total = tl.dot(a, b, total)
+            total = _bfloat16_dot(a, b, total)
         else:
-            high = b.to(tl.bfloat16)
-            rest = b - high.to(tl.float32)
-            middle = rest.to(tl.bfloat16)
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, total)))
+            high, middle, low = _three_parts(b)
+            total = _bfloat16_dot(a, low, total)
+            total = _bfloat16_dot(a, middle, total)
+            total = _bfloat16_dot(a, high, total)
     elif b.dtype == tl.bfloat16:
-        high = a.to(tl.bfloat16)
-        rest = a - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, total)))
+        high, middle, low = _three_parts(a)
+        total = _bfloat16_dot(low, b, total)
+        total = _bfloat16_dot(middle, b, total)
+        total = _bfloat16_dot(high, b, total)
     else:
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     return total
@@ -199,7 +223,7 @@ def _closed_forward(
             weight = tl.exp(tl.load(scores + at, mask=same, other=float("-inf")) - normaliser[:, None])
             mixed = _dot(weight, _tile(rows, inside, column, D), mixed, PRECISION)
         inside_tile = inside_line[:, None] & (column < D)[None, :]
-        tl.store(results[:, None] + column[None, :], mixed.to(mixed_like.dtype.element_ty), mask=inside_tile)
+        tl.store(results[:, None] + column[None, :], _cast(mixed, mixed_like.dtype.element_ty), mask=inside_tile)
 
 
 @triton.jit
@@ -299,7 +323,7 @@ def _closed_backward(
                 grad = _dot(weight, _tile(results, inside_line, column, D), grad, PRECISION)
                 grad -= along[:, None] * _tile(rows, inside, column, D).to(tl.float32)
                 inside_tile = inside[:, None] & (column < D)[None, :]
-                tl.store(grad_rows[:, None] + column[None, :], grad.to(like.dtype.element_ty), mask=inside_tile)
+                tl.store(grad_rows[:, None] + column[None, :], _cast(grad, like.dtype.element_ty), mask=inside_tile)
 
 
 @triton.jit
@@ -375,7 +399,7 @@ def _step_forward(
         if HAS_PARTIAL:
             value += tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)
             # what is scored is what later reads will see: the rounded sum
-            rounded = value.to(new_partial.dtype.element_ty)
+            rounded = _cast(value, new_partial.dtype.element_ty)
             tl.store(new_partial + at, rounded, mask=inside)
             value = rounded.to(tl.float32)
         rms = tl.rsqrt(tl.sum(value * value, 0) / D + key_eps)
@@ -385,15 +409,20 @@ def _step_forward(
         tl.store(weight + token, share)
         tl.store(statistics + token, score)
         tl.store(statistics + num_tokens + token, rms)
+    else:
+        tl.store(statistics + token, 0.0)
+        tl.store(statistics + num_tokens + token, 0.0)
     read *= scale
     if WRITE_HIDDEN:
-        tl.store(hidden + at, read.to(hidden.dtype.element_ty), mask=inside)
+        tl.store(hidden + at, _cast(read, hidden.dtype.element_ty), mask=inside)
     if HAS_NORM:
         norm_rms = tl.rsqrt(tl.sum(read * read, 0) / D + norm_eps)
         tl.store(statistics + 2 * num_tokens + token, norm_rms)
         gain = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-        result = (read * norm_rms).to(DTYPE).to(tl.float32) * gain
-        tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside)
+        result = _cast(read * norm_rms, DTYPE).to(tl.float32) * gain
+        tl.store(normed + at, _cast(result, normed.dtype.element_ty), mask=inside)
+    else:
+        tl.store(statistics + 2 * num_tokens + token, 0.0)
 
 
 @triton.jit
@@ -444,7 +473,7 @@ def _step_backward(
             norm_rms = tl.load(statistics + 2 * num_tokens + token)
             unit = read * scale * norm_rms
             grad_unit = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
-            norm_sum += grad_unit * unit.to(DTYPE).to(tl.float32)
+            norm_sum += grad_unit * _cast(unit, DTYPE).to(tl.float32)
             grad_unit *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
             grad = norm_rms * (grad_unit - unit * (tl.sum(grad_unit * unit, 0) / D))
         if HAS_GRAD_HIDDEN:
@@ -461,9 +490,9 @@ def _step_backward(
             result = share * grad + grad_score * rms * (key - (score * rms / D) * value)
             if HAS_GRAD_PARTIAL:
                 result += tl.load(grad_partial + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(grad_value + at, result.to(grad_value.dtype.element_ty), mask=inside)
+            tl.store(grad_value + at, _cast(result, grad_value.dtype.element_ty), mask=inside)
             grad *= 1.0 - share
-        tl.store(grad_mixed + at, grad.to(grad_mixed.dtype.element_ty), mask=inside)
+        tl.store(grad_mixed + at, _cast(grad, grad_mixed.dtype.element_ty), mask=inside)
     at = tl.program_id(0).to(tl.int64) * D + column
     if HAS_OUTPUT:
         tl.store(product_sums + at, product_sum, mask=inside)
@@ -471,7 +500,6 @@ def _step_backward(
         tl.store(norm_sums + at, norm_sum, mask=inside)
 
 
-INTERPRETED = not isinstance(_fill_table, triton.runtime.JITFunction)
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -479,7 +507,7 @@ def _on_device(tensor: torch.Tensor):
     """Context of kernel launches, which go to the current device, not to the tensors'."""
     if tensor.device.type != "cpu":
         return torch.cuda.device(tensor.device)
-    if INTERPRETED:
+    if INTERPRETED.value:
         return nullcontext()
     raise RuntimeError(
         "The Triton kernels got tensors on the CPU: move the model to a GPU, or choose another attn_res_implementation "

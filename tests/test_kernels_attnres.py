@@ -1,0 +1,469 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The Triton operators against the plain formula, in Triton's interpreter and, where there is one, on a GPU.
+
+The checks are functions of a device. For the CPU they run in a process of their own, as the interpreter has to be
+chosen before triton is imported and would then replace the compiler for every other test.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+KEY_EPS = 1e-2  # both far from what rounding could hide, and different
+NORM_EPS = 1e-1
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool.submit(torch.set_num_threads, 1).result()  # starts the process
+        patch.undo()
+        yield pool
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+        ),
+    ]
+)
+def run(request):
+    """Runs a check on a device."""
+    if request.param == "cuda":
+        return lambda check, *arguments: check("cuda", *arguments)
+    pool = request.getfixturevalue("interpreter")
+    return lambda check, *arguments: pool.submit(check, "cpu", *arguments).result()
+
+
+def reference_closed_reads(sources, products, eps):
+    values = torch.stack(sources)
+    scores = torch.einsum("n...d,sd->sn...", values, products) * torch.rsqrt(values.pow(2).mean(-1) + eps)
+    return torch.einsum("sn...,n...d->s...d", scores.softmax(1), values), scores.logsumexp(1)
+
+
+def reference_step(partial, output, mixed, lse, product, key_eps, scale, norm_weight, norm_eps):
+    value = output if partial is None else partial + output
+    hidden, weight, normed = scale * mixed, None, None
+    if value is not None:
+        score = (value * product).sum(-1) * torch.rsqrt(value.pow(2).mean(-1) + key_eps)
+        weight = torch.sigmoid(score - lse)
+        hidden = scale * torch.lerp(mixed, value, weight.unsqueeze(-1))
+    if norm_weight is not None:
+        normed = norm_weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm_eps)
+    return value, normed, hidden, weight
+
+
+def leaves(device, dtype, *shapes, std=1.0, seed=0):
+    """Float64 leaves on the CPU, and leaves of the same values on a device, values that the dtype has."""
+    generator = torch.Generator().manual_seed(seed)
+    rounded = [std * torch.randn(*shape, generator=generator) for shape in shapes]
+    rounded = [tensor.to(dtype) for tensor in rounded]
+    return [t.double().requires_grad_() for t in rounded], [t.to(device).requires_grad_() for t in rounded]
+
+
+def gradients(results, inputs, seed=1):
+    """Gradients of a sum of the results with random weights, the same for equal shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(result.shape, generator=generator) for result in results]
+    total = sum((result * weight.to(result.device, result.dtype)).sum() for result, weight in zip(results, weights))
+    return torch.autograd.grad(total, inputs, allow_unused=True)
+
+
+def assert_near(results, references, tolerance):
+    """Equal up to `tolerance`, relative to the largest entry of each reference."""
+    for i, (result, reference) in enumerate(zip(results, references, strict=True)):
+        if reference is None:
+            assert result is None, i
+            continue
+        assert result.shape == reference.shape, (i, result.shape, reference.shape)
+        if reference.numel():
+            error = (result.detach().cpu().double() - reference.detach()).abs().max() / reference.detach().abs().max()
+            assert error <= tolerance, f"result {i}: relative error {error:.2e}"
+
+
+# float32 rounds by 6e-8, half-precision results by 4e-3 and 5e-4 and gradients are sums of such results
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtype):
+    from kernels_attnres import closed_reads
+
+    # products so large that the weights are far from equal
+    products64, products = leaves(device, torch.float32, (num_reads, hidden_size), std=2 * hidden_size**-0.5, seed=2)
+    sources64, sources = leaves(device, dtype, *[(*tokens, hidden_size)] * num_sources)
+    mixed64, lse64 = reference_closed_reads(sources64, *products64, KEY_EPS)
+    mixed, lse = closed_reads(sources, *products, KEY_EPS)
+    assert lse.dtype == torch.float32
+    assert all(read.dtype == dtype for read in mixed)
+    assert_near([*mixed, lse], [*mixed64, lse64], TOLERANCES[dtype])
+    references = gradients([*mixed64, lse64], [*sources64, *products64])
+    results = gradients([*mixed, lse], [*sources, *products])
+    if num_sources == 1:  # weights are 1, so what is left of the products' gradient is that of lse
+        assert torch.equal(torch.stack(mixed), torch.stack(sources).detach().expand_as(torch.stack(mixed)))
+    assert_near(results, references, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(
+    "num_sources, num_reads, tokens, hidden_size, dtype",
+    [
+        pytest.param(1, 1, (3,), 33, torch.float32, id="one source"),
+        pytest.param(3, 2, (2, 5), 33, torch.float32, id="odd width"),
+        pytest.param(9, 8, (3,), 100, torch.bfloat16, id="a block, bf16"),
+        pytest.param(9, 8, (3,), 100, torch.float16, id="a block, fp16"),
+        pytest.param(2, 24, (1, 1, 3), 40, torch.float32, id="many reads"),
+        pytest.param(37, 1, (2,), 24, torch.float32, id="full, several groups of sources"),
+        pytest.param(4, 3, (67,), 16, torch.bfloat16, id="several programs"),
+        pytest.param(2, 3, (2,), 300, torch.float32, id="several chunks"),
+    ],
+)
+def test_closed_reads(run, num_sources, num_reads, tokens, hidden_size, dtype):
+    """Results, the log-sum-exp, and every gradient equal those of the plain formula in float64."""
+    run(check_closed_reads, num_sources, num_reads, tokens, hidden_size, dtype)
+
+
+@pytest.mark.slow
+def test_closed_reads_of_200_sources(run):
+    """Full mode of a model of 100 layers."""
+    run(check_closed_reads, 200, 1, (2,), 48, torch.bfloat16)
+
+
+def check_step(device, present, tokens, hidden_size, dtype):
+    from kernels_attnres import depth_step
+
+    shapes = {"partial": (*tokens, hidden_size), "output": (*tokens, hidden_size), "norm_weight": (hidden_size,)}
+    names = [name for name in shapes if name in present]
+    optional64, optional = leaves(device, dtype, *[shapes[name] for name in names])
+    mixed64, mixed = leaves(device, dtype, (*tokens, hidden_size), seed=2)
+    fp32 = [tokens, (hidden_size,)]
+    (lse64, product64), (lse, product) = leaves(device, torch.float32, *fp32, std=0.5, seed=3)
+    given64, given = dict.fromkeys(shapes) | dict(zip(names, optional64)), dict(zip(names, optional))
+    reference = reference_step(
+        given64["partial"],
+        given64["output"],
+        *mixed64,
+        lse64,
+        product64,
+        KEY_EPS,
+        3.0,
+        given64["norm_weight"],
+        NORM_EPS,
+    )
+    step = depth_step(
+        given.get("partial"),
+        given.get("output"),
+        *mixed,
+        lse,
+        product,
+        KEY_EPS,
+        scale=3,
+        norm_weight=given.get("norm_weight"),
+        norm_eps=NORM_EPS,
+        return_hidden="hidden" in present,
+    )
+    if "partial" not in present:
+        assert step.partial is given.get("output")
+    assert (step.hidden is None) == ("hidden" not in present and "norm_weight" in present)
+    assert all(t.dtype == dtype for t in step[:3] if t is not None)
+    reference = [None if result is None else wanted for wanted, result in zip(reference, step)]
+    assert_near(step, reference, TOLERANCES[dtype])
+    inputs64, inputs = [*optional64, *mixed64, lse64, product64], [*optional, *mixed, lse, product]
+    references = gradients([t for t in reference if t is not None], inputs64)
+    results = gradients([t for t in step if t is not None], inputs)
+    assert_near(results, references, TOLERANCES[dtype])
+
+
+STEPS = {
+    "all": ("partial", "output", "norm_weight", "hidden"),
+    "usual": ("partial", "output", "norm_weight"),
+    "second of a block": ("output", "norm_weight"),
+    "first of a block": ("norm_weight",),
+    "no norm": ("partial", "output"),
+    "first of a block, no norm": (),
+}
+
+
+@pytest.mark.parametrize("present", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "tokens, hidden_size, dtype",
+    [((3, 5), 33, torch.float32), ((7,), 100, torch.bfloat16)],
+    ids=["width 33", "width 100, bf16"],
+)
+def test_step(run, present, tokens, hidden_size, dtype):
+    """Each result and gradient equals that of the plain formula in float64, whatever takes part."""
+    run(check_step, present, tokens, hidden_size, dtype)
+
+
+class Block:
+    """A block of sublayers `(reads, outputs)` over closed sources: what a model computes, without the sublayers."""
+
+    def __init__(self, device, dtype, num_sources=3, num_reads=3, tokens=(2, 12), hidden_size=64):
+        shape = (*tokens, hidden_size)
+        sources = leaves(device, dtype, *[shape] * num_sources, std=2.0)
+        outputs = leaves(device, dtype, *[shape] * (num_reads - 1), seed=3)
+        norms = leaves(device, dtype, *[(hidden_size,)] * num_reads, seed=4)
+        products = leaves(device, torch.float32, (num_reads, hidden_size), std=hidden_size**-0.5, seed=5)
+        self.inputs64, self.inputs = ([sources[i], outputs[i], norms[i], products[i]] for i in range(2))
+
+    @staticmethod
+    def eager(sources, outputs, norms, products, with_norm=True):
+        """With eager depth attention and Llama's norm, in the dtype of the inputs."""
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        from modeling_attnres import eager_depth_attention
+
+        results, partial = [], ()
+        for i, (gain, product) in enumerate(zip(norms, *products)):
+            if i:
+                partial = (partial[0] + outputs[i - 1] if partial else outputs[i - 1],)
+            hidden, _ = eager_depth_attention((*sources, *partial), product, KEY_EPS, 3.0)
+            if with_norm:
+                norm = LlamaRMSNorm(gain.shape[0], NORM_EPS)
+                norm.weight = torch.nn.Parameter(gain)
+                hidden = torch.func.functional_call(norm, {"weight": gain}, (hidden,))
+            results.append(hidden)
+        return results
+
+    @staticmethod
+    def reference(sources, outputs, norms, products, with_norm=True):
+        mixed, lse = reference_closed_reads(sources, *products, KEY_EPS)
+        results, partial = [], None
+        for i, gain in enumerate(norms):
+            gain = gain if with_norm else None
+            output = outputs[i - 1] if i else None
+            partial, normed, hidden, _ = reference_step(
+                partial, output, mixed[i], lse[i], products[0][i], KEY_EPS, 3.0, gain, NORM_EPS
+            )
+            results.append(normed if with_norm else hidden)
+        return results
+
+    @staticmethod
+    def fused(sources, outputs, norms, products, with_norm=True):
+        from kernels_attnres import closed_reads, depth_step
+
+        dtype = sources[0].dtype
+        # without the norm there is one rounding in eager, so the first phase must not add one
+        mixed, lse = closed_reads(sources, *products, KEY_EPS, dtype=dtype if with_norm else torch.float32)
+        results, partial = [], None
+        for i, gain in enumerate(norms):
+            gain = gain if with_norm else None
+            output = outputs[i - 1] if i else None
+            partial, normed, hidden, _ = depth_step(
+                partial, output, mixed[i], lse[i], products[0][i], KEY_EPS, 3.0, gain, NORM_EPS, dtype=dtype
+            )
+            results.append(normed if with_norm else hidden)
+        return results
+
+    def results(self, implementation, inputs, with_norm=True):
+        results = implementation(*inputs, with_norm=with_norm)
+        flat = [t for group in inputs for t in group]
+        if not with_norm:
+            flat = [t for group in (inputs[0], inputs[1], inputs[3]) for t in group]
+        return [*results, *gradients(results, flat)]
+
+
+def check_error(device, dtype, with_norm):
+    block = Block(device, dtype, tokens=(2, 3), hidden_size=512)  # enough numbers for a ratio that is not chance
+    references = block.results(Block.reference, block.inputs64, with_norm)
+
+    def errors(implementation):
+        results = block.results(implementation, block.inputs, with_norm)
+        return [(r.double().cpu() - w).norm() / w.norm() for r, w in zip(results, references)]
+
+    eager, fused = errors(Block.eager), errors(Block.fused)
+    for i, (ours, theirs) in enumerate(zip(fused, eager)):
+        assert ours <= 1.1 * theirs, f"result {i}: {ours:.3e} instead of {theirs:.3e}"
+
+
+@pytest.mark.parametrize("with_norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_error(run, dtype, with_norm):
+    """In half precision a block's results and all gradients are at most 1.1 times as far off as eager's."""
+    run(check_error, dtype, with_norm)
+
+
+def check_deterministic(device):
+    block = Block(device, torch.bfloat16, tokens=(2, 4))
+    first, second = (block.results(Block.fused, block.inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_deterministic(run):
+    """Two runs give the same bits, gradients of parameters included."""
+    run(check_deterministic)
+
+
+def check_strides(device):
+    from kernels_attnres import closed_reads, depth_step
+
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(3, 4, 2 * 33, generator=generator).to(device)
+    strided = [wide[..., ::2], wide[..., 33:], wide[:1, ..., :33].expand(3, 4, 33)]
+    products = torch.randn(33, 2, generator=generator).to(device).T
+    dense = [t.contiguous() for t in strided]
+    lse = torch.randn(4, 3, generator=generator).to(device).T
+    for a, b in zip(
+        closed_reads(strided, products, KEY_EPS)[0], closed_reads(dense, products.contiguous(), KEY_EPS)[0]
+    ):
+        assert torch.equal(a, b)
+    steps = [depth_step(*t, lse, products[0], KEY_EPS, norm_weight=products[1]) for t in (strided, dense)]
+    assert all(torch.equal(a, b) for a, b in zip(*steps) if a is not None)
+
+
+def test_strides(run):
+    """Inputs need not be contiguous, nor aligned."""
+    run(check_strides)
+
+
+def check_some_gradients(device):
+    from kernels_attnres import closed_reads, depth_step
+
+    _, (first, second, products, output) = leaves(device, torch.float32, (2, 3, 20), (2, 3, 20), (2, 20), (2, 3, 20))
+
+    def total(first, second, products, output):
+        mixed, lse = closed_reads([first, second], products, KEY_EPS)
+        return depth_step(None, output, mixed[1], lse[1], products[1], KEY_EPS).hidden.pow(3).sum()
+
+    tensors = (first, second, products, output)
+    complete = torch.autograd.grad(total(*tensors), tensors)
+    for i, tensor in enumerate(tensors):
+        others = [t if t is tensor else t.detach() for t in tensors]
+        (alone,) = torch.autograd.grad(total(*others), [tensor])
+        torch.testing.assert_close(alone, complete[i])
+    assert not total(*[t.detach() for t in tensors]).requires_grad
+
+
+def test_some_gradients(run):
+    """Inputs that need no gradient, and reads that nothing uses, change nothing for the others."""
+    run(check_some_gradients)
+
+
+def check_no_tokens(device):
+    from kernels_attnres import closed_reads, depth_step
+
+    _, (source, products, gain) = leaves(device, torch.bfloat16, (2, 0, 20), (3, 20), (20,))
+    mixed, lse = closed_reads([source, source], products, KEY_EPS)
+    step = depth_step(source, source, mixed[0], lse[0], products[0], KEY_EPS, norm_weight=gain, norm_eps=NORM_EPS)
+    assert [tuple(t.shape) for t in step if t is not None] == [(2, 0, 20), (2, 0, 20), (2, 0)]
+    source_grad, *grads = torch.autograd.grad(step.normed.sum() + lse.sum(), [source, products, gain])
+    assert source_grad.shape == source.shape
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+def test_no_tokens(run):
+    """Empty batches give empty results and zero gradients."""
+    run(check_no_tokens)
+
+
+def check_dtypes(device):
+    from kernels_attnres import closed_reads, depth_step
+
+    generator = torch.Generator().manual_seed(0)
+    mixture = [torch.randn(3, 20, generator=generator).to(device, dt) for dt in (torch.float32, torch.bfloat16)]
+    products = torch.randn(2, 20, generator=generator).to(device)
+    mixed, lse = closed_reads(mixture, products, KEY_EPS)  # as under autocast
+    assert mixed[0].dtype == torch.float32
+    expected, _ = closed_reads([t.float() for t in mixture], products, KEY_EPS)
+    assert torch.equal(mixed[1], expected[1])
+    step = depth_step(*mixture, mixed[0], lse[0], products[0], KEY_EPS, norm_weight=products[1].bfloat16())
+    assert [t.dtype for t in (step.partial, step.normed)] == [torch.float32, torch.float32]
+    messages = []
+    for call in (
+        lambda: closed_reads([mixture[0].double()], products, KEY_EPS),
+        lambda: depth_step(None, None, mixture[0].double(), lse[0], products[0], KEY_EPS),
+        lambda: closed_reads([mixture[0], mixture[0][1:]], products, KEY_EPS),
+        lambda: closed_reads([], products, KEY_EPS),
+        lambda: closed_reads(mixture, products[:, 1:], KEY_EPS),
+        lambda: depth_step(mixture[0], None, mixed[0], lse[0], products[0], KEY_EPS),
+        lambda: depth_step(None, mixture[0][1:], mixed[0], lse[0], products[0], KEY_EPS),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    assert len(messages) == 7
+    for message, part in zip(messages, ["float64", "float64", "shape", "one source", "products", "output", "output"]):
+        assert part in message
+
+
+def test_dtypes(run):
+    """Mixed dtypes follow the first source's; what has no kernels is refused with a reason."""
+    run(check_dtypes)
+
+
+def check_opcheck(device):
+    import kernels_attnres  # noqa: F401
+
+    _, tensors = leaves(device, torch.float32, (2, 3, 20), (2, 3, 20), (2, 3, 20), (20,))
+    _, (lse, products) = leaves(device, torch.float32, (2, 3), (2, 20))
+    ops = torch.ops.attnres
+    torch.library.opcheck(ops.closed_reads, (tensors[:3], products, KEY_EPS, torch.bfloat16))
+    for args in (
+        (*tensors[:3], lse, products[0], KEY_EPS, 2.0, tensors[3], NORM_EPS, True, torch.float32),
+        (None, tensors[1], tensors[2], lse, products[0], KEY_EPS, 2.0, None, NORM_EPS, True, torch.float32),
+        (None, None, tensors[2], lse, products[0], KEY_EPS, 2.0, tensors[3], NORM_EPS, False, torch.float32),
+    ):
+        torch.library.opcheck(ops.depth_step, tuple(a.detach().requires_grad_() if a is products else a for a in args))
+
+
+def test_opcheck(run):
+    """The operators are what they say: schema, fake results, autograd, dynamic shapes."""
+    run(check_opcheck)
+
+
+def check_compile(device):
+    block = Block(device, torch.bfloat16, num_sources=2, num_reads=3, tokens=(2, 2), hidden_size=33)
+    compiled = torch.compile(Block.fused, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    eager, graph = (block.results(function, block.inputs) for function in (Block.fused, compiled))
+    for a, b in zip(eager, graph):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)  # gradients may be added in another order
+
+
+def test_compile(run):
+    """`torch.compile` takes a whole block in one graph, forward and backward."""
+    run(check_compile)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph():
+    """A captured block, forward and backward, gives for new inputs what it gives without a graph."""
+    block = Block("cuda", torch.bfloat16, num_sources=20)  # more tensors than one launch of the address table takes
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        block.results(Block.fused, block.inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    weights = [torch.randn(2, 12, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+    def step():
+        results = Block.fused(*block.inputs)
+        total = sum((result * weight).sum() for result, weight in zip(results, weights))
+        return [*results, *torch.autograd.grad(total, [t for group in block.inputs for t in group])]
+
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in (t for group in block.inputs for t in group):
+            tensor.normal_(std=0.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes them")
+def test_needs_gpu_or_interpreter():
+    """Without the interpreter, tensors on the CPU are refused with what to do instead."""
+    from kernels_attnres import closed_reads
+
+    with pytest.raises(RuntimeError, match="attn_res_implementation"):
+        closed_reads([torch.zeros(2, 8)], torch.zeros(1, 8), KEY_EPS)
