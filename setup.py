@@ -39,6 +39,8 @@ setup(
             "matplotlib>=3.8",
             "tensorboard>=2.15",
         ],
+        "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
+        "trl": ["trl>=1.0"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "psutil>=5.9", "parameterized>=0.9"],
         "lint": ["ruff"],
     },

@@ -97,6 +97,8 @@ def new_adapter(model, rank: int, alpha: float, dropout: float, dora: bool, targ
     )
     try:
         return with_adapter(model, config)
+    except ImportError as error:  # a quantisation package of a version that PEFT doesn't take
+        raise RunError(first_line(error)) from None
     except ValueError:
         choice = ", ".join(linear_layers(model))
         raise RunError(

@@ -49,8 +49,8 @@ from finetuning_data import (
     split_and_pack_examples,
     uses_chat,
 )
-from pretrain import MODES, check_context, check_same_data, get_tokenizer, load_model, read_config, starting_point
-from training_data import DataError, ShuffledSequences, data_name
+from pretrain import check_context, check_same_data, get_tokenizer, load_model, read_config, starting_point
+from training_data import DataError, ShuffledSequences, data_name, first_line
 from training_optim import is_depth_attention, new_optimizer
 from training_options import (
     add_training_options,
@@ -81,6 +81,7 @@ from training_run import (
 )
 
 
+MODES = ("donor", "block", "full")
 METHODS = ("lora", "dora", "qlora", "full", "depth")
 ADAPTER_METHODS = ("lora", "dora", "qlora")
 LEARNING_RATES = {**dict.fromkeys(ADAPTER_METHODS, 2e-4), "full": 2e-5, "depth": 1e-3}
@@ -110,7 +111,10 @@ class SupervisedTrainer(RunTrainer):
 def base_model(args, tokenizer):
     """The model that adapters go on, or that is trained itself."""
     if args.method == "qlora":
-        return load_model(args, tokenizer, quantization_config=quantization_config(args.quantization, args.bf16))
+        try:
+            return load_model(args, tokenizer, quantization_config=quantization_config(args.quantization, args.bf16))
+        except ImportError as error:  # a version that transformers doesn't take
+            raise RunError(first_line(error)) from None
     # what adapters leave as it is can be kept in the precision that it is used in
     in_bf16 = args.bf16 and args.method in ADAPTER_METHODS
     return load_model(args, tokenizer, dtype=torch.bfloat16 if in_bf16 else torch.float32)
@@ -232,7 +236,7 @@ def finetune(args) -> dict:
         return json.loads(results_file.read_text(encoding="utf-8"))
     arguments = run_arguments(args)
     with discarded_if_refused(args.output, is_new):
-        tokenizer, model, base, train, held_out, amount, steps = prepare(args, is_new)
+        tokenizer, model, base, train, held_out, amount, steps = prepare(args, is_new=checkpoint is None)
         args = copy.copy(args)
         args.steps = steps
         set_intervals(args)
