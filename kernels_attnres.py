@@ -168,10 +168,11 @@ def _closed_forward(
 ):
     first = tl.program_id(0).to(tl.int64) * TOKENS
     row = tl.arange(0, ROWS)
+    row_source = (row // TOKENS).to(tl.int64)  # its products with the number of tokens may be large
     row_token = first + row % TOKENS
     read_dot = tl.arange(0, READS_DOT)
     for group in range(0, num_sources, ROWS // TOKENS):
-        source = group + row // TOKENS
+        source = group + row_source
         inside = (source < num_sources) & (row_token < num_tokens)
         rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
         dots = tl.zeros([WARPS, ROWS, READS_DOT], tl.float32)
@@ -200,7 +201,7 @@ def _closed_forward(
     peak = tl.full([TOKENS * READS], float("-inf"), tl.float32)
     total = tl.zeros([TOKENS * READS], tl.float32)
     for group in range(0, num_sources, ROWS):
-        source = group + row
+        source = group + row.to(tl.int64)
         at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
         score = tl.load(scores + at, mask=inside_line[:, None] & (source < num_sources)[None, :], other=0.0)
         score = tl.where((source < num_sources)[None, :], score, float("-inf"))
@@ -215,7 +216,7 @@ def _closed_forward(
         column = start + tl.arange(0, CHUNK)
         mixed = tl.zeros([TOKENS * READS, CHUNK], tl.float32)
         for group in range(0, num_sources, ROWS // TOKENS):
-            source = group + row // TOKENS
+            source = group + row_source
             inside = (source < num_sources) & (row_token < num_tokens)
             rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
             at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
@@ -253,6 +254,7 @@ def _closed_backward(
 ):
     first = tl.program_id(0).to(tl.int64) * TOKENS
     row = tl.arange(0, ROWS)
+    row_source = (row // TOKENS).to(tl.int64)  # its products with the number of tokens may be large
     row_token = first + row % TOKENS
     line = tl.arange(0, TOKENS * READS)
     token = first + line // READS
@@ -260,7 +262,7 @@ def _closed_backward(
     inside_line = (token < num_tokens) & (read < S)
     results = _rows(table, num_sources + read, read < S, token, mixed_like, D, ALIGN)
     for group in range(0, num_sources, ROWS // TOKENS):
-        source = group + row // TOKENS
+        source = group + row_source
         inside = (source < num_sources) & (row_token < num_tokens)
         rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
         dots = tl.zeros([WARPS, TOKENS * READS, ROWS], tl.float32)
@@ -283,14 +285,14 @@ def _closed_backward(
     normaliser = tl.load(lse + at_line, mask=inside_line, other=0.0)
     mean_grad = tl.zeros([TOKENS * READS], tl.float32)
     for group in range(0, num_sources, ROWS):
-        source = group + row
+        source = group + row.to(tl.int64)
         at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
         inside_scores = inside_line[:, None] & (source < num_sources)[None, :]
         weight = tl.exp(tl.load(scores + at, mask=inside_scores, other=float("-inf")) - normaliser[:, None])
         mean_grad += tl.sum(weight * tl.load(grad_scores + at, mask=inside_scores, other=0.0), 1)
     mean_grad -= tl.load(grad_lse + at_line, mask=inside_line, other=0.0)
     for group in range(0, num_sources, ROWS):
-        source = group + row
+        source = group + row.to(tl.int64)
         at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
         inside_scores = inside_line[:, None] & (source < num_sources)[None, :]
         weight = tl.exp(tl.load(scores + at, mask=inside_scores, other=float("-inf")) - normaliser[:, None])
@@ -301,7 +303,7 @@ def _closed_backward(
     if GRAD_SOURCES:
         read_dot = tl.arange(0, READS_DOT)
         for group in range(0, num_sources, ROWS // TOKENS):
-            source = group + row // TOKENS
+            source = group + row_source
             inside = (source < num_sources) & (row_token < num_tokens)
             rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
             grad_index = num_sources + S + source
@@ -370,6 +372,7 @@ def _step_forward(
     output,
     mixed,
     lse,
+    given_score,
     product,
     norm_weight,
     new_partial,
@@ -385,6 +388,7 @@ def _step_forward(
     WIDTH: tl.constexpr,
     HAS_PARTIAL: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     WRITE_HIDDEN: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -402,8 +406,12 @@ def _step_forward(
             rounded = _cast(value, new_partial.dtype.element_ty)
             tl.store(new_partial + at, rounded, mask=inside)
             value = rounded.to(tl.float32)
-        rms = tl.rsqrt(tl.sum(value * value, 0) / D + key_eps)
-        score = tl.sum(value * tl.load(product + column, mask=inside, other=0.0), 0) * rms
+        if HAS_SCORE:
+            rms = 0.0
+            score = tl.load(given_score + token)
+        else:
+            rms = tl.rsqrt(tl.sum(value * value, 0) / D + key_eps)
+            score = tl.sum(value * tl.load(product + column, mask=inside, other=0.0), 0) * rms
         share = 1.0 / (1.0 + tl.exp(tl.load(lse + token) - score))
         read = (1.0 - share) * read + share * value
         tl.store(weight + token, share)
@@ -447,6 +455,7 @@ def _step_backward(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
     HAS_GRAD_PARTIAL: tl.constexpr,
     HAS_GRAD_NORMED: tl.constexpr,
     HAS_GRAD_HIDDEN: tl.constexpr,
@@ -485,16 +494,18 @@ def _step_backward(
                 grad_share += tl.load(grad_weight + token)
             grad_score = grad_share * share * (1.0 - share)
             tl.store(grad_lse + token, -grad_score)
-            product_sum += grad_score * rms * value
-            key = tl.load(product + column, mask=inside, other=0.0)
-            result = share * grad + grad_score * rms * (key - (score * rms / D) * value)
+            result = share * grad
+            if not HAS_SCORE:
+                product_sum += grad_score * rms * value
+                key = tl.load(product + column, mask=inside, other=0.0)
+                result += grad_score * rms * (key - (score * rms / D) * value)
             if HAS_GRAD_PARTIAL:
                 result += tl.load(grad_partial + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(grad_value + at, _cast(result, grad_value.dtype.element_ty), mask=inside)
             grad *= 1.0 - share
         tl.store(grad_mixed + at, _cast(grad, grad_mixed.dtype.element_ty), mask=inside)
     at = tl.program_id(0).to(tl.int64) * D + column
-    if HAS_OUTPUT:
+    if HAS_OUTPUT and not HAS_SCORE:
         tl.store(product_sums + at, product_sum, mask=inside)
     if HAS_GRAD_NORMED:
         tl.store(norm_sums + at, norm_sum, mask=inside)
@@ -783,7 +794,8 @@ def _depth_step(
     output: torch.Tensor | None,
     mixed: torch.Tensor,
     lse: torch.Tensor,
-    product: torch.Tensor,
+    product: torch.Tensor | None,
+    score: torch.Tensor | None,
     key_eps: float,
     scale: float,
     norm_weight: torch.Tensor | None,
@@ -791,29 +803,34 @@ def _depth_step(
     return_hidden: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    shape, num_tokens, hidden_size = mixed.shape, lse.numel(), mixed.shape[-1]
+    num_tokens, hidden_size = lse.numel(), mixed.shape[-1]
     results = _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype)
     if num_tokens == 0:
         return results
-    partial, output, norm_weight = (None if t is None else t.contiguous() for t in (partial, output, norm_weight))
     mixed = mixed.contiguous()
+
+    def given(tensor):
+        return mixed if tensor is None else tensor.contiguous()
+
     with _on_device(mixed):
         _step_forward[(num_tokens,)](
-            mixed if partial is None else partial,
-            mixed if output is None else output,
+            given(partial),
+            given(output),
             mixed,
-            lse.contiguous(),
-            product.contiguous(),
-            mixed if norm_weight is None else norm_weight,
+            given(lse),
+            given(score),
+            given(product),
+            given(norm_weight),
             *results,
             num_tokens,
             key_eps,
             scale,
             norm_eps,
             D=hidden_size,
-            WIDTH=triton.next_power_of_2(shape[-1]),
+            WIDTH=triton.next_power_of_2(hidden_size),
             HAS_PARTIAL=partial is not None,
             HAS_OUTPUT=output is not None,
+            HAS_SCORE=score is not None,
             HAS_NORM=norm_weight is not None,
             WRITE_HIDDEN=return_hidden,
             DTYPE=TL_DTYPES[dtype],
@@ -843,7 +860,7 @@ def _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden,
 
 
 @_depth_step.register_fake
-def _(partial, output, mixed, lse, product, key_eps, scale, norm_weight, norm_eps, return_hidden, dtype):
+def _(partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, norm_eps, return_hidden, dtype):
     return _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype)
 
 
@@ -852,7 +869,7 @@ def _depth_step_backward(
     value: torch.Tensor | None,
     mixed: torch.Tensor,
     lse: torch.Tensor,
-    product: torch.Tensor,
+    product: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     statistics: torch.Tensor,
     grad_partial: torch.Tensor | None,
@@ -869,20 +886,21 @@ def _depth_step_backward(
     )
     if num_tokens == 0:
         return grad_value, grad_mixed, grad_lse, grad_product.zero_(), grad_norm_weight.zero_()
+    has_product = value is not None and product is not None
 
     def given(tensor):
         return mixed if tensor is None else tensor.contiguous()
 
     warps = _step_warps(hidden_size, 256)
     programs = min(num_tokens, max(20 // warps, 1) * _num_processors(mixed))  # as many as run at one time
-    product_sums = product.new_empty(programs if value is not None else 0, hidden_size)
-    norm_sums = product.new_empty(programs if grad_normed is not None else 0, hidden_size)
+    product_sums = lse.new_empty(programs if has_product else 0, hidden_size)
+    norm_sums = lse.new_empty(programs if grad_normed is not None else 0, hidden_size)
     with _on_device(mixed):
         _step_backward[(programs,)](
             given(value),
             mixed,
-            lse.contiguous(),
-            product.contiguous(),
+            given(lse),
+            given(product),
             given(norm_weight),
             statistics,
             given(grad_partial),
@@ -899,6 +917,7 @@ def _depth_step_backward(
             D=hidden_size,
             WIDTH=triton.next_power_of_2(hidden_size),
             HAS_OUTPUT=value is not None,
+            HAS_SCORE=product is None,
             HAS_GRAD_PARTIAL=grad_partial is not None,
             HAS_GRAD_NORMED=grad_normed is not None,
             HAS_GRAD_HIDDEN=grad_hidden is not None,
@@ -906,7 +925,7 @@ def _depth_step_backward(
             DTYPE=TL_DTYPES[dtype],
             num_warps=warps,
         )
-    if value is not None:
+    if has_product:
         grad_product = product_sums.sum(0)
     if grad_normed is not None:
         grad_norm_weight = norm_sums.sum(0).to(grad_norm_weight.dtype)
@@ -914,12 +933,11 @@ def _depth_step_backward(
 
 
 def _depth_step_grads(value, mixed, lse, product, norm_weight, grad_normed):
-    absent = value is None
     return (
-        mixed.new_empty(0) if absent else value.new_empty(value.shape),
+        mixed.new_empty(0) if value is None else value.new_empty(value.shape),
         mixed.new_empty(mixed.shape),
-        lse.new_empty(0 if absent else lse.shape),
-        product.new_empty(0 if absent else product.shape),
+        lse.new_empty(0 if value is None else lse.shape),
+        lse.new_empty(0 if value is None or product is None else product.shape),
         mixed.new_empty(0) if grad_normed is None else norm_weight.new_empty(norm_weight.shape),
     )
 
@@ -943,8 +961,10 @@ def _(
 
 
 def _depth_step_setup(ctx, inputs, output):
-    partial, sublayer_output, mixed, lse, product, _, ctx.scale, norm_weight, _, ctx.return_hidden, ctx.dtype = inputs
+    partial, sublayer_output, mixed, lse, product, score, _, ctx.scale, norm_weight, *_ = inputs
     new_partial, _, _, _, statistics = output
+    ctx.return_hidden, ctx.dtype = inputs[-2:]
+    ctx.has_score = score is not None
     ctx.input_dtypes = [None if t is None else t.dtype for t in (partial, sublayer_output)]
     value = sublayer_output if partial is None else new_partial
     ctx.save_for_backward(value, mixed, lse, product, norm_weight, statistics)
@@ -982,7 +1002,8 @@ def _depth_step_autograd(ctx, grad_partial, grad_normed, grad_hidden, grad_weigh
         None if output_dtype is None else grad_value.to(output_dtype),
         grad_mixed,
         None if value is None else grad_lse,
-        None if value is None else grad_product,
+        None if value is None or product is None else grad_product,
+        -grad_lse if ctx.has_score else None,
         None,
         None,
         None if grad_normed is None else grad_norm_weight,
@@ -1009,13 +1030,14 @@ def depth_step(
     output: torch.Tensor | None,
     mixed: torch.Tensor,
     lse: torch.Tensor,
-    product: torch.Tensor,
+    product: torch.Tensor | None,
     key_eps: float,
     scale: float = 1.0,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 0.0,
     return_hidden: bool = False,
     dtype: torch.dtype | None = None,
+    score: torch.Tensor | None = None,
 ) -> DepthStep:
     """Everything between two sublayers in one pass over the tokens.
 
@@ -1029,26 +1051,33 @@ def depth_step(
             sources only.
         mixed: `(*tokens, d)`, this read's result of [`closed_reads`].
         lse: `(*tokens)`, likewise.
-        product: `(d,)`, query times key norm gain of this read.
+        product: `(d,)`, query times key norm gain of this read; None without an output, or with a `score`.
         key_eps: epsilon of the RMSNorm of the keys.
         scale: factor of the read.
         norm_weight: `(d,)`, gain of the pre-norm, or None for no pre-norm.
         norm_eps: epsilon of the pre-norm.
         return_hidden: also write `hidden`; without a pre-norm it always is.
         dtype: of `hidden` and of the normalised value before the gain; default that of `mixed`.
+        score: `(*tokens)`, where `output` is itself a mix of sources: their log-sum-exp, which is then its score. So
+            the results of two [`closed_reads`] are merged, as Full mode needs it.
 
     Raises:
-        ValueError: a partial sum without an output, or shapes that don't agree.
+        ValueError: arguments that don't go together, or shapes that don't agree.
         TypeError: a dtype without kernels, such as float64.
     """
     if partial is not None and output is None:
         raise ValueError("depth_step got a partial sum without an output to add to it.")
-    _check_dtypes(partial, output, mixed, lse, product, norm_weight)
+    if (product is None) == (score is None) and output is not None:
+        raise ValueError("depth_step needs a product or the score of the output, and not both.")
+    if score is not None and (partial is not None or output is None):
+        raise ValueError("depth_step takes a score with an output alone, without a partial sum.")
+    _check_dtypes(partial, output, mixed, lse, product, score, norm_weight)
     hidden_size = mixed.shape[-1:]
     for name, tensor, shape in (
         ("partial", partial, mixed.shape),
         ("output", output, mixed.shape),
         ("lse", lse, mixed.shape[:-1]),
+        ("score", score, mixed.shape[:-1]),
         ("product", product, hidden_size),
         ("norm_weight", norm_weight, hidden_size),
     ):
@@ -1060,7 +1089,8 @@ def depth_step(
         output,
         mixed,
         lse.float(),
-        product.float(),
+        None if product is None else product.float(),
+        None if score is None else score.float(),
         key_eps,
         float(scale),
         norm_weight,

@@ -131,6 +131,27 @@ def test_closed_reads(run, num_sources, num_reads, tokens, hidden_size, dtype):
     run(check_closed_reads, num_sources, num_reads, tokens, hidden_size, dtype)
 
 
+def check_merge(device, dtype):
+    from kernels_attnres import closed_reads, depth_step
+
+    shape = (2, 3, 40)
+    sources64, sources = leaves(device, dtype, *[shape] * 5)
+    (products64,), (products,) = leaves(device, torch.float32, (2, 40), std=0.3, seed=2)
+    mixed64, lse64 = reference_closed_reads(sources64, products64, KEY_EPS)
+    (_, first), (_, lse) = closed_reads(sources[:2], products, KEY_EPS, dtype=torch.float32)
+    (second,), (score,) = closed_reads(sources[2:], products[1:], KEY_EPS, dtype=torch.float32)
+    step = depth_step(None, second, first, lse, None, KEY_EPS, scale=5, dtype=dtype, score=score)
+    assert_near([step.hidden], [5 * mixed64[1]], TOLERANCES[dtype])
+    references = gradients([5 * mixed64[1]], [*sources64, products64])
+    assert_near(gradients([step.hidden], [*sources, products]), references, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_merge(run, dtype):
+    """Two reads of some sources each, merged, are a read of all sources."""
+    run(check_merge, dtype)
+
+
 @pytest.mark.slow
 def test_closed_reads_of_200_sources(run):
     """Full mode of a model of 100 layers."""
@@ -384,14 +405,17 @@ def check_dtypes(device):
         lambda: closed_reads([], products, KEY_EPS),
         lambda: closed_reads(mixture, products[:, 1:], KEY_EPS),
         lambda: depth_step(mixture[0], None, mixed[0], lse[0], products[0], KEY_EPS),
+        lambda: depth_step(None, mixture[0], mixed[0], lse[0], None, KEY_EPS),
+        lambda: depth_step(*mixture, mixed[0], lse[0], None, KEY_EPS, score=lse[1]),
         lambda: depth_step(None, mixture[0][1:], mixed[0], lse[0], products[0], KEY_EPS),
     ):
         try:
             call()
         except (TypeError, ValueError) as error:
             messages.append(str(error))
-    assert len(messages) == 7
-    for message, part in zip(messages, ["float64", "float64", "shape", "one source", "products", "output", "output"]):
+    parts = ["float64", "float64", "shape", "one source", "products", "without an output", "needs a product"]
+    parts += ["with an output alone", "output is (2, 20)"]
+    for message, part in zip(messages, parts, strict=True):
         assert part in message
 
 
@@ -408,9 +432,9 @@ def check_opcheck(device):
     ops = torch.ops.attnres
     torch.library.opcheck(ops.closed_reads, (tensors[:3], products, KEY_EPS, torch.bfloat16))
     for args in (
-        (*tensors[:3], lse, products[0], KEY_EPS, 2.0, tensors[3], NORM_EPS, True, torch.float32),
-        (None, tensors[1], tensors[2], lse, products[0], KEY_EPS, 2.0, None, NORM_EPS, True, torch.float32),
-        (None, None, tensors[2], lse, products[0], KEY_EPS, 2.0, tensors[3], NORM_EPS, False, torch.float32),
+        (*tensors[:3], lse, products[0], None, KEY_EPS, 2.0, tensors[3], NORM_EPS, True, torch.float32),
+        (None, *tensors[1:3], lse, None, lse.detach() + 1, KEY_EPS, 2.0, None, NORM_EPS, True, torch.float32),
+        (None, None, tensors[2], lse, None, None, KEY_EPS, 2.0, tensors[3], NORM_EPS, False, torch.float32),
     ):
         torch.library.opcheck(ops.depth_step, tuple(a.detach().requires_grad_() if a is products else a for a in args))
 
