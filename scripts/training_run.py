@@ -254,6 +254,11 @@ class RunTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        if self.args.world_size > 1 and self.eval_dataset is not None:
+            # What accelerate fills up the last batches with is left out of the mean where it has batches of its own
+            size, largest = len(self.eval_dataset), self.args.per_device_eval_batch_size
+            divisors = [batch_size for batch_size in range(1, largest + 1) if size % batch_size == 0]
+            self.args.per_device_eval_batch_size = divisors[-1]
         self.folder = Path(self.args.output_dir)
         self.keep_checkpoints = keep_checkpoints
         self.batches, self.batches_step = [], -1  # the micro-batches of a step

@@ -1,0 +1,311 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Training on several devices, for real: two processes on gloo with the configurations in `scripts/accelerate`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dist_cp
+from accelerate.utils import merge_fsdp_weights
+from launch_process import CONFIGS, LaunchServer, environment
+from peft import PeftModel
+from pretrain_process import SCRIPTS, SIZES
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import attnres
+
+
+sys.path.insert(0, str(SCRIPTS))
+
+import training_data  # noqa: E402
+import training_optim  # noqa: E402
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")]
+
+MODEL = ["--config=llama", "--train-tokenizer=300", "--set", *SIZES]
+STEPS = [
+    "--seq-len=32",
+    "--accumulate=2",
+    "--steps=4",
+    "--save-steps=2",
+    "--eval-steps=2",
+    "--depth-every=2",
+    "--held-out=0.2",
+]
+RUN = [*MODEL, *STEPS, "--data=text"]
+ONE, TWO = "--batch-size=4", "--batch-size=2"  # sequences per process, so that a step has the same eight
+# Means of float32 over four sequences, or over two in each of two processes: sums in another order, differing in the
+# last of 24 bits, and what four steps make of it. An error of method shows: the wrong scale of a gradient, a stale or
+# forgotten parameter change losses by 1e-4 or more within these steps.
+REORDERED = 3e-6
+# Muon orthogonalises in bfloat16, 8 bits, which turns differences in the last bit of a gradient into some of that
+MUON = 1e-3
+TIMES = ("tokens_per_second", "seconds")
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(folder: Path) -> list[dict]:
+    """All that a run logged but how long it took."""
+    lines = read_lines(folder / "metrics.jsonl") + read_lines(folder / "depth.jsonl")
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def check_same_curve(folder: Path, expected: Path, tolerance: float):
+    lines, expected_lines = without_times(folder), without_times(expected)
+    assert len(lines) == len(expected_lines) == 9
+    for line, expected_line in zip(lines, expected_lines):
+        assert line.keys() == expected_line.keys()
+        for name, value in line.items():
+            # queries start at zero, and the first step of Adam makes much of little
+            assert value == pytest.approx(expected_line[name], rel=tolerance, abs=tolerance), (name, line["step"])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def check_same_weights(tensors: dict, expected: dict, tolerance: float = 0):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "HF_DATASETS_CACHE", "PYTHONPATH"):
+            patch.setenv(name, "")
+        server = LaunchServer(tmp_path_factory.mktemp("multi_device"))
+        text = server.folder / "text"
+        text.mkdir()
+        source = "".join(file.read_text(errors="replace") for file in training_data.stdlib_files()[:6])
+        for index in range(40):
+            (text / f"{index:02d}.txt").write_text(source[800 * index : 800 * index + 500 + 7 * index])
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def single(server) -> Path:
+    """The run of one process."""
+    server.launch("", "pretrain", *RUN, ONE, "--output", "single").finish()
+    return server.folder / "single"
+
+
+@pytest.fixture(scope="module")
+def launched(server, single) -> dict[str, tuple[Path, str]]:
+    """The same training in two processes, by configuration: the run's folder and what the processes printed."""
+    launch = ["launch", "--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0]
+    script = [SCRIPTS / "pretrain.py", *RUN, TWO, "--output", "fsdp2"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *script]
+    result = subprocess.run(list(map(str, command)), cwd=server.folder, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    outputs = server.launch("ddp", "pretrain", *RUN, TWO, "--output", "ddp").finish()
+    return {"ddp": (server.folder / "ddp", "".join(outputs)), "fsdp2": (server.folder / "fsdp2", result.stdout)}
+
+
+@pytest.fixture(scope="module")
+def resumed(server, launched) -> dict[str, Path]:
+    """The same training, killed after its first checkpoint and started again, by configuration."""
+    folders = {}
+    for config in launched:
+        folder = folders[config] = server.folder / f"{config}-resumed"
+        command = (config, "pretrain", *RUN, TWO, "--output", folder.name)
+        launch = server.launch(*command)
+        assert launch.runs[0].wait_for((folder / "checkpoint-2").exists)
+        launch.kill()
+        assert not (folder / "results.json").exists()
+        first, second = server.launch(*command).finish()
+        assert f"going on from {folder.name}/checkpoint-2" in first and "going on" not in second
+    return folders
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_same_losses(config, single, launched):
+    """Two processes, accumulating gradients, have the losses, gradient norms and looks of one, to rounding; one of
+    them sums up, in JSON."""
+    folder, printed = launched[config]
+    check_same_curve(folder, single, REORDERED)
+    losses = [line["loss"] for line in read_lines(single / "metrics.jsonl") if "loss" in line]
+    assert min(abs(after - before) for before, after in zip(losses, losses[1:])) > 100 * REORDERED * max(losses)
+    summary = json.loads(printed)
+    results = [json.loads((path / "results.json").read_text()) for path in (folder, single)]
+    for name in ("steps", "tokens", "parameters", "depth_parameters"):
+        assert summary[name] == results[0][name] == results[1][name]
+    check_same_weights(weights(folder), weights(single), tolerance=1e-5)
+    files = [{path.name for path in run.iterdir() if path.suffix != ".pt"} for run in (folder, single)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_resume(config, launched, resumed):
+    """A killed run ends with the losses, looks and weights of the undisturbed one, bit for bit."""
+    assert without_times(resumed[config]) == without_times(launched[config][0])
+    check_same_weights(weights(resumed[config]), weights(launched[config][0]))
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_depth_attention(config, resumed):
+    """Depth attention is trained, the same in all processes and what is saved; FSDP2 has really cut up all weights."""
+    folder = resumed[config]
+    first, second = (torch.load(folder / f"rank-{index}.pt") for index in range(2))
+    saved = weights(folder)
+    assert first.keys() == second.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(first[name]["whole"], tensor) and torch.equal(second[name]["whole"], tensor), name
+        here = [first[name]["here"], second[name]["here"]]
+        assert here == [tensor.numel()] * 2 if config == "ddp" else sum(here) == tensor.numel() and all(here), name
+    query, key_norm = (saved[f"model.depth_attention.{name}"] for name in ("query", "key_norm"))
+    assert query[0].eq(0).all()  # its read has one source
+    assert query[1:].ne(0).any(1).all() and (key_norm[1:] - 1).ne(0).any(1).all()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert isinstance(model, attnres.AttnResForCausalLM)
+    check_same_weights(model.state_dict(), saved)
+
+
+def test_sharded_checkpoint_in_one_process(launched, tmp_path):
+    """What FSDP2 has written in pieces loads without processes: merged by accelerate, and by torch."""
+    folder, _ = launched["fsdp2"]
+    expected = weights(folder)
+    checkpoint = shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint")
+    pieces = checkpoint / "pytorch_model_fsdp_0"
+    assert len(list(pieces.glob("*.distcp"))) == 2 and not (checkpoint / "model.safetensors").exists()
+    merge_fsdp_weights(str(pieces), str(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    check_same_weights(model.state_dict(), expected)
+    assert AutoTokenizer.from_pretrained(checkpoint)("import os")["input_ids"]
+    untrained = attnres.AttnResForCausalLM(model.config)
+    state = {"model": untrained.state_dict()}
+    dist_cp.load(state, checkpoint_id=pieces, no_dist=True)
+    untrained.load_state_dict(state["model"])
+    check_same_weights(untrained.state_dict(), expected)
+
+
+def test_muon(server, single):
+    """Muon orthogonalises whole matrices also where they are cut up, and resumes."""
+    options = [*RUN, "--optimizer=muon"]
+    server.launch("", "pretrain", *options, ONE, "--output", "muon").finish()
+    command = ("fsdp2", "pretrain", *options, TWO, "--output", "muon-fsdp2")
+    launch = server.launch(*command)
+    assert launch.runs[0].wait_for((server.folder / "muon-fsdp2" / "checkpoint-2").exists)
+    launch.kill()
+    server.launch(*command).finish()
+    check_same_curve(server.folder / "muon-fsdp2", server.folder / "muon", MUON)
+
+
+def test_bf16(server):
+    """FSDP2 in bfloat16 trains as one process does, to that precision, with its weights in float32 and exact losses."""
+    options = [*RUN, "--bf16"]
+    server.launch("", "pretrain", *options, ONE, "--output", "bf16").finish()
+    server.launch("fsdp2", "pretrain", *options, TWO, "--output", "bf16-fsdp2").finish()
+    runs = [read_lines(server.folder / name / "metrics.jsonl") for name in ("bf16", "bf16-fsdp2")]
+    for line, expected in zip(*runs, strict=True):
+        name = "loss" if "loss" in line else "held_out_loss"
+        assert line[name] == pytest.approx(expected[name], rel=5e-4)  # 8 bits, over the tokens of a step
+        assert torch.tensor(line[name]).bfloat16().item() != line[name]
+    assert {tensor.dtype for tensor in weights(server.folder / "bf16-fsdp2").values()} == {torch.float32}
+
+
+def test_lora(server, single):
+    """Adapters and depth attention under FSDP2: the losses of one process, and an adapter that loads in one."""
+    sums = [{"prompt": f"What is {a} plus {b}?", "completion": f" It is {a + b}."} for a in range(9) for b in range(9)]
+    (server.folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    options = ["--model=single/model", "--data=sums.jsonl", "--method=lora", "--learning-rate=0.01", *STEPS]
+    server.launch("", "finetune", *options, ONE, "--output", "lora").finish()
+    server.launch("fsdp2", "finetune", *options, TWO, "--output", "lora-fsdp2").finish()
+    folder, expected = server.folder / "lora-fsdp2", server.folder / "lora"
+    for line, expected_line in zip(without_times(folder), without_times(expected), strict=True):
+        for name, value in line.items():
+            # adapters' second matrices start at zero, and the first step of Adam makes much of little
+            assert value == pytest.approx(expected_line[name], rel=1e-4, abs=1e-4), (name, line["step"])
+    losses = [line["held_out_loss"] for line in read_lines(folder / "metrics.jsonl") if "held_out_loss" in line]
+    assert losses[-1] < losses[0] - 0.01
+    here = torch.load(folder / "rank-0.pt"), torch.load(folder / "rank-1.pt")
+    trained = [name for name in here[0] if "lora_B" in name]
+    assert trained and all(
+        sum(rank[name]["here"] for rank in here) == here[0][name]["whole"].numel() for name in trained
+    )
+    base = AutoModelForCausalLM.from_pretrained(single / "model")
+    adapted = PeftModel.from_pretrained(base, folder / "model")
+    state = dict(adapted.named_parameters())
+    for name in (*trained, *(name for name in here[0] if "depth_attention.modules_to_save" in name)):
+        assert torch.equal(state[name], here[0][name]["whole"]), name
+        assert state[name].ne(0).any()
+
+
+@pytest.fixture(scope="module")
+def broken(server, single) -> Path:
+    """A checkpoint that knows one token by NaN alone, and a folder of documents, one of which has that token."""
+    folder = shutil.copytree(single / "model", server.folder / "broken")
+    token = AutoTokenizer.from_pretrained(folder)("Ö")["input_ids"][-1]  # a byte of no other character here
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_input_embeddings().weight.data[token] = torch.nan
+    model.save_pretrained(folder)
+    documents = server.folder / "documents"
+    documents.mkdir()
+    for path in sorted((server.folder / "text").iterdir())[:12]:
+        text = path.read_text()
+        (documents / path.name).write_text(text[:300] + "Ö" * (path.name == "05.txt") + text[300:])
+    return folder
+
+
+def test_one_process_fails(server, broken):
+    """A loss that isn't a number in one process stops all, with one message that names that process's documents."""
+    options = ["--model=broken", "--data=documents", *STEPS, "--steps=40", TWO]
+    outputs = server.launch("ddp", "pretrain", *options, "--output", "nan").finish(exit_code=1)
+    failure = json.loads((server.folder / "nan" / "failure.json").read_text())
+    assert failure["value"] == "nan"  # of one process
+    lines = [line for output in outputs for line in output.splitlines()]
+    assert len(lines) == 1 and f"the loss is nan at step {failure['step']}" in lines[0], lines
+    assert 5 in failure["documents"] and len(failure["batch"]) in (2, 4) and any("Ö" in b for b in failure["batch"])
+    assert not (server.folder / "nan" / "results.json").exists()
+
+
+def test_refusals(server, single, launched):
+    """Bad input to two processes gives one line, from one of them."""
+    refused = {
+        "absent.txt doesn't exist": ("ddp", *RUN, TWO, "--data=absent.txt", "--output=refused"),
+        "single holds a run with processes = 1, not 2": ("ddp", *RUN, ONE, "--output=single"),
+        "ddp holds a run with sharding = None, not FSDP": ("fsdp2", *RUN, TWO, "--output=ddp"),
+        "start processes themselves": ("ddp", *RUN, TWO, "--compare=donor,block", "--output=refused-comparison"),
+    }
+    if not torch.accelerator.is_available():  # it would turn into DDP
+        refused["accelerate runs DeepSpeed on GPUs alone"] = ("zero3", *RUN, TWO, "--output=refused-zero3")
+    for message, (config, *options) in refused.items():
+        outputs = server.launch(config, "pretrain", *options).finish(exit_code=1)
+        lines = [line for output in outputs for line in output.splitlines()]
+        assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_configurations(monkeypatch):
+    """Each says how it is run, names no class of a model, and accelerate understands it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for config in ("ddp", "fsdp2", "zero3"):
+        text = (CONFIGS / f"{config}.yaml").read_text()
+        assert f"accelerate launch --config_file scripts/accelerate/{config}.yaml --num_processes" in text
+    assert "ACCELERATE_USE_FSDP" not in environment("ddp", 2)
+    fsdp2 = environment("fsdp2", 2)
+    assert fsdp2["ACCELERATE_USE_FSDP"] == "true" and fsdp2["FSDP_VERSION"] == "2"
+    assert fsdp2["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT" and "FSDP_TRANSFORMER_CLS_TO_WRAP" not in fsdp2
+    zero3 = environment("zero3", 2)
+    assert zero3["ACCELERATE_USE_DEEPSPEED"] == "true" and zero3["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+    assert zero3["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+
+
+def test_muon_and_deepspeed(monkeypatch):
+    """Muon isn't given matrices in pieces."""
+    model = torch.nn.ModuleDict({"layers": torch.nn.Linear(6, 6)})
+    training_optim.new_optimizer(model, "muon")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    training_optim.new_optimizer(model, "adamw")
+    with pytest.raises(ValueError, match="use AdamW"):
+        training_optim.new_optimizer(model, "muon")
