@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -121,6 +122,160 @@ def eager_depth_attention(
     return mixed.to(sources[0].dtype), weights
 
 
+class DepthAttentionFunction(torch.autograd.Function):
+    """Several reads of the same sources; each may start from what it has read of other sources before.
+
+    Saves a few numbers per token, read and source, and computes everything else again in the backward pass.
+
+    Args of `apply`, where T is the number of tokens:
+        products: `(num_reads, hidden)`.
+        eps, scale: as in [`eager_depth_attention`].
+        before: None, or for a single read the mix `(T, hidden)` of the sources before, not scaled.
+        before_lse: None, or `(1, T)`, the logarithm of the sum of the exponentials of their scores.
+        sources: num_sources tensors `(T, hidden)`.
+
+    Returns:
+        The logarithm of the sum of the exponentials of all scores `(num_reads, T)`; the weights
+        `(num_reads, num_sources, T)`, with the sources before as one more, the first; num_reads mixes `(T, hidden)`.
+    """
+
+    @staticmethod
+    def forward(ctx, products, eps, scale, before, before_lse, *sources):
+        dtype, hidden = products.dtype, products.shape[-1]
+        norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
+        inverse_rms = norms.square_().div_(hidden).add_(eps).rsqrt_()  # (num_sources, T)
+        with torch.autocast(products.device.type, enabled=False):
+            scores = torch.stack([products @ v.to(dtype).T for v in sources], dim=1) * inverse_rms
+        all_scores = scores if before is None else torch.cat([before_lse.unsqueeze(1), scores], dim=1)
+        lse = all_scores.logsumexp(1)  # (num_reads, T)
+        weights = (all_scores - lse.unsqueeze(1)).exp_()
+        mixed = [None] * len(products)
+        for values, value_weights in zip(sources if before is None else (before, *sources), weights.unbind(1)):
+            values = values.to(dtype)
+            for read, weight in enumerate((value_weights * scale).unsqueeze(-1)):
+                mixed[read] = values * weight if mixed[read] is None else mixed[read].addcmul_(values, weight)
+        ctx.save_for_backward(products, scores, inverse_rms, weights, before, *sources)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return lse, weights, *mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, lse_grad, weights_grad, *mixed_grads):
+        products, scores, inverse_rms, weights, before, *sources = ctx.saved_tensors
+        dtype, hidden = products.dtype, products.shape[-1]
+        all_sources = sources if before is None else (before, *sources)
+        reads = [(read, grad.to(dtype)) for read, grad in enumerate(mixed_grads) if grad is not None]
+        # of the loss by the weights, then by the scores
+        grads = torch.zeros_like(weights) if weights_grad is None else weights_grad.clone()
+        for source, values in enumerate(all_sources):
+            values = values.to(dtype)
+            for read, grad in reads:
+                grads[read, source].add_((grad * values).sum(-1), alpha=ctx.scale)
+        grads = weights * (grads - (weights * grads).sum(1, keepdim=True))
+        if lse_grad is not None:
+            grads.addcmul_(weights, lse_grad.unsqueeze(1))
+        before_grad = before_lse_grad = None
+        if before is not None:
+            before_lse_grad, grads = grads[:, 0], grads[:, 1:]
+            before_grad = sum(grad * (weights[read, 0] * ctx.scale).unsqueeze(-1) for read, grad in reads)
+            weights = weights[:, 1:]
+        by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
+        by_product = grads * inverse_rms  # (num_reads, num_sources, T)
+        product_grad, source_grads = torch.zeros_like(products), []
+        for source, values in enumerate(sources):
+            values = values.to(dtype)
+            for read in range(len(products)):
+                product_grad[read].add_(values.T @ by_product[read, source])
+            if not ctx.needs_input_grad[5 + source]:
+                source_grads.append(None)
+                continue
+            source_grad = values * by_value[source]
+            for read, product in enumerate(products):
+                source_grad.addr_(by_product[read, source], product)
+            for read, grad in reads:
+                source_grad.addcmul_(grad, (weights[read, source] * ctx.scale).unsqueeze(-1))
+            source_grads.append(source_grad.to(sources[source].dtype))
+        return product_grad, None, None, before_grad, before_lse_grad, *source_grads
+
+
+@dataclass
+class ClosedDepthRead:
+    """What a read gets from the sources that are closed when its block opens.
+
+    Not a tuple, so that wrappers which cast a layer's tensors, as FSDP does, leave it in float32.
+    """
+
+    mixed: torch.Tensor  # (batch, seq, hidden)
+    lse: torch.Tensor  # (batch, seq)
+    weights: torch.Tensor  # (batch, num_sources, seq)
+
+    def to(self, device, non_blocking: bool = False) -> "ClosedDepthRead":
+        tensors = (self.mixed, self.lse, self.weights)
+        return ClosedDepthRead(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+
+
+class TwoPhaseDepthAttention:
+    """The two phases of Attention Residuals (Kimi Team, arXiv 2603.15031), in PyTorch alone.
+
+    When a block opens, all of its reads take what they need from the sources that are closed by then, each of which is
+    fetched once. A read then merges the sources that have come since by an online softmax. Called as any other
+    implementation, it reads all sources at once.
+    """
+
+    # below, each operation costs its launch, not its arithmetic, and a read is best done in few of them
+    few_tokens = 32
+
+    def __call__(self, sources, product, eps, scale):
+        """[`eager_depth_attention`], with its arguments and result."""
+        if sources[0].shape[:-1].numel() <= self.few_tokens:
+            return stacked_depth_attention(sources, product, eps, scale)
+        return self.read(None, sources, product, eps, scale)
+
+    def batches(self, sources) -> bool:
+        """Whether it pays to read the closed `sources` for a whole block."""
+        return len(sources) > 1 and sources[0].shape[:-1].numel() > self.few_tokens
+
+    def closed_reads(self, sources, products: torch.Tensor, eps: float) -> list[ClosedDepthRead]:
+        """Phase 1, for reads with the products `(num_reads, hidden)`."""
+        batch, seq, hidden = sources[0].shape
+        products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
+        flat = [source.reshape(-1, hidden) for source in sources]
+        lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, *flat)
+        return [
+            ClosedDepthRead(m.view(batch, seq, hidden), s.view(batch, seq), w.view(-1, batch, seq).transpose(0, 1))
+            for m, s, w in zip(mixed, lse.unbind(0), weights.unbind(0))
+        ]
+
+    def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale):
+        """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without."""
+        batch, seq, hidden = sources[0].shape
+        product = product.to(torch.promote_types(sources[0].dtype, torch.float32)).unsqueeze(0)
+        before = (None, None)
+        new_sources = sources
+        if closed_read is not None:
+            new_sources = sources[closed_read.weights.shape[1] :]
+            if not new_sources:
+                return (closed_read.mixed * scale).to(sources[0].dtype), closed_read.weights
+            before = (closed_read.mixed.view(-1, hidden), closed_read.lse.view(1, -1))
+        flat = [source.reshape(-1, hidden) for source in new_sources]
+        _, weights, mixed = DepthAttentionFunction.apply(product, eps, scale, *before, *flat)
+        weights = weights.view(-1, batch, seq).transpose(0, 1)
+        if closed_read is not None:
+            weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
+        return mixed.view(batch, seq, hidden).to(sources[0].dtype), weights
+
+
+def stacked_depth_attention(sources, product, eps, scale):
+    """[`eager_depth_attention`], with its arguments and result, in few operations on a copy of all sources."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    values = torch.stack(tuple(sources)).to(dtype)
+    scores = nn.functional.rms_norm(values, values.shape[-1:], product.to(dtype), eps).sum(-1)
+    weights = scores.softmax(0)  # (num_sources, batch, seq)
+    mixed = (values * (weights * scale).unsqueeze(-1)).sum(0)
+    return mixed.to(sources[0].dtype), weights.transpose(0, 1)
+
+
 def fixed_depth_mix(
     sources: tuple[torch.Tensor, ...], weights: torch.Tensor, eps: float, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +300,7 @@ class DepthAttentionInterface(GeneralInterface):
     add one with `DepthAttentionInterface.register(name, function)`.
     """
 
-    _global_mapping = {"eager": eager_depth_attention}
+    _global_mapping = {"eager": eager_depth_attention, "two_phase": TwoPhaseDepthAttention()}
 
     def get_interface(self, name: str) -> Callable:
         if name not in self:
@@ -204,15 +359,23 @@ class DepthRead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.eps = config.attn_res_norm_eps
+        self.sum_scale = config.attn_res_sum_scale
+        self.set_implementation(config)
 
-    def forward(self, product: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.attn_res_mode == "denseformer":
-            depth_attention = fixed_depth_mix
+    def set_implementation(self, config):
+        if config.attn_res_mode == "denseformer":
+            self.depth_attention = fixed_depth_mix
         else:
-            depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(self.config._attn_res_implementation)
-        scale = len(sources) if self.config.attn_res_sum_scale else 1
-        return depth_attention(sources, product, self.config.attn_res_norm_eps, scale)
+            self.depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
+
+    def forward(
+        self, product: torch.Tensor, sources: tuple[torch.Tensor, ...], closed_read: ClosedDepthRead | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = len(sources) if self.sum_scale else 1
+        if closed_read is None:
+            return self.depth_attention(sources, product, self.eps, scale)
+        return self.depth_attention.read(closed_read, sources, product, self.eps, scale)
 
 
 class HiddenStateRecorded:
@@ -239,18 +402,32 @@ class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
         """What the MLP, with the donor's norms around it, adds to the residual stream."""
         return self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def write(self, sources: tuple[torch.Tensor, ...], sublayer: int, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The sources after `output`, what sublayer number `sublayer` of the model wrote, has joined them."""
-        if self.config.extends_open_depth_source(sublayer):
+    def set_place(self, config, layer_idx: int):
+        """Tells the layer which of the model it is. What it needs at each call is looked up once."""
+        self.layer_idx = layer_idx
+        self.depth_read = DepthRead(config)
+        self.num_closed_sources = config.num_closed_depth_sources(2 * layer_idx)
+        self.attention_extends = config.extends_open_depth_source(2 * layer_idx)
+        self.mlp_extends = config.extends_open_depth_source(2 * layer_idx + 1)
+
+    def write(self, sources: tuple[torch.Tensor, ...], output: torch.Tensor, extends: bool) -> tuple[torch.Tensor, ...]:
+        """The sources after a sublayer's `output` has joined them, which extends the open block or opens a new one."""
+        if extends:
             # in the dtype of the embedding, as a residual stream under autocast
             return *sources[:-1], sources[-1].to(sources[0].dtype) + output
         return *sources, output
 
-    def forward(self, *sources_and_products: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple:
+    def forward(
+        self,
+        *sources_and_products: torch.Tensor,
+        closed_reads: tuple[ClosedDepthRead | None, ...] = (None, None),
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple:
         """
         Args:
             sources_and_products: what there is to read and, last, `(2, hidden)`, the products of this layer's two
                 reads. Positional, as re-entrant checkpointing sees only positional tensors.
+            closed_reads: what the two reads have got from the sources before this layer's block, if anything.
             kwargs: what the donor's attention takes.
 
         Returns:
@@ -259,13 +436,12 @@ class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
             before this layer.
         """
         *sources, products = sources_and_products
-        sublayer = 2 * self.layer_idx
-        closed = self.config.num_closed_depth_sources(sublayer)
-        attention_input, attention_weights = self.depth_read(products[0], sources)
-        sources = self.write(sources, sublayer, self.attend(attention_input, **kwargs))
-        mlp_input, mlp_weights = self.depth_read(products[1], sources)
-        sources = self.write(sources, sublayer + 1, self.transform(mlp_input))
-        return attention_input if sublayer else None, attention_weights, mlp_weights, *sources[closed:]
+        attention_input, attention_weights = self.depth_read(products[0], sources, closed_reads[0])
+        sources = self.write(sources, self.attend(attention_input, **kwargs), self.attention_extends)
+        mlp_input, mlp_weights = self.depth_read(products[1], sources, closed_reads[1])
+        sources = self.write(sources, self.transform(mlp_input), self.mlp_extends)
+        new_sources = sources[self.num_closed_sources :]
+        return attention_input if self.layer_idx else None, attention_weights, mlp_weights, *new_sources
 
 
 @dataclass
@@ -317,7 +493,7 @@ class AttnResPreTrainedModelMixin:
                 f"{cls.config_class.__name__}(**config.to_dict())."
             )
         config.validate_attn_res()
-        name = attn_res_implementation or config._attn_res_implementation or "eager"
+        name = attn_res_implementation or config._attn_res_implementation or "two_phase"
         ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(name)
         config._attn_res_implementation = name
 
@@ -329,6 +505,9 @@ class AttnResPreTrainedModelMixin:
         """
         ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(attn_res_implementation)
         self.config._attn_res_implementation = attn_res_implementation
+        for module in self.modules():
+            if isinstance(module, DepthRead):
+                module.set_implementation(self.config)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -395,9 +574,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         # their class instead of being built twice, and depth attention joins before the weights are initialised.
         for layer_idx, layer in enumerate(self.layers):
             layer.__class__ = self.layer_class
-            layer.config = self.config
-            layer.layer_idx = layer_idx
-            layer.depth_read = DepthRead(self.config)
+            layer.set_place(self.config, layer_idx)
         depth_class = DepthScalars if self.config.attn_res_mode == "denseformer" else DepthAttention
         self.depth_attention = depth_class(self.config)
         self.output_read = OutputRead(self.config)
@@ -412,6 +589,18 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
     def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor):
         """What the layers' attention takes as `position_embeddings`; a dictionary if it depends on the layer type."""
         return self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+    def closed_reads(self, layer_idx: int, products: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> list:
+        """What the reads of the block that layer `layer_idx` opens get from `sources`; Nones if each does it itself."""
+        depth_attention, block_size = self.output_read.depth_attention, self.config.attn_res_block_size
+        if not (isinstance(depth_attention, TwoPhaseDepthAttention) and depth_attention.batches(sources)):
+            return 2 * block_size * [None]
+        block = self.layers[layer_idx : layer_idx + block_size]
+        if self.training and any(layer.gradient_checkpointing for layer in block):
+            return 2 * block_size * [None]  # which would be kept for the backward pass
+        device = sources[-1].device  # earlier layers may lie on others
+        products = products[2 * layer_idx : 2 * (layer_idx + len(block))].to(device)
+        return depth_attention.closed_reads([v.to(device) for v in sources], products, self.output_read.eps)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -458,13 +647,17 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             return value[self.config.layer_types[layer_idx]] if isinstance(value, dict) else value
 
         all_weights = []
+        block_size = self.config.attn_res_block_size
         products = self.depth_attention()
         sources = (self.embed(inputs_embeds),)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            closed = self.config.num_closed_depth_sources(2 * layer_idx)
+            row, row_in_block = 2 * layer_idx, 2 * (layer_idx % block_size)
+            if row_in_block == 0:
+                closed_reads = self.closed_reads(layer_idx, products, sources)
             _, attention_weights, mlp_weights, *written = decoder_layer(
                 *sources,
-                products[2 * layer_idx : 2 * layer_idx + 2],
+                products[row : row + 2],
+                closed_reads=closed_reads[row_in_block : row_in_block + 2],
                 attention_mask=for_layer(causal_mask, layer_idx),
                 position_embeddings=for_layer(position_embeddings, layer_idx),
                 position_ids=position_ids,
@@ -472,7 +665,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                 use_cache=use_cache,
                 **kwargs,
             )
-            sources = (*sources[:closed], *written)
+            sources = (*sources[: decoder_layer.num_closed_sources], *written)
             all_weights += [attention_weights, mlp_weights]
 
         # layers may lie on several devices
@@ -888,6 +1081,7 @@ __all__ = [
     "ALL_DEPTH_ATTENTION_FUNCTIONS",
     "DepthAttention",
     "DepthAttentionInterface",
+    "TwoPhaseDepthAttention",
     "eager_depth_attention",
     *(
         name

@@ -123,7 +123,7 @@ torch.save(logits, f"{sys.argv[2]}/logits.pt")
 @torch.no_grad()
 def test_two_versions_of_the_code(python, tmp_path):
     """Two folders with different code in one process each run their own, whichever comes first."""
-    model = tiny_model()
+    model = tiny_model(attn_res_implementation="eager")
     model.save_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "second")
     with open(tmp_path / "second" / "modeling_attnres.py", "a") as code_file:
@@ -137,7 +137,8 @@ def test_two_versions_of_the_code(python, tmp_path):
     assert not torch.equal(expected, uniform)
     script = """
 folders = sys.argv[2:4]
-models = [transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in folders]
+options = {"trust_remote_code": True, "attn_res_implementation": "eager"}
+models = [transformers.AutoModelForCausalLM.from_pretrained(folder, **options) for folder in folders]
 torch.save([model(input_ids).logits for model in models], sys.argv[4])
 for model, folder in zip(models, folders):
     model.save_pretrained(folder + "-again")
