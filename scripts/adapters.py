@@ -4,7 +4,6 @@
 Depth attention is trained in full beside the adapters, in float32: it is far smaller than they are.
 """
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -155,19 +154,9 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
 
 
 @torch.no_grad()
-def merged(trained, base) -> nn.Module:
-    """A model without PEFT that computes what `trained` does.
-
-    Args:
-        trained: with adapters, the base maybe quantised.
-        base: the base in full precision, changed in place. Where the trained model's is quantised it takes over the
-            quantised weights, as it is them that the adapters go with.
-    """
-    if getattr(trained.get_base_model(), "is_quantized", False):
-        for name, module in trained.get_base_model().named_modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and ".lora_" not in name:
-                weight = base.get_submodule(name.removesuffix(".base_layer")).weight
-                weight.copy_(dequantize_module_weight(module).to(weight.dtype))
-    adapted = with_adapter(base, copy.deepcopy(trained.peft_config["default"]))
-    peft.set_peft_model_state_dict(adapted, peft.get_peft_model_state_dict(trained, save_embedding_layers=False))
-    return adapted.merge_and_unload(safe_merge=True)
+def take_over_quantized(base: nn.Module, trained):
+    """Gives `base`, in full precision, the weights of the quantised base of `trained`: those its adapter goes with."""
+    for name, module in trained.get_base_model().named_modules():
+        if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and ".lora_" not in name:
+            weight = base.get_submodule(name.removesuffix(".base_layer")).weight
+            weight.copy_(dequantize_module_weight(module).to(weight.dtype))

@@ -33,10 +33,10 @@ from adapters import (
     QUANTIZATIONS,
     fingerprint,
     load_adapter,
-    merged,
     new_adapter,
     prepare_quantized,
     quantization_config,
+    take_over_quantized,
 )
 from attnres_convert import ConversionError
 from comparison import compare, open_comparison
@@ -104,7 +104,7 @@ class SupervisedTrainer(RunTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if self.base is not None:
+        if self.base is not None and self.args.should_save:
             write_json(Path(output_dir or self.args.output_dir) / BASE_FILE, self.base)
 
 
@@ -203,14 +203,18 @@ def discarded_if_refused(folder: Path, is_new: bool):
         raise
 
 
+@torch.no_grad()
 def save_merged(args, trainer, tokenizer) -> float:
-    """Writes `merged/`, which loads without PEFT, and returns how far its logits are from the adapted model's,
-    relative to the largest."""
-    adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
-    model = merged(adapted, load_model(args, tokenizer).to(adapted.device)).eval()
-    probe = {name: trainer.eval_dataset[0][name][None].to(model.device) for name in ("input_ids", "position_ids")}
-    with torch.no_grad():
-        expected, logits = (part(**probe, use_cache=False).logits.float() for part in (adapted, model))
+    """Writes `merged/`, which loads without PEFT, and returns by how much merging changed the logits of a held-out
+    sequence, relative to the largest."""
+    base = load_model(args, tokenizer)
+    if args.method == "qlora":
+        take_over_quantized(base, trainer.accelerator.unwrap_model(trainer.model))
+    adapted = load_adapter(base, str(args.output / "model")).eval()
+    probe = {name: trainer.eval_dataset[0][name][None] for name in ("input_ids", "position_ids")}
+    expected = adapted(**probe, use_cache=False).logits
+    model = adapted.merge_and_unload(safe_merge=True)
+    logits = model(**probe, use_cache=False).logits
     folder = args.output / "merged"
     partial = folder.with_name(".merged")
     shutil.rmtree(partial, ignore_errors=True)
@@ -275,6 +279,7 @@ def finetune(args) -> dict:
     merged_error = None
     if args.merge and args.method in ADAPTER_METHODS and trainer.is_world_process_zero():
         merged_error = save_merged(args, trainer, tokenizer)
+    trainer.accelerator.wait_for_everyone()
     metrics = read_lines(args.output / METRICS_FILE)
     held_out_losses = losses(metrics, "held_out_loss")
     parameters = dict(model.named_parameters())

@@ -326,7 +326,7 @@ def test_adapters_of_families(family, tmp_path):
     with reloaded.disable_adapter():
         assert relative_error(reloaded(ids, use_cache=False).logits, plain) < 1e-4
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    merged = adapters.merged(reloaded, base)
+    merged = adapters.load_adapter(base, str(tmp_path / "adapter")).merge_and_unload(safe_merge=True)
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not any("lora" in name for name, _ in loaded.named_parameters())
