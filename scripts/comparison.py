@@ -16,6 +16,7 @@ from training_run import (
     METRICS_FILE,
     RESULTS_FILE,
     RunError,
+    end_without_a_word,
     open_run,
     plot_losses,
     read_lines,
@@ -72,7 +73,7 @@ def table_row(name: str, runs: list[dict], columns: dict[str, str]) -> tuple[str
 def open_comparison(args: argparse.Namespace):
     if PartialState().num_processes > 1:
         if not PartialState().is_main_process:
-            raise SystemExit(1)
+            end_without_a_word()
         raise RunError("--compare and --sweep start processes themselves; launch the runs one by one instead.")
     open_run(args.output, {**run_arguments(args), "compare": args.compare, "sweep": args.sweep})
 

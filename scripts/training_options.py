@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from training_optim import DEPTH_LR_SCALE, OPTIMIZERS
+from training_run import end_without_a_word
 from transformers import TrainingArguments
 
 
@@ -132,8 +133,9 @@ def start_process() -> PartialState:
     """Joins the other processes of a launch, and leaves the terminal to the script."""
     is_cpu = not torch.accelerator.is_available()
     if is_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        message = "no GPU here, and accelerate runs DeepSpeed on GPUs alone; use FSDP2 or DDP."
-        raise SystemExit(message if os.environ.get("RANK", "0") == "0" else 1)
+        if os.environ.get("RANK", "0") != "0":
+            end_without_a_word()
+        raise SystemExit("no GPU here, and accelerate runs DeepSpeed on GPUs alone; use FSDP2 or DDP.")
     # the others wait for the main process to prepare the data
     state = PartialState(cpu=is_cpu, timeout=timedelta(hours=3))
     transformers.utils.logging.disable_progress_bar()

@@ -46,12 +46,18 @@ class RunError(ValueError):
     """The run can't start or go on; the message is one line that says why and what to do."""
 
 
+def end_without_a_word():
+    """Ends a process that isn't the main one, which is left the time to say why: a launcher ends all with the first."""
+    time.sleep(2)
+    raise SystemExit(1)
+
+
 @contextmanager
 def main_process_first():
     """The block runs in the main process, then in all others; if it fails in the main one, they end without a word."""
     is_main, succeeded = PartialState().is_main_process, [False]
     if not is_main and not broadcast_object_list(succeeded)[0]:
-        raise SystemExit(1)
+        end_without_a_word()
     try:
         yield
         succeeded = [True]
@@ -322,7 +328,7 @@ class RunTrainer(Trainer):
             texts = [self.processing_class.decode(ids) for batch in batches for ids in batch["input_ids"]]
             failure["batch"] = gather_object(texts)
         if not self.is_world_process_zero():
-            raise SystemExit(1)
+            end_without_a_word()
         write_json(self.folder / FAILURE_FILE, failure)
         shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
         raise RunError(
@@ -366,7 +372,9 @@ class RunTrainer(Trainer):
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.is_fsdp_enabled:  # save_model writes nothing if checkpoints are sharded
-            self._save(str(partial), state_dict=self.accelerator.get_state_dict(self.model))
+            state_dict = self.accelerator.get_state_dict(self.model)
+            if self.is_world_process_zero():
+                self._save(str(partial), state_dict=state_dict)
         else:
             self.save_model(str(partial), _internal_call=True)
         self.accelerator.wait_for_everyone()
