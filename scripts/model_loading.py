@@ -2,12 +2,11 @@
 """Checkpoints as a user names them: AttnRes models, donors, and folders of PEFT adapters on their base."""
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
+from adapters import load_adapter
 from pretrain import check_context, read_config
 from training_data import first_line
 from training_run import RunError
@@ -76,29 +75,10 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: str = "auto"):
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"{checkpoint.base} doesn't load: {first_line(error)}.") from None
     if checkpoint.adapter is not None:
-        model = with_adapter(model, checkpoint)
+        model = load_adapter(model, checkpoint.adapter)
     if torch.accelerator.is_available() and model.device.type == "cpu":
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval()
-
-
-def with_adapter(model, checkpoint: Checkpoint):
-    """PEFT only warns of tensors that an adapter lacks, and drops those that it has too many."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = peft.PeftModel.from_pretrained(model, checkpoint.adapter)
-        saved = set(peft.utils.load_peft_weights(checkpoint.adapter, device="cpu"))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = "its tensors have other sizes" if "size mismatch" in str(error) else first_line(error)
-        raise RunError(f"the adapter {checkpoint.adapter} doesn't fit {checkpoint.base}: {reason}.") from None
-    expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    embeddings = ("embed_tokens.weight", "lm_head.weight")  # are saved with an adapter that doesn't train them
-    wrong = sorted(name for name in expected ^ saved if name in expected or not name.endswith(embeddings))
-    if wrong:
-        lacks = f"it lacks {wrong[0]}" if wrong[0] in expected else f"the base has no place for {wrong[0]}"
-        raise RunError(f"the adapter {checkpoint.adapter} is for another base than {checkpoint.base}: {lacks}.")
-    return model
 
 
 def check_contexts(checkpoints: list[Checkpoint], seq_len: int):

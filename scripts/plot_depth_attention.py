@@ -2,8 +2,9 @@
 """python scripts/plot_depth_attention.py outputs/run/donor/model outputs/run/block/model --output outputs/depth
 
 Draws what happens over depth inside models. Of each AttnRes model: what its reads take from which source, averaged
-over a text (`<model>-reads.png`), and token by token for a prompt (`<model>-tokens.png`, `<model>-weights.png`). Of all
-models together, donors too: how large outputs of sublayers, reads and gradients are by depth (`dynamics.png`).
+over a text (`<model>-reads.png`, `<model>-relative.png`), and token by token for a prompt (`<model>-tokens.png`,
+`<model>-weights.png`). Of all models together, donors too: how large outputs of sublayers, reads and gradients are by
+depth (`dynamics.png`).
 
 `0a` is the attention of layer 0, `0m` its MLP; a read has the name of the sublayer that it feeds. The numbers of each
 figure are beside it as JSON. The last line printed is JSON.
@@ -153,15 +154,20 @@ def weight_norm(num_sources: int) -> colors.Normalize:
     return colors.PowerNorm(min(1, math.log(0.4) / -math.log(max(num_sources, 2))), 0, 1)
 
 
-def weight_bar(figure: Figure, image, axes, signed: bool = False, **options):
-    label = "weight (1: the plain sum)" if signed else "weight"
-    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, **options)
-    if not signed:
-        ticks = [
-            tick for tick in (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if tick == 0 or image.norm(tick) > 0.05
-        ]
+def color_bar(figure: Figure, image, axes, label: str, ticks: list | None, inches: tuple[float, float]):
+    """A bar as high as the map beside it, which is `inches` wide and high."""
+    fraction = min(0.05, 0.3 / inches[0])
+    aspect = 1.3 * inches[1] / (fraction * inches[0])
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, fraction=fraction, aspect=aspect)
+    if ticks is not None:
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
+    return bar
+
+
+def weight_ticks(norm: colors.Normalize) -> list[float]:
+    return [tick for tick in (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if tick == 0 or norm(tick) > 0.05]
 
 
 def grid(weights: list[np.ndarray], width: int) -> np.ndarray:
@@ -172,24 +178,34 @@ def grid(weights: list[np.ndarray], width: int) -> np.ndarray:
     return rows
 
 
-def plot_reads(weights: list, config, title: str = "What each read takes from depth") -> Figure:
+def plot_reads(weights: list, config, title: str = "What each read takes from depth", relative: bool = False) -> Figure:
     """A heat map of reads (rows) by sources (columns).
 
     Args:
         weights: for each read, its weights on the sources that it sees, as `mean_weights` gives them.
+        config: of the model.
+        relative: show how many times the uniform weight each one is, which makes reads of many sources comparable
+            with those of few.
     """
     reads, sources = read_names(config), source_names(config)
-    cells = grid([np.asarray(read) for read in weights], len(sources))
-    signed = config.attn_res_mode == "denseformer"
-    if signed:  # any real numbers, 1 each at first
+    cells = grid([np.asarray(read) * (len(read) if relative else 1) for read in weights], len(sources))
+    ticks, palette = None, SIGNED_COLORS
+    if config.attn_res_mode == "denseformer":  # any real numbers, 1 each at first
         reach = max(np.nanmax(np.abs(cells - 1)), 0.1)
-        norm, palette = colors.Normalize(1 - reach, 1 + reach), SIGNED_COLORS
+        norm, label = colors.Normalize(1 - reach, 1 + reach), "weight (1: the plain sum)"
+    elif relative:
+        reach = 2 ** np.clip(np.nanmax(np.abs(np.log2(np.maximum(cells, 1e-9)))), 0.25, 4)
+        norm, label = colors.LogNorm(1 / reach, reach), "weight as a multiple of the uniform one"
+        ticks = [
+            tick for tick in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16) if 1 / reach <= tick <= reach
+        ]
     else:
-        norm, palette = weight_norm(len(sources)), WEIGHT_COLORS
+        norm, label, palette = weight_norm(len(sources)), "weight", WEIGHT_COLORS
+        ticks = weight_ticks(norm)
     width, height = cell_size(len(sources), len(reads), 0.8 if len(sources) <= 10 else 0.5, 0.24)
     size = (max(5.5, width * len(sources) + 2.2), height * len(reads) + 2.2)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    axes.set_facecolor("0.93")
+    axes.set_facecolor("0.85")
     image = axes.imshow(cells, cmap=palette, norm=norm, aspect="auto", interpolation="nearest")
     label_rows(axes, reads, height)
     layers = ["", *(f"\n{layers}" for layers in block_layers(config))] if is_block(config) else [""] * len(sources)
@@ -199,21 +215,33 @@ def plot_reads(weights: list, config, title: str = "What each read takes from de
     axes.set_xlabel("source")
     axes.set_ylabel("read by (layer; a: attention, m: MLP)")
     if width >= 0.42 and height >= 0.2:
-        for (row, column), value in np.ndenumerate(cells):
-            if not np.isnan(value):
-                red, green, blue, _ = image.cmap(norm(value))
-                is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                text_color = "white" if is_dark else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=text_color)
+        write_numbers(axes, image, cells)
     if is_block(config):
-        for row in filter(config.extends_open_depth_source, range(len(reads))):
-            corner = (len(weights[row]) - 1.5, row - 0.5)
-            axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor=OPEN_COLOR, linewidth=1.2))
+        outline_open_blocks(axes, config)
         open_block = Patch(facecolor="none", edgecolor=OPEN_COLOR, label="block still open: the sum so far")
         figure.legend(handles=[open_block], loc="outside lower center", fontsize=8, frameon=False)
-    weight_bar(figure, image, axes, signed, fraction=0.05)
+    color_bar(figure, image, axes, label, ticks, (size[0] - 1.5, height * len(reads)))
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def write_numbers(axes, image, cells: np.ndarray):
+    for (row, column), value in np.ndenumerate(cells):
+        if not np.isnan(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            text_color = "white" if is_dark else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=text_color)
+
+
+def outline_open_blocks(axes, config):
+    open_rows = {}
+    for row in filter(config.extends_open_depth_source, range(config.num_depth_reads)):
+        open_rows.setdefault(config.num_depth_sources(row) - 1, []).append(row)
+    for source, rows in open_rows.items():
+        corner = (source - 0.5, rows[0] - 0.5)
+        options = {"fill": False, "edgecolor": OPEN_COLOR, "linewidth": 1.6, "clip_on": False, "zorder": 3}
+        axes.add_patch(plt.Rectangle(corner, 1, len(rows), **options))
 
 
 @cache
@@ -246,23 +274,21 @@ def plot_tokens(weights: list[np.ndarray], tokens: list[str], config, title: str
     spread = np.stack([relative_entropy(read) for read in weights])
     strongest = np.stack([read.argmax(0) for read in weights]).astype(float)
     strongest[0] = np.nan  # of one source
-    width, height = cell_size(len(tokens), len(reads), 0.24, 0.16)
+    width, height = cell_size(len(tokens), 2 * len(reads), 0.24, 0.16)
     size = (max(6, width * len(tokens) + 2.6), 2 * height * len(reads) + 2.8)
+    inches = (size[0] - 2, height * len(reads))
     figure, (above, below) = plt.subplots(2, figsize=size, layout="constrained", sharex=True)
     image = above.imshow(spread, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    figure.colorbar(image, ax=above, label="entropy, 1 = uniform", fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
+    color_bar(figure, image, above, "entropy (1: uniform)", [0, 0.2, 0.4, 0.6, 0.8, 1], inches)
     above.set_title("How evenly each read's weights are spread", fontsize=10)
-    bounds = np.arange(len(sources) + 1) - 0.5
-    norm = colors.BoundaryNorm(bounds, 256)
+    norm = colors.BoundaryNorm(np.arange(len(sources) + 1) - 0.5, 256)
     image = below.imshow(strongest, cmap=WEIGHT_COLORS, norm=norm, aspect="auto", interpolation="nearest")
-    bar = figure.colorbar(image, ax=below, label="source", fraction=0.05, pad=0.02, spacing="proportional")
-    step = max(1, math.ceil(0.16 * len(sources) / (height * len(reads))))
-    shown = range(0, len(sources), step)
-    bar.set_ticks(list(shown), labels=[sources[index] for index in shown], fontsize=8)
-    bar.minorticks_off()
+    shown = list(range(0, len(sources), max(1, math.ceil(2 * SMALL_TYPE * len(sources) / inches[1]))))
+    bar = color_bar(figure, image, below, "source", shown, inches)
+    bar.set_ticks(shown, labels=[sources[index] for index in shown])
     below.set_title("The source with the largest weight", fontsize=10)
     for axes in (above, below):
-        axes.set_facecolor("0.93")
+        axes.set_facecolor("0.85")
         label_rows(axes, reads, height)
         axes.set_ylabel("read")
     label_columns(below, [token_label(token) for token in tokens], width)
@@ -278,22 +304,23 @@ def plot_token_weights(
     names, sources = read_names(config), source_names(config)
     chosen = [names.index(read) for read in reads]
     width, height = cell_size(len(tokens), sum(len(weights[row]) for row in chosen), 0.24, 0.2)
-    heights = [len(weights[row]) for row in chosen]
-    norm = weight_norm(max(heights))
-    size = (max(6, width * len(tokens) + 3), height * sum(heights) + 0.45 * len(chosen) + 2)
+    # panels of few sources stay legible beside those of many
+    heights = [max(len(weights[row]) * height, min(len(weights[row]), 6) * SMALL_TYPE) for row in chosen]
+    norm = weight_norm(max(len(weights[row]) for row in chosen))
+    size = (max(6, width * len(tokens) + 3), sum(heights) + 0.45 * len(chosen) + 2)
     figure, panels = plt.subplots(
         len(chosen), figsize=size, layout="constrained", sharex=True, squeeze=False, height_ratios=heights
     )
-    for row, axes in zip(chosen, panels[:, 0]):
+    for row, inches, axes in zip(chosen, heights, panels[:, 0]):
         image = axes.imshow(weights[row], cmap=WEIGHT_COLORS, norm=norm, aspect="auto", interpolation="nearest")
         labels = sources[: len(weights[row])]
         if is_block(config) and config.extends_open_depth_source(row):
             labels = [*labels[:-1], f"{labels[-1]}, open"]
-        label_rows(axes, labels, height)
+        label_rows(axes, labels, inches / len(labels))
         axes.set_title(f"read {names[row]}", fontsize=9, loc="left", pad=3)
     label_columns(panels[-1, 0], [token_label(token) for token in tokens], width)
     panels[-1, 0].set_xlabel("token")
-    weight_bar(figure, image, panels, fraction=0.04, aspect=40)
+    color_bar(figure, image, panels, "weight", weight_ticks(norm), (size[0] - 2, size[1] - 2))
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -390,13 +417,16 @@ def draw_model(name: str, model, checkpoint: Checkpoint, batches: list, args) ->
     tokens_seen = sum(batch["input_ids"].numel() for batch in batches)
     shared = {"model": checkpoint.path, "mode": config.attn_res_mode, "reads": read_names(config)}
     shared["sources"] = source_names(config)
-    figure = plot_reads(
-        mean, config, f"{name}: what each read takes from depth\n{kind}, mean of {tokens_seen:,} tokens"
-    )
+    numbers = {**shared, "tokens": tokens_seen, "weights": [read.tolist() for read in mean]}
+    fixed = config.attn_res_mode == "denseformer"  # the same for all tokens
+    about = kind if fixed else f"{kind}, mean of {tokens_seen:,} tokens"
+    title = f"{name}: what each read takes from depth\n{about}"
     paths = [args.output / f"{stem}-reads.png"]
-    save_figure(figure, paths[0], {**shared, "tokens": tokens_seen, "weights": [read.tolist() for read in mean]})
-    if config.attn_res_mode == "denseformer":  # the same for all tokens
+    save_figure(plot_reads(mean, config, title), paths[0], numbers)
+    if fixed:
         return paths
+    paths.append(args.output / f"{stem}-relative.png")
+    save_figure(plot_reads(mean, config, f"{title}, relative to uniform weights", relative=True), paths[-1], numbers)
     batch = prompt_batch(checkpoint, args.prompt, batches, args.tokens)
     tokens = [checkpoint.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
     weights = token_weights(model, batch)
@@ -463,7 +493,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "average over; default: the part of Python's own source that pretrain.py holds out")  # fmt: skip
     add("--column", default="text", help="column that holds the text; default: text")
     add("--sample-by", choices=("document", "paragraph", "line"), help="what a document is in text files")
-    add("--sequences", type=positive, default=16, help="sequences from all over the text; default: 16")
+    add("--sequences", type=positive, default=8, help="sequences from all over the text; default: 8")
     add("--seq-len", type=positive, help="tokens per sequence; default: 256, or the models' context")
     add("--prompt", help="what to show token by token; default: the beginning of the text")
     add("--tokens", type=positive, default=48, help="of the prompt, to show at most; default: 48")
