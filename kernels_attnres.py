@@ -118,24 +118,24 @@ def _warp_tile(rows, inside, column, D: tl.constexpr):
 
 
 @triton.jit
-def _fill_table(table, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, size):
-    """Writes the addresses of up to 16 tensors. On the device, as a CUDA graph keeps arguments but not host memory."""
+def _fill_table(table, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15):
+    """Writes the addresses of 16 tensors. On the device, as a CUDA graph keeps arguments but not host memory."""
     tl.store(table, t0.to(tl.int64))
-    tl.store(table + 1, t1.to(tl.int64), mask=size > 1)
-    tl.store(table + 2, t2.to(tl.int64), mask=size > 2)
-    tl.store(table + 3, t3.to(tl.int64), mask=size > 3)
-    tl.store(table + 4, t4.to(tl.int64), mask=size > 4)
-    tl.store(table + 5, t5.to(tl.int64), mask=size > 5)
-    tl.store(table + 6, t6.to(tl.int64), mask=size > 6)
-    tl.store(table + 7, t7.to(tl.int64), mask=size > 7)
-    tl.store(table + 8, t8.to(tl.int64), mask=size > 8)
-    tl.store(table + 9, t9.to(tl.int64), mask=size > 9)
-    tl.store(table + 10, t10.to(tl.int64), mask=size > 10)
-    tl.store(table + 11, t11.to(tl.int64), mask=size > 11)
-    tl.store(table + 12, t12.to(tl.int64), mask=size > 12)
-    tl.store(table + 13, t13.to(tl.int64), mask=size > 13)
-    tl.store(table + 14, t14.to(tl.int64), mask=size > 14)
-    tl.store(table + 15, t15.to(tl.int64), mask=size > 15)
+    tl.store(table + 1, t1.to(tl.int64))
+    tl.store(table + 2, t2.to(tl.int64))
+    tl.store(table + 3, t3.to(tl.int64))
+    tl.store(table + 4, t4.to(tl.int64))
+    tl.store(table + 5, t5.to(tl.int64))
+    tl.store(table + 6, t6.to(tl.int64))
+    tl.store(table + 7, t7.to(tl.int64))
+    tl.store(table + 8, t8.to(tl.int64))
+    tl.store(table + 9, t9.to(tl.int64))
+    tl.store(table + 10, t10.to(tl.int64))
+    tl.store(table + 11, t11.to(tl.int64))
+    tl.store(table + 12, t12.to(tl.int64))
+    tl.store(table + 13, t13.to(tl.int64))
+    tl.store(table + 14, t14.to(tl.int64))
+    tl.store(table + 15, t15.to(tl.int64))
 
 
 # In both kernels of closed reads a program holds TOKENS tokens. It multiplies tiles of ROWS rows (source, token) with
@@ -516,19 +516,20 @@ TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 
 def _on_device(tensor: torch.Tensor):
     """Context of kernel launches, which go to the current device, not to the tensors'."""
-    if tensor.device.type != "cpu":
-        return torch.cuda.device(tensor.device)
-    if INTERPRETED.value:
-        return nullcontext()
-    raise RuntimeError(
-        "The Triton kernels got tensors on the CPU: move the model to a GPU, or choose another attn_res_implementation "
-        "(two_phase, eager)."
-    )
+    on_cpu = tensor.device.type == "cpu"
+    if on_cpu != INTERPRETED.value:
+        raise RuntimeError(
+            "The Triton kernels got tensors on the CPU: move the model to a GPU, or choose another "
+            "attn_res_implementation (two_phase, eager)."
+            if on_cpu
+            else "TRITON_INTERPRET=1 runs the Triton kernels on the CPU only: unset it to use the GPU."
+        )
+    return nullcontext() if on_cpu else torch.cuda.device(tensor.device)
 
 
 def _num_processors(tensor: torch.Tensor) -> int:
     if tensor.device.type == "cpu":
-        return 2
+        return 1
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
@@ -541,11 +542,11 @@ def _precision(tensor: torch.Tensor) -> str:
 
 def _address_table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The addresses of the tensors, int64 on their device."""
+    padding = [tensors[0]] * (-len(tensors) % TABLE_ARGUMENTS)
+    tensors = [*tensors, *padding]
     table = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
     for start in range(0, len(tensors), TABLE_ARGUMENTS):
-        part = list(tensors[start : start + TABLE_ARGUMENTS])
-        padding = [part[0]] * (TABLE_ARGUMENTS - len(part))
-        _fill_table[(1,)](table[start:], *part, *padding, len(part), num_warps=1)
+        _fill_table[(1,)](table[start:], *tensors[start : start + TABLE_ARGUMENTS], num_warps=1)
     return table
 
 
@@ -562,20 +563,25 @@ def _alignment(tensors: Sequence[torch.Tensor], hidden_size: int) -> int:
 CACHE_BYTES_PER_PROGRAM = 128 * 1024
 
 
-def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_warp: int) -> dict:
+def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_warp: int, most_warps: int) -> dict:
     """Tile sizes: few tokens per program, so that the second look at its sources hits the cache."""
     hidden_size = sources[0].shape[-1]
+    num_tokens = sources[0].numel() // hidden_size
     token_bytes = len(sources) * hidden_size * sources[0].element_size()
     reads = triton.next_power_of_2(num_reads)
+    enough_programs = 2 * _num_processors(sources[0])
     tokens = 1
     while (
         2 * tokens * triton.next_power_of_2(len(sources)) <= ROWS.value
         and 2 * tokens * reads <= 64
         and 2 * tokens * token_bytes <= CACHE_BYTES_PER_PROGRAM
+        and 2 * tokens * enough_programs <= num_tokens
     ):
         tokens *= 2
     reads = max(reads, 16 // tokens)
     warps = 4 if hidden_size < 4096 else 8
+    if num_tokens <= enough_programs:  # as in decoding: what counts is how long one program takes
+        warps = min(max(triton.next_power_of_2(hidden_size) // 64, 4), most_warps)
     if tokens * reads > 32:
         chunk_per_warp //= 2
     return {
@@ -604,7 +610,7 @@ def _closed_reads(
     inverse_rms = products.new_empty(num_sources, num_tokens)
     if num_tokens == 0:
         return mixed, lse, scores, inverse_rms
-    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=64)
+    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=64, most_warps=16)
     with _on_device(products):
         _closed_forward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
             sources[0],
@@ -657,7 +663,7 @@ def _closed_reads_backward(
     grad_sources = [torch.empty_like(source) for source in sources] if need_sources else []
     if num_tokens == 0 or not (need_sources or need_products):
         return grad_sources, torch.zeros_like(products) if need_products else products.new_empty(0)
-    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=32)
+    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=32, most_warps=8)
     tensors = [*sources, *grad_mixed, *grad_sources]
     alignment, precision = _alignment(tensors, hidden_size), _precision(products)
     grad_scores = torch.empty_like(scores)
