@@ -69,6 +69,7 @@ from training_run import (
     RunLog,
     RunTrainer,
     losses,
+    main_process_first,
     open_run,
     peak_memory,
     plot_losses,
@@ -181,7 +182,7 @@ def get_data(args, tokenizer, config):
 
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
-    with PartialState().main_process_first():
+    with main_process_first():
         config = read_config(args.model, {})
         check_context(config, args.seq_len)
         tokenizer = get_tokenizer(args, None)
@@ -232,7 +233,7 @@ def finetune(args) -> dict:
     """
     started = time.perf_counter()
     state = PartialState()
-    with state.main_process_first():
+    with main_process_first():
         is_new = not (args.output / RUN_FILE).exists()
         checkpoint = open_run(args.output, run_arguments(args), state.is_main_process)
     results_file = args.output / RESULTS_FILE
@@ -248,6 +249,7 @@ def finetune(args) -> dict:
             optimizer = new_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.depth_lr_scale)
         except ValueError as error:
             raise RunError(str(error)) from None
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}  # before they are sharded
     per_step = args.batch_size * args.accumulate * state.num_processes
     tokens_per_step = round(per_step * train.sequences.num_tokens / len(train.sequences))
     callbacks = [RunLog(args.output, tokens_per_step)]
@@ -282,7 +284,6 @@ def finetune(args) -> dict:
     trainer.accelerator.wait_for_everyone()
     metrics = read_lines(args.output / METRICS_FILE)
     held_out_losses = losses(metrics, "held_out_loss")
-    parameters = dict(model.named_parameters())
     results = {
         "output": str(args.output),
         "method": args.method,
@@ -293,8 +294,8 @@ def finetune(args) -> dict:
         **amount,
         "tokens_per_second": tokens_per_second(metrics),
         "peak_memory_bytes": peak_memory(),
-        "trained_parameters": sum(p.numel() for p in parameters.values() if p.requires_grad),
-        "depth_parameters": sum(p.numel() for n, p in parameters.items() if p.requires_grad and is_depth_attention(n)),
+        "trained_parameters": sum(trained.values()),
+        "depth_parameters": sum(number for name, number in trained.items() if is_depth_attention(name)),
         "merged_relative_error": merged_error,
         "seconds": time.perf_counter() - started,
         "arguments": json.loads(json.dumps(arguments, default=str)),
