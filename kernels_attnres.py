@@ -31,8 +31,7 @@ except ImportError as error:
     raise ImportError("kernels_attnres needs triton (pip install triton).") from error
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = tl.constexpr(16)  # rows (source, token) of one tile, the least that a matrix unit takes
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TABLE_ARGUMENTS = 16
 
 
@@ -157,6 +156,7 @@ def _closed_forward(
     eps,
     S: tl.constexpr,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     READS: tl.constexpr,
     READS_DOT: tl.constexpr,
@@ -242,6 +242,7 @@ def _closed_backward(
     num_sources,
     S: tl.constexpr,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     READS: tl.constexpr,
     READS_DOT: tl.constexpr,
@@ -511,9 +512,6 @@ def _step_backward(
         tl.store(norm_sums + at, norm_sum, mask=inside)
 
 
-TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
 def _on_device(tensor: torch.Tensor):
     """Context of kernel launches, which go to the current device, not to the tensors'."""
     on_cpu = tensor.device.type == "cpu"
@@ -570,9 +568,10 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_war
     token_bytes = len(sources) * hidden_size * sources[0].element_size()
     reads = triton.next_power_of_2(num_reads)
     enough_programs = 2 * _num_processors(sources[0])
+    rows = 16  # (source, token), the least that a matrix unit takes
     tokens = 1
     while (
-        2 * tokens * triton.next_power_of_2(len(sources)) <= ROWS.value
+        2 * tokens * triton.next_power_of_2(len(sources)) <= rows
         and 2 * tokens * reads <= 64
         and 2 * tokens * token_bytes <= CACHE_BYTES_PER_PROGRAM
         and 2 * tokens * enough_programs <= num_tokens
@@ -585,6 +584,7 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_war
     if tokens * reads > 32:
         chunk_per_warp //= 2
     return {
+        "ROWS": rows,
         "TOKENS": tokens,
         "READS": reads,
         "READS_DOT": max(reads, 16),
@@ -596,7 +596,14 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_war
     }
 
 
-@torch.library.custom_op("attnres::closed_reads", mutates_args=())
+# Schemas are written out because older versions of torch infer fewer types
+
+
+@torch.library.custom_op(
+    "attnres::closed_reads",
+    mutates_args=(),
+    schema="(Tensor[] sources, Tensor products, float eps, ScalarType dtype) -> (Tensor[], Tensor, Tensor, Tensor)",
+)
 def _closed_reads(
     sources: list[torch.Tensor], products: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -644,7 +651,12 @@ def _(sources, products, eps, dtype):
     )
 
 
-@torch.library.custom_op("attnres::closed_reads_backward", mutates_args=())
+@torch.library.custom_op(
+    "attnres::closed_reads_backward",
+    mutates_args=(),
+    schema="(Tensor[] sources, Tensor products, Tensor lse, Tensor scores, Tensor inverse_rms, Tensor[] grad_mixed, "
+    "Tensor grad_lse, bool need_sources, bool need_products) -> (Tensor[], Tensor)",
+)
 def _closed_reads_backward(
     sources: list[torch.Tensor],
     products: torch.Tensor,
@@ -775,17 +787,20 @@ def closed_reads(
         raise ValueError(f"Sources differ in shape: {sorted({tuple(source.shape) for source in sources})}.")
     if products.dim() != 2 or products.shape[0] == 0 or products.shape[1:] != shape[-1:]:
         raise ValueError(f"products {tuple(products.shape)} is not (reads, {shape[-1]}), with at least one read.")
-    _check_dtypes(*sources, products)
-    sources = [source.to(sources[0].dtype) for source in sources]
-    mixed, lse, _, _ = _closed_reads(sources, products.float(), eps, dtype or sources[0].dtype)
+    source_dtype = sources[0].dtype
+    _check_dtypes(*(source.dtype for source in sources), products.dtype)
+    if dtype not in (None, source_dtype, torch.float32):
+        raise TypeError(f"closed_reads of {source_dtype} sources gives {source_dtype} or torch.float32, not {dtype}.")
+    sources = [source.to(source_dtype) for source in sources]
+    mixed, lse, _, _ = _closed_reads(sources, products.float(), eps, dtype or source_dtype)
     return tuple(mixed), lse
 
 
-def _check_dtypes(*tensors: torch.Tensor | None):
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
+def _check_dtypes(*dtypes: torch.dtype | None):
+    for dtype in dtypes:
+        if dtype is not None and dtype not in DTYPES:
             raise TypeError(
-                f"The Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}: choose another "
+                f"The Triton kernels take float32, bfloat16 and float16, not {dtype}: choose another "
                 "attn_res_implementation (two_phase, eager)."
             )
 
@@ -794,7 +809,13 @@ def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
     return min(max(triton.next_power_of_2(hidden_size) // columns_per_warp, 1), 16)
 
 
-@torch.library.custom_op("attnres::depth_step", mutates_args=())
+@torch.library.custom_op(
+    "attnres::depth_step",
+    mutates_args=(),
+    schema="(Tensor? partial, Tensor? output, Tensor mixed, Tensor lse, Tensor? product, Tensor? score, float key_eps, "
+    "float scale, Tensor? norm_weight, float norm_eps, bool return_hidden, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _depth_step(
     partial: torch.Tensor | None,
     output: torch.Tensor | None,
@@ -839,7 +860,7 @@ def _depth_step(
             HAS_SCORE=score is not None,
             HAS_NORM=norm_weight is not None,
             WRITE_HIDDEN=return_hidden,
-            DTYPE=TL_DTYPES[dtype],
+            DTYPE=DTYPES[dtype],
             num_warps=_step_warps(hidden_size, 512),
         )
     return results
@@ -870,7 +891,13 @@ def _(partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, 
     return _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype)
 
 
-@torch.library.custom_op("attnres::depth_step_backward", mutates_args=())
+@torch.library.custom_op(
+    "attnres::depth_step_backward",
+    mutates_args=(),
+    schema="(Tensor? value, Tensor mixed, Tensor lse, Tensor? product, Tensor? norm_weight, Tensor statistics, "
+    "Tensor? grad_partial, Tensor? grad_normed, Tensor? grad_hidden, Tensor? grad_weight, float scale, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _depth_step_backward(
     value: torch.Tensor | None,
     mixed: torch.Tensor,
@@ -928,7 +955,7 @@ def _depth_step_backward(
             HAS_GRAD_NORMED=grad_normed is not None,
             HAS_GRAD_HIDDEN=grad_hidden is not None,
             HAS_GRAD_WEIGHT=grad_weight is not None,
-            DTYPE=TL_DTYPES[dtype],
+            DTYPE=DTYPES[dtype],
             num_warps=warps,
         )
     if has_product:
@@ -1077,7 +1104,8 @@ def depth_step(
         raise ValueError("depth_step needs a product or the score of the output, and not both.")
     if score is not None and (partial is not None or output is None):
         raise ValueError("depth_step takes a score with an output alone, without a partial sum.")
-    _check_dtypes(partial, output, mixed, lse, product, score, norm_weight)
+    tensors = (partial, output, mixed, lse, product, score, norm_weight)
+    _check_dtypes(*(None if tensor is None else tensor.dtype for tensor in tensors), dtype)
     hidden_size = mixed.shape[-1:]
     for name, tensor, shape in (
         ("partial", partial, mixed.shape),

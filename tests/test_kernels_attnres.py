@@ -402,6 +402,7 @@ def check_dtypes(device):
     for call in (
         lambda: closed_reads([mixture[0].double()], products, KEY_EPS),
         lambda: depth_step(None, None, mixture[0].double(), lse[0], products[0], KEY_EPS),
+        lambda: closed_reads(mixture[1:], products, KEY_EPS, dtype=torch.float16),
         lambda: closed_reads([mixture[0], mixture[0][1:]], products, KEY_EPS),
         lambda: closed_reads([], products, KEY_EPS),
         lambda: closed_reads(mixture, products[:, 1:], KEY_EPS),
@@ -414,7 +415,16 @@ def check_dtypes(device):
             call()
         except (TypeError, ValueError) as error:
             messages.append(str(error))
-    parts = ["float64", "float64", "shape", "one source", "products", "without an output", "needs a product"]
+    parts = [
+        "float64",
+        "float64",
+        "not torch.float16",
+        "shape",
+        "one source",
+        "products",
+        "without an output",
+        "needs a product",
+    ]
     parts += ["with an output alone", "output is (2, 20)"]
     for message, part in zip(messages, parts, strict=True):
         assert part in message
