@@ -42,6 +42,7 @@ MARKERS = "osD^vPX"
 OPEN_COLOR = "#D55E00"
 LONGEST_SIDE = 15  # inches
 SMALL_TYPE = 0.145  # inches from line to line
+WEIGHT_TICKS = (0, 1, 0.1, 0.4, 0.2, 0.6, 0.05, 0.01, 0.8, 0.001)
 
 
 def read_names(config) -> list[str]:
@@ -154,20 +155,22 @@ def weight_norm(num_sources: int) -> colors.Normalize:
     return colors.PowerNorm(min(1, math.log(0.4) / -math.log(max(num_sources, 2))), 0, 1)
 
 
-def color_bar(figure: Figure, image, axes, label: str, ticks: list | None, inches: tuple[float, float]):
-    """A bar as high as the map beside it, which is `inches` wide and high."""
+def color_bar(figure: Figure, image, axes, label: str, ticks: tuple | None, inches: tuple[float, float]):
+    """A bar as high as the map beside it, which is `inches` wide and high, with the `ticks` that have room, the first
+    ones first."""
     fraction = min(0.05, 0.3 / inches[0])
     aspect = 1.3 * inches[1] / (fraction * inches[0])
     bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, fraction=fraction, aspect=aspect)
     if ticks is not None:
-        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        shown = {}
+        for tick in ticks:
+            place = float(image.norm(tick)) * inches[1]
+            if 0 <= place <= inches[1] and all(abs(place - other) > 1.2 * SMALL_TYPE for other in shown.values()):
+                shown[tick] = place
+        bar.set_ticks(list(shown), labels=[f"{tick:g}" for tick in shown])
         bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
     return bar
-
-
-def weight_ticks(norm: colors.Normalize) -> list[float]:
-    return [tick for tick in (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if tick == 0 or norm(tick) > 0.05]
 
 
 def grid(weights: list[np.ndarray], width: int) -> np.ndarray:
@@ -196,13 +199,12 @@ def plot_reads(weights: list, config, title: str = "What each read takes from de
     elif relative:
         reach = 2 ** np.clip(np.nanmax(np.abs(np.log2(np.maximum(cells, 1e-9)))), 0.25, 4)
         norm, label = colors.LogNorm(1 / reach, reach), "weight as a multiple of the uniform one"
-        ticks = [
-            tick for tick in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16) if 1 / reach <= tick <= reach
-        ]
+        ticks = (1, 2, 1 / 2, 4, 1 / 4, 8, 1 / 8, 16, 1 / 16) if reach > 2 else (1, 1.4, 0.7, 1.2, 0.85, 2, 0.5)
     else:
         norm, label, palette = weight_norm(len(sources)), "weight", WEIGHT_COLORS
-        ticks = weight_ticks(norm)
-    width, height = cell_size(len(sources), len(reads), 0.8 if len(sources) <= 10 else 0.5, 0.24)
+        ticks = WEIGHT_TICKS
+    widest, highest = 0.8 if len(sources) <= 10 else 0.5, max(0.24, 2.6 / len(reads))
+    width, height = cell_size(len(sources), len(reads), widest, highest)
     size = (max(5.5, width * len(sources) + 2.2), height * len(reads) + 2.2)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.set_facecolor("0.85")
@@ -274,18 +276,19 @@ def plot_tokens(weights: list[np.ndarray], tokens: list[str], config, title: str
     spread = np.stack([relative_entropy(read) for read in weights])
     strongest = np.stack([read.argmax(0) for read in weights]).astype(float)
     strongest[0] = np.nan  # of one source
-    width, height = cell_size(len(tokens), 2 * len(reads), 0.24, 0.16)
+    width, height = cell_size(len(tokens), 2 * len(reads), 0.24, max(0.16, 2 / len(reads)))
     size = (max(6, width * len(tokens) + 2.6), 2 * height * len(reads) + 2.8)
     inches = (size[0] - 2, height * len(reads))
     figure, (above, below) = plt.subplots(2, figsize=size, layout="constrained", sharex=True)
     image = above.imshow(spread, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    color_bar(figure, image, above, "entropy (1: uniform)", [0, 0.2, 0.4, 0.6, 0.8, 1], inches)
+    color_bar(figure, image, above, "entropy (1: uniform)", None, inches)
     above.set_title("How evenly each read's weights are spread", fontsize=10)
     norm = colors.BoundaryNorm(np.arange(len(sources) + 1) - 0.5, 256)
     image = below.imshow(strongest, cmap=WEIGHT_COLORS, norm=norm, aspect="auto", interpolation="nearest")
     shown = list(range(0, len(sources), max(1, math.ceil(2 * SMALL_TYPE * len(sources) / inches[1]))))
-    bar = color_bar(figure, image, below, "source", shown, inches)
+    bar = color_bar(figure, image, below, "source", None, inches)
     bar.set_ticks(shown, labels=[sources[index] for index in shown])
+    bar.minorticks_off()
     below.set_title("The source with the largest weight", fontsize=10)
     for axes in (above, below):
         axes.set_facecolor("0.85")
@@ -320,7 +323,7 @@ def plot_token_weights(
         axes.set_title(f"read {names[row]}", fontsize=9, loc="left", pad=3)
     label_columns(panels[-1, 0], [token_label(token) for token in tokens], width)
     panels[-1, 0].set_xlabel("token")
-    color_bar(figure, image, panels, "weight", weight_ticks(norm), (size[0] - 2, size[1] - 2))
+    color_bar(figure, image, panels, "weight", WEIGHT_TICKS, (size[0] - 2, size[1] - 2))
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -353,12 +356,14 @@ def plot_dynamics(dynamics: dict[str, dict[str, list[float]]], title: str = "Mag
         axes.set_xlabel("layer (between: its MLP; last: output)" if "read" in panel_title else "layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.tick_params(labelsize=8)
-    figure.legend(loc="outside lower center", ncols=min(4, len(dynamics)), fontsize=9)
+    columns = max(1, int(9.5 / (0.6 + 0.085 * max(map(len, dynamics)))))
+    figure.legend(loc="outside lower center", ncols=min(columns, len(dynamics)), fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -426,7 +431,8 @@ def draw_model(name: str, model, checkpoint: Checkpoint, batches: list, args) ->
     if fixed:
         return paths
     paths.append(args.output / f"{stem}-relative.png")
-    save_figure(plot_reads(mean, config, f"{title}, relative to uniform weights", relative=True), paths[-1], numbers)
+    title += "\nrelative to uniform weights"
+    save_figure(plot_reads(mean, config, title, relative=True), paths[-1], numbers)
     batch = prompt_batch(checkpoint, args.prompt, batches, args.tokens)
     tokens = [checkpoint.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
     weights = token_weights(model, batch)

@@ -1,0 +1,269 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The figures of what happens over depth: their numbers, and that what is written on them can be read."""
+
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import attnres
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import plot_depth_attention as plots  # noqa: E402
+from plot_depth_attention import plt  # noqa: E402
+from training_data import train_tokenizer  # noqa: E402
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 32}
+MODES = {
+    "uneven": {"attn_res_block_size": 2},
+    "full": {"attn_res_mode": "full"},
+    "denseformer": {"attn_res_mode": "denseformer"},
+}
+TEXT = "def main(args):\n    return args.value if args else None  # größer\n" * 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def perturbed(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def attnres_model(mode: str):
+    return perturbed(
+        attnres.AttnResForCausalLM(attnres.AttnResConfig(**SIZES, vocab_size=300, num_hidden_layers=3, **MODES[mode]))
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    made = {mode: attnres_model(mode) for mode in MODES}
+    made["donor"] = perturbed(LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=300, num_hidden_layers=3)))
+    tokenizer = train_tokenizer([TEXT], 300)
+    for name, model in made.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in made}
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, 300, (count, 1, 13), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def test_names():
+    """Reads are named by layer and sublayer, sources by block or sublayer; a short last block is one too."""
+    config = attnres_model("uneven").config
+    assert plots.read_names(config) == ["0a", "0m", "1a", "1m", "2a", "2m", "output"]
+    assert plots.source_names(config) == ["embedding", "block 1", "block 2"]
+    assert plots.block_layers(config) == ["layers 0–1", "layer 2"]
+    names = plots.source_names(attnres_model("full").config)
+    assert names == ["embedding", "0a", "0m", "1a", "1m", "2a", "2m"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights(mode):
+    """Averages are those of the model's own weights, with as many sources as the configuration says."""
+    model = attnres_model(mode)
+    data = batches()
+    mean = plots.mean_weights(model, data)
+    ids = torch.cat([batch["input_ids"] for batch in data])
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_depth_attentions=True).depth_attentions
+    assert [len(read) for read in mean] == [model.config.num_depth_sources(row) for row in range(7)]
+    assert [len(read) for read in mean][-1] == len(plots.source_names(model.config))
+    for read, weights in zip(mean, expected):
+        np.testing.assert_allclose(read, weights.mean(dim=(0, 2)), rtol=1e-5)
+    if mode != "denseformer":
+        np.testing.assert_allclose([read.sum() for read in mean], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["uneven", "donor"])
+def test_dynamics(name):
+    """Gradients are those of the mean loss, magnitudes those of all tokens, and the model stays as it was."""
+    model = attnres_model(name) if name != "donor" else perturbed(
+        LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=300, num_hidden_layers=3))
+    )  # fmt: skip
+    model.model.layers[0].requires_grad_(False)
+    dynamics = plots.depth_dynamics(model, batches(3))
+    assert [p.requires_grad for p in model.model.layers[:2].parameters()] == [False] * 9 + [True] * 9
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.requires_grad_(True)
+    ids = torch.cat([batch["input_ids"] for batch in batches(3)])
+    outputs = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    outputs.loss.backward()
+    for layer, norm in zip(model.model.layers, dynamics["gradient_norm"]):
+        gradient = torch.cat([parameter.grad.flatten() for parameter in layer.parameters()])
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+    reads = [state.double().square().mean().sqrt().item() for state in outputs.hidden_states[:3]]
+    assert dynamics["read_rms"][:6:2] == pytest.approx(reads, rel=1e-5)
+    assert (len(dynamics["output_rms"]), len(dynamics["read_rms"])) == (6, 7)
+
+
+def run(capsys, *arguments) -> dict:
+    plots.main(list(map(str, arguments)))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_all_figures(models, text, tmp_path, capsys):
+    """Each model gets its figures, all of them share one; each has its numbers beside it."""
+    out = tmp_path / "out"
+    order = ["donor", "uneven", "full", "denseformer"]
+    prompt = ["--prompt", "return args.value $x_1$ 日本", "--tokens", 9, "--reads", "1m,output"]
+    printed = run(capsys, *(models[name] for name in order), "--text", text, *prompt, "--output", out)
+    kinds = ("reads", "relative", "tokens", "weights")
+    expected = [f"{name}-{kind}.png" for name in ("uneven", "full") for kind in kinds]
+    expected += ["denseformer-reads.png", "dynamics.png"]
+    assert printed == {"output": str(out), "figures": expected}
+    files = {path.name for path in out.iterdir()}
+    assert files == {*expected, *(name.replace(".png", ".json") for name in expected)}
+    for name in expected:
+        with Image.open(out / name) as image:
+            assert min(image.size) > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 50
+    reads = json.loads((out / "uneven-reads.json").read_text())
+    assert reads["sources"] == ["embedding", "block 1", "block 2"] and reads["mode"] == "block"
+    assert [len(read) for read in reads["weights"]] == [1, 2, 2, 2, 2, 3, 3] and reads["tokens"] >= 200
+    tokens = json.loads((out / "full-tokens.json").read_text())
+    assert tokens["tokens"][0] == "<bos>" and len(tokens["tokens"]) == 9
+    assert len(tokens["strongest_source"]) == 7 and max(map(max, tokens["strongest_source"])) <= 6
+    weights = json.loads((out / "full-weights.json").read_text())["weights"]
+    assert list(weights) == ["1m", "output"] and np.shape(weights["1m"]) == (4, 9)
+    strongest = np.argmax(weights["output"], axis=0).tolist()
+    assert strongest == tokens["strongest_source"][-1]
+    dynamics = json.loads((out / "dynamics.json").read_text())
+    assert list(dynamics) == order and len(dynamics["donor"]["gradient_norm"]) == 3
+
+
+def test_donor_alone(models, text, tmp_path, capsys):
+    """A donor has no depth weights; its magnitudes are drawn."""
+    printed = run(capsys, models["donor"], "--text", text, "--output", tmp_path / "out")
+    assert printed["figures"] == ["dynamics.png"]
+
+
+def random_reads(config, tokens: int = 0) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    shapes = [(config.num_depth_sources(row), *([tokens] if tokens else [])) for row in range(config.num_depth_reads)]
+    weights = [np.exp(generator.normal(size=shape)) for shape in shapes]
+    return [read / read.sum(0) for read in weights]
+
+
+def overlaps(figure) -> list[tuple[str, str]]:
+    """Pairs of texts of a figure that lie on one another, and texts that leave it."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    texts = [] if figure._suptitle is None else [figure._suptitle]
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            texts += [tick.label1 if tick.label1.get_visible() else tick.label2 for tick in axis.get_major_ticks()
+                      if low <= tick.get_loc() <= high]  # fmt: skip
+    for legend in [*figure.legends, *(axes.get_legend() for axes in figure.axes)]:
+        texts += legend.get_texts() if legend else []
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_visible()]
+    boxes = [(text, box) for text, box in boxes if text.strip() and box.width]
+    width, height = figure.canvas.get_width_height()
+    found = [
+        (text, "edge") for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1
+    ]
+    for (first, one), (second, other) in combinations(boxes, 2):
+        covered = min(one.x1, other.x1) - max(one.x0, other.x0), min(one.y1, other.y1) - max(one.y0, other.y0)
+        if min(covered) > 0.5:
+            found.append((first, second))
+    return found
+
+
+@pytest.mark.parametrize("layers", [2, 7, 16, 48])
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_legible(layers, mode):
+    """From 2 to 48 layers, no label lies on another one or leaves the figure."""
+    block_size = {"attn_res_block_size": 3} if layers == 7 else {}
+    sizes = {**SIZES, "num_hidden_layers": layers, **block_size}
+    config = attnres.AttnResConfig(**sizes, attn_res_mode=mode)
+    title = f"outputs-{mode}: what each read takes from depth\n{plots.describe_mode(config)}, mean of 2,048 tokens"
+    tokens = [*["token", " a", "\n", "$x$"] * 8, "日本語", "an-unusually-long-token"]
+    by_token = random_reads(config, len(tokens))
+    figures = [
+        plots.plot_reads(random_reads(config), config, title),
+        plots.plot_reads(random_reads(config), config, f"{title}\nrelative to uniform weights", relative=True),
+        plots.plot_tokens(by_token, tokens, config),
+        plots.plot_token_weights(by_token, tokens, config, plots.chosen_reads(config, None)),
+    ]
+    for figure in figures:
+        assert overlaps(figure) == []
+        assert max(figure.get_size_inches()) < 21
+        plt.close(figure)
+
+
+def test_legible_dynamics():
+    """Many models with long names, and values over many orders of magnitude."""
+    generator = np.random.default_rng(0)
+    dynamics = {
+        f"a-long-name-of-a-model-{number}/model": {
+            "output_rms": np.exp(generator.normal(size=96) * 3).tolist(),
+            "read_rms": np.exp(generator.normal(size=97) * (number + 0.1)).tolist(),
+            "gradient_norm": np.exp(generator.normal(size=48) * 0.2).tolist(),
+        }
+        for number in range(6)
+    }
+    figure = plots.plot_dynamics(dynamics)
+    assert overlaps(figure) == []
+    plt.close(figure)
+
+
+def test_token_labels():
+    """White space, formulas, unknown characters and long tokens stay on one line and are drawn as they are."""
+    labels = [plots.token_label(text) for text in (" a", "\n", "\t", "", "$x$", "日", "x" * 30)]
+    assert labels == ["␣a", "↵", "→", "∅", r"\$x\$", r"\u65e5", "x" * 13 + "…"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "no configuration at"),
+        (["uneven", "--text", "absent.txt"], "doesn't exist"),
+        (["uneven", "--text", "empty.txt"], "is empty"),
+        (["uneven", "--text", "bytes.txt"], "is not text"),
+        (["uneven", "--text", "rows.jsonl"], "no column 'text'"),
+        (["uneven", "--seq-len", "33"], "longer than the model's context"),
+        (["uneven", "--reads", "0a,3m"], "there is no read 3m"),
+        (["uneven", "uneven"], "given twice"),
+    ],
+)
+def test_refuses(arguments, message, models, tmp_path, monkeypatch):
+    """Bad input ends with one clear line, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("bytes.txt").write_bytes(b"\xff\xfe\x00" * 9)
+    Path("rows.jsonl").write_text('{"body": "a"}\n')
+    names = {**models, "absent": str(tmp_path / "absent")}
+    with pytest.raises(SystemExit) as exit:
+        plots.main([names.get(argument, argument) for argument in arguments] + ["--output", "out"])
+    assert exit.value.code.startswith("plot_depth_attention: ") and "\n" not in exit.value.code
+    assert message in exit.value.code and not Path("out").exists()
