@@ -95,7 +95,7 @@ def short_names(paths: list[str]) -> list[str]:
         raise RunError("a checkpoint is given twice.")
     parts = [Path(path).parts for path in paths]
     if len(parts) == 1:
-        return paths
+        return ["/".join(parts[0][-2:])]
     shortest = min(map(len, parts))
     start = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), shortest - 1)
     end = next((i for i in range(shortest - start) if len({part[-1 - i] for part in parts}) > 1), shortest - start - 1)

@@ -403,10 +403,11 @@ def prompt_batch(checkpoint: Checkpoint, prompt: str | None, batches: list, max_
 
 
 def chosen_reads(config, reads: list[str] | None) -> list[str]:
-    """`reads`, or five from all over the depth."""
+    """`reads`, or up to five from all over the depth."""
     names = read_names(config)
     if reads is None:
-        return [names[round(index)] for index in np.linspace(min(2, len(names) - 1), len(names) - 1, 5)]
+        spread = np.linspace(min(2, len(names) - 1), len(names) - 1, 5)
+        return list(dict.fromkeys(names[round(index)] for index in spread))
     if unknown := [read for read in reads if read not in names]:
         raise RunError(
             f"--reads: there is no read {', '.join(unknown)}; reads are {names[0]}, {names[1]} ... {names[-2]}, output."

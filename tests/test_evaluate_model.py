@@ -116,6 +116,12 @@ def questions(tmp_path_factory) -> tuple[str, list[dict]]:
     return write_rows(tmp_path_factory.mktemp("data") / "questions.jsonl", rows), rows
 
 
+def only(results: dict) -> dict:
+    """What there is about the only checkpoint."""
+    (result,) = results["checkpoints"].values()
+    return result
+
+
 def run(*arguments) -> dict:
     """The results of `evaluate_model.py`, as its output folder holds them."""
     arguments = list(map(str, arguments))
@@ -185,7 +191,7 @@ def test_text(models, data, texts, tokenizer, tmp_path, capsys):
 
 def test_first_token_without_context(models, data, texts, tokenizer, tmp_path):
     """Without a token to begin with, a document's first token counts as uniform over the vocabulary."""
-    result = run(models["bare"], "--data", data, "--output", tmp_path / "out")["checkpoints"][models["bare"]]
+    result = only(run(models["bare"], "--data", data, "--output", tmp_path / "out"))
     model = AutoModelForCausalLM.from_pretrained(models["bare"]).eval()
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     nats = sum(nats_one_by_one(model, row, 48, 24) + math.log(300) for row in ids)
@@ -211,7 +217,7 @@ def test_held_out(models, tmp_path, texts):
     kept = [text for text in texts if is_held_out(text_hash(text), 0.3)]
     assert 5 < len(kept) < 40
     results = run(models["attnres"], "--data", data, "--held-out", 0.3, "--output", tmp_path / "out")
-    text = results["checkpoints"][models["attnres"]]["text"]
+    text = only(results)["text"]
     assert (text["documents"], text["bytes"]) == (len(kept), sum(len(text.encode()) for text in kept))
 
 
@@ -238,7 +244,7 @@ def choice_nats(model, tokenizer, prompt: str, choice: str) -> float:
 def test_choices(models, questions, tokenizer, tmp_path):
     """The chosen answers are the likeliest continuations, per byte and as a whole."""
     path, rows = questions
-    result = run(models["attnres"], "--choices", path, "--output", tmp_path / "out")["checkpoints"][models["attnres"]]
+    result = only(run(models["attnres"], "--choices", path, "--output", tmp_path / "out"))
     model = AutoModelForCausalLM.from_pretrained(models["attnres"]).eval()
     correct, raw = [], []
     for row in rows:
@@ -260,7 +266,7 @@ def test_long_questions_lose_their_beginning(models, tmp_path):
     rows.append({"q": "while", "c": {"text": ["del", "class"], "label": ["x", "y"]}, "a": "y"})
     path = write_rows(tmp_path / "questions.jsonl", rows)
     options = ["--question-column", "q", "--choices-column", "c", "--answer-column", "a", "--output", tmp_path / "out"]
-    result = run(models["attnres"], "--choices", path, *options)["checkpoints"][models["attnres"]]
+    result = only(run(models["attnres"], "--choices", path, *options))
     assert result["choices"]["questions"] == 2 and result["choices"]["truncated_questions"] == 1
 
 
@@ -449,5 +455,5 @@ def test_process(models, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["output"] == "out"
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["arguments"]["data"] == ["stdlib"] and report["arguments"]["held_out"] == 0.05
-    (entry,) = report["checkpoints"][models["attnres"]]["metrics"]["loss"].items()
+    (entry,) = only(report)["metrics"]["loss"].items()
     assert entry[0] == "value"  # one document has no interval

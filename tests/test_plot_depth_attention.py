@@ -160,6 +160,14 @@ def test_all_figures(models, text, tmp_path, capsys):
     assert list(dynamics) == order and len(dynamics["donor"]["gradient_norm"]) == 3
 
 
+@pytest.mark.parametrize(("layers", "count"), [(1, 1), (2, 3), (48, 5)])
+def test_reads_to_show(layers, count):
+    """Up to five different reads are shown without being asked for, the last one among them."""
+    config = attnres.AttnResConfig(**SIZES, num_hidden_layers=layers)
+    reads = plots.chosen_reads(config, None)
+    assert len(set(reads)) == len(reads) == count and reads[-1] == "output"
+
+
 def test_donor_alone(models, text, tmp_path, capsys):
     """A donor has no depth weights; its magnitudes are drawn."""
     printed = run(capsys, models["donor"], "--text", text, "--output", tmp_path / "out")
