@@ -41,6 +41,7 @@ setup(
         ],
         "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
         "trl": ["trl>=1.0"],
+        "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for scripts/evaluate_model.py --lm-eval
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "psutil>=5.9", "parameterized>=0.9"],
         "lint": ["ruff"],
     },
