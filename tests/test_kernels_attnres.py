@@ -73,27 +73,26 @@ def leaves(device, dtype, *shapes, std=1.0, seed=0):
 
 
 def gradients(results, inputs, seed=1):
-    """Gradients of a sum of the results with random weights, the same for equal shapes."""
+    """Gradients of a sum of the results with random weights that every dtype has, the same for equal shapes."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(result.shape, generator=generator) for result in results]
+    weights = [torch.randn(result.shape, generator=generator).bfloat16() for result in results]
     total = sum((result * weight.to(result.device, result.dtype)).sum() for result, weight in zip(results, weights))
     return torch.autograd.grad(total, inputs, allow_unused=True)
 
 
-def assert_near(results, references, tolerance):
-    """Equal up to `tolerance`, relative to the largest entry of each reference."""
+# float32 rounds by 6e-8, half precision by 4e-3 and 5e-4, and results are sums of rounded numbers
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def assert_near(results, references, tolerance=None):
+    """Equal up to `tolerance`, default that of the result's dtype, relative to the largest entry of each reference."""
     for i, (result, reference) in enumerate(zip(results, references, strict=True)):
         if reference is None:
             assert result is None, i
             continue
         assert result.shape == reference.shape, (i, result.shape, reference.shape)
-        if reference.numel():
-            error = (result.detach().cpu().double() - reference.detach()).abs().max() / reference.detach().abs().max()
-            assert error <= tolerance, f"result {i}: relative error {error:.2e}"
-
-
-# float32 rounds by 6e-8, half-precision results by 4e-3 and 5e-4 and gradients are sums of such results
-TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+        error = (result.detach().cpu().double() - reference.detach()).abs().max() / reference.detach().abs().max()
+        assert error <= (tolerance or TOLERANCES[result.dtype]), f"result {i}: relative error {error:.2e}"
 
 
 def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtype):
@@ -106,12 +105,13 @@ def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtyp
     mixed, lse = closed_reads(sources, *products, KEY_EPS)
     assert lse.dtype == torch.float32
     assert all(read.dtype == dtype for read in mixed)
-    assert_near([*mixed, lse], [*mixed64, lse64], TOLERANCES[dtype])
+    assert_near(mixed, mixed64)
+    assert_near([lse], [lse64], 1e-6 if device == "cpu" else 5e-6)  # GPUs have less exact exp and log
     references = gradients([*mixed64, lse64], [*sources64, *products64])
     results = gradients([*mixed, lse], [*sources, *products])
     if num_sources == 1:  # weights are 1, so what is left of the products' gradient is that of lse
         assert torch.equal(torch.stack(mixed), torch.stack(sources).detach().expand_as(torch.stack(mixed)))
-    assert_near(results, references, TOLERANCES[dtype])
+    assert_near(results, references)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,7 @@ def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtyp
         pytest.param(9, 8, (3,), 100, torch.bfloat16, id="a block, bf16"),
         pytest.param(9, 8, (3,), 100, torch.float16, id="a block, fp16"),
         pytest.param(2, 24, (1, 1, 3), 40, torch.float32, id="many reads"),
+        pytest.param(2, 33, (2,), 20, torch.float32, id="more reads than one kernel takes"),
         pytest.param(37, 1, (2,), 24, torch.float32, id="full, several groups of sources"),
         pytest.param(4, 3, (67,), 16, torch.bfloat16, id="several programs"),
         pytest.param(2, 3, (2,), 300, torch.float32, id="several chunks"),
@@ -223,6 +224,24 @@ STEPS = {
 def test_step(run, present, tokens, hidden_size, dtype):
     """Each result and gradient equals that of the plain formula in float64, whatever takes part."""
     run(check_step, present, tokens, hidden_size, dtype)
+
+
+def check_order_of_casts(device):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from kernels_attnres import depth_step
+
+    _, (mixed, gain) = leaves(device, torch.bfloat16, (20, 100), (100,))
+    norm = LlamaRMSNorm(100, NORM_EPS).to(device, torch.bfloat16)
+    norm.weight = torch.nn.Parameter(gain)
+    step = depth_step(None, None, mixed, mixed.new_zeros(20), None, KEY_EPS, norm_weight=gain, norm_eps=NORM_EPS)
+    # another order changes a fifth of the numbers; a reciprocal root with another last bit almost none
+    assert (step.normed == norm(mixed)).float().mean() > 0.99
+
+
+def test_order_of_casts(run):
+    """The pre-norm rounds where Llama's does: before the gain, and after."""
+    run(check_order_of_casts)
 
 
 class Block:
@@ -329,16 +348,15 @@ def check_strides(device):
 
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 4, 2 * 33, generator=generator).to(device)
-    strided = [wide[..., ::2], wide[..., 33:], wide[:1, ..., :33].expand(3, 4, 33)]
+    off_by_one = torch.randn(3 * 4 * 33 + 1, generator=generator).to(device)[1:].view(3, 4, 33)
+    strided = [wide[..., ::2], off_by_one, wide[:1, ..., :33].expand(3, 4, 33)]
     products = torch.randn(33, 2, generator=generator).to(device).T
-    dense = [t.contiguous() for t in strided]
+    dense = [t.clone(memory_format=torch.contiguous_format) for t in strided]
     lse = torch.randn(4, 3, generator=generator).to(device).T
-    for a, b in zip(
-        closed_reads(strided, products, KEY_EPS)[0], closed_reads(dense, products.contiguous(), KEY_EPS)[0]
-    ):
-        assert torch.equal(a, b)
-    steps = [depth_step(*t, lse, products[0], KEY_EPS, norm_weight=products[1]) for t in (strided, dense)]
-    assert all(torch.equal(a, b) for a, b in zip(*steps) if a is not None)
+    results = closed_reads(strided, products, KEY_EPS), closed_reads(dense, products.contiguous(), KEY_EPS)
+    torch.testing.assert_close(*results)
+    results = [depth_step(*t, lse, products[0], KEY_EPS, norm_weight=products[1])[:2] for t in (strided, dense)]
+    torch.testing.assert_close(*results)
 
 
 def test_strides(run):
