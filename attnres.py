@@ -13,6 +13,7 @@ import modeling_attnres
 from configuration_attnres import *  # noqa: F403
 from configuration_attnres import __getattr__  # noqa: F401
 from modeling_attnres import *  # noqa: F403
+from peers_attnres import register_peers
 
 
 __version__ = "0.1.0"
@@ -25,3 +26,5 @@ for _name in configuration_attnres.__all__:
         if _auto_class != "AutoConfig":
             _model_class = getattr(modeling_attnres, _reference.split(".")[1])
             getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)
+
+register_peers()

@@ -127,27 +127,28 @@ class DepthAttentionFunction(torch.autograd.Function):
 
     Saves a few numbers per token, read and source, and computes everything else again in the backward pass.
 
-    Args of `apply`, where T is the number of tokens:
+    Args of `apply`:
         products: `(num_reads, hidden)`.
         eps, scale: as in [`eager_depth_attention`].
-        before: None, or for a single read the mix `(T, hidden)` of the sources before, not scaled.
-        before_lse: None, or `(1, T)`, the logarithm of the sum of the exponentials of their scores.
-        sources: num_sources tensors `(T, hidden)`.
+        before: None, or for a single read the mix `(batch, seq, hidden)` of the sources before, not scaled.
+        before_lse: None, or `(batch, seq)`, the logarithm of the sum of the exponentials of their scores.
+        sources: num_sources tensors `(batch, seq, hidden)`.
 
     Returns:
-        The logarithm of the sum of the exponentials of all scores `(num_reads, T)`; the weights
-        `(num_reads, num_sources, T)`, with the sources before as one more, the first; num_reads mixes `(T, hidden)`.
+        The logarithm of the sum of the exponentials of all scores `(num_reads, batch, seq)`; the weights `(num_reads,
+        num_sources, batch, seq)`, with the sources before as one more, the first; mixes `(batch, seq, hidden)`.
     """
 
     @staticmethod
     def forward(ctx, products, eps, scale, before, before_lse, *sources):
         dtype, hidden = products.dtype, products.shape[-1]
         norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
-        inverse_rms = norms.square_().div_(hidden).add_(eps).rsqrt_()  # (num_sources, T)
+        inverse_rms = norms.square_().div_(hidden).add_(eps).rsqrt_()  # (num_sources, batch, seq)
         with torch.autocast(products.device.type, enabled=False):
-            scores = torch.stack([products @ v.to(dtype).T for v in sources], dim=1) * inverse_rms
-        all_scores = scores if before is None else torch.cat([before_lse.unsqueeze(1), scores], dim=1)
-        lse = all_scores.logsumexp(1)  # (num_reads, T)
+            scores = torch.stack([products @ v.reshape(-1, hidden).to(dtype).T for v in sources], dim=1)
+        scores = scores.view(len(products), *inverse_rms.shape) * inverse_rms
+        all_scores = scores if before is None else torch.cat([before_lse[None, None], scores], dim=1)
+        lse = all_scores.logsumexp(1)
         weights = (all_scores - lse.unsqueeze(1)).exp_()
         mixed = [None] * len(products)
         for values, value_weights in zip(sources if before is None else (before, *sources), weights.unbind(1)):
@@ -177,22 +178,22 @@ class DepthAttentionFunction(torch.autograd.Function):
             grads.addcmul_(weights, lse_grad.unsqueeze(1))
         before_grad = before_lse_grad = None
         if before is not None:
-            before_lse_grad, grads = grads[:, 0], grads[:, 1:]
+            before_lse_grad, grads = grads[0, 0], grads[:, 1:]
             before_grad = sum(grad * (weights[read, 0] * ctx.scale).unsqueeze(-1) for read, grad in reads)
             weights = weights[:, 1:]
         by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
-        by_product = grads * inverse_rms  # (num_reads, num_sources, T)
+        by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
         product_grad, source_grads = torch.zeros_like(products), []
         for source, values in enumerate(sources):
             values = values.to(dtype)
             for read in range(len(products)):
-                product_grad[read].add_(values.T @ by_product[read, source])
+                product_grad[read].add_(values.reshape(-1, hidden).T @ by_product[read, source])
             if not ctx.needs_input_grad[5 + source]:
                 source_grads.append(None)
                 continue
-            source_grad = values * by_value[source]
+            source_grad = (values * by_value[source]).contiguous()
             for read, product in enumerate(products):
-                source_grad.addr_(by_product[read, source], product)
+                source_grad.view(-1, hidden).addr_(by_product[read, source], product)
             for read, grad in reads:
                 source_grad.addcmul_(grad, (weights[read, source] * ctx.scale).unsqueeze(-1))
             source_grads.append(source_grad.to(sources[source].dtype))
@@ -208,11 +209,13 @@ class ClosedDepthRead:
 
     mixed: torch.Tensor  # (batch, seq, hidden)
     lse: torch.Tensor  # (batch, seq)
-    weights: torch.Tensor  # (batch, num_sources, seq)
+    weights: torch.Tensor | None  # (batch, num_sources, seq)
+    num_sources: int
 
     def to(self, device, non_blocking: bool = False) -> "ClosedDepthRead":
-        tensors = (self.mixed, self.lse, self.weights)
-        return ClosedDepthRead(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+        mixed, lse = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.mixed, self.lse))
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
+        return ClosedDepthRead(mixed, lse, weights, self.num_sources)
 
 
 class TwoPhaseDepthAttention:
@@ -238,32 +241,28 @@ class TwoPhaseDepthAttention:
 
     def closed_reads(self, sources, products: torch.Tensor, eps: float) -> list[ClosedDepthRead]:
         """Phase 1, for reads with the products `(num_reads, hidden)`."""
-        batch, seq, hidden = sources[0].shape
         products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
-        flat = [source.reshape(-1, hidden) for source in sources]
-        lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, *flat)
+        lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, *sources)
         return [
-            ClosedDepthRead(m.view(batch, seq, hidden), s.view(batch, seq), w.view(-1, batch, seq).transpose(0, 1))
-            for m, s, w in zip(mixed, lse.unbind(0), weights.unbind(0))
+            ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
+            for read in range(len(products))
         ]
 
     def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale):
         """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without."""
-        batch, seq, hidden = sources[0].shape
         product = product.to(torch.promote_types(sources[0].dtype, torch.float32)).unsqueeze(0)
-        before = (None, None)
-        new_sources = sources
+        before, new_sources = (None, None), sources
         if closed_read is not None:
-            new_sources = sources[closed_read.weights.shape[1] :]
+            before, new_sources = (closed_read.mixed, closed_read.lse), sources[closed_read.num_sources :]
             if not new_sources:
                 return (closed_read.mixed * scale).to(sources[0].dtype), closed_read.weights
-            before = (closed_read.mixed.view(-1, hidden), closed_read.lse.view(1, -1))
-        flat = [source.reshape(-1, hidden) for source in new_sources]
-        _, weights, mixed = DepthAttentionFunction.apply(product, eps, scale, *before, *flat)
-        weights = weights.view(-1, batch, seq).transpose(0, 1)
-        if closed_read is not None:
+        _, weights, mixed = DepthAttentionFunction.apply(product, eps, scale, *before, *new_sources)
+        weights = weights[0].transpose(0, 1)
+        if closed_read is None:
+            weights = weights.contiguous()
+        else:
             weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
-        return mixed.view(batch, seq, hidden).to(sources[0].dtype), weights
+        return mixed.to(sources[0].dtype), weights
 
 
 def stacked_depth_attention(sources, product, eps, scale):
@@ -273,7 +272,7 @@ def stacked_depth_attention(sources, product, eps, scale):
     scores = nn.functional.rms_norm(values, values.shape[-1:], product.to(dtype), eps).sum(-1)
     weights = scores.softmax(0)  # (num_sources, batch, seq)
     mixed = (values * (weights * scale).unsqueeze(-1)).sum(0)
-    return mixed.to(sources[0].dtype), weights.transpose(0, 1)
+    return mixed.to(sources[0].dtype), weights.transpose(0, 1).contiguous()
 
 
 def fixed_depth_mix(
@@ -568,6 +567,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         # embedding, from the first argument of the first layer.
         recorder = OutputRecorder(HiddenStateRecorded, index=0)
         cls._can_record_outputs = {**cls._can_record_outputs, "hidden_states": recorder}
+        if "layer_class" in cls.__dict__:
+            cls._no_split_modules = [cls.layer_class.__name__]
 
     def post_init(self):
         # The donor's constructor calls this last. Its layers differ from ours in nothing but methods, so they change
@@ -578,7 +579,6 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         depth_class = DepthScalars if self.config.attn_res_mode == "denseformer" else DepthAttention
         self.depth_attention = depth_class(self.config)
         self.output_read = OutputRead(self.config)
-        self._no_split_modules = [self.layer_class.__name__]
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "depth_attention"}
         super().post_init()
 
@@ -672,10 +672,15 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         sources = tuple(source.to(sources[-1].device) for source in sources)
         hidden_states, output_weights = self.output_read(products[-1].to(sources[-1].device), sources)
         all_weights.append(output_weights)
-        if depth_attentions is not None:
-            depth_attentions.extend(all_weights)
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions
+        if (output_depth_attentions or depth_attentions is not None) and output_weights is None:
+            raise ValueError(
+                f"The implementation {self.config._attn_res_implementation!r} of depth attention returns no weights; "
+                "choose another, such as two_phase, or leave out output_depth_attentions."
+            )
+        if depth_attentions is not None:
+            depth_attentions.extend(all_weights)
         return AttnResModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -723,6 +728,7 @@ class AttnResHeadMixin(AttnResPreTrainedModelMixin):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "model_class" in cls.__dict__:
+            cls._no_split_modules = cls.model_class._no_split_modules
             cls.forward = with_depth_attentions(cls.forward, cls.output_class)
 
     def __init__(self, config, attn_res_implementation: str | None = None):
@@ -1081,6 +1087,7 @@ __all__ = [
     "ALL_DEPTH_ATTENTION_FUNCTIONS",
     "DepthAttention",
     "DepthAttentionInterface",
+    "ClosedDepthRead",
     "TwoPhaseDepthAttention",
     "eager_depth_attention",
     *(

@@ -1,0 +1,74 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Other projects' depth attention as implementations of ours, where these projects are installed.
+
+| name | package | what it can't do |
+|---|---|---|
+| `fla` | fla-core | run without a CUDA device; another dtype or width in one read |
+| `liger` | liger-kernel | return the weights; sum up a query's gradient in a fixed order. It copies what a read reads |
+| `flash_attn_res` | flash-attn-res | return the weights; full mode. It copies the closed sources of a block |
+
+None of them multiplies a read by its number of sources, which converted models need: that is done after it, in the
+dtype of the sources.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+from modeling_attnres import ClosedDepthRead, DepthAttentionInterface, TwoPhaseDepthAttention
+
+
+def fla_depth_attention(sources, product, eps, scale):
+    """`fused_attnres` of flash-linear-attention; arguments and result as those of `eager_depth_attention`."""
+    from fla.ops.attnres import fused_attnres
+
+    mixed, weights = fused_attnres(
+        product, tuple(sources), torch.ones_like(product), rms_eps=eps, return_weights=True
+    )  # weights: (num_sources, batch, seq)
+    return mixed * scale, weights.transpose(0, 1)
+
+
+def liger_depth_attention(sources, product, eps, scale):
+    """`liger_attn_res` of Liger; arguments as those of `eager_depth_attention`, without weights in the result."""
+    from liger_kernel.transformers.functional import liger_attn_res
+
+    return liger_attn_res(torch.stack(tuple(sources)), product, torch.ones_like(product), eps) * scale, None
+
+
+class FlashAttnRes(TwoPhaseDepthAttention):
+    """The two phases of flash-attn-res; arguments as those of [`TwoPhaseDepthAttention`], without weights."""
+
+    def __call__(self, sources, product, eps, scale):
+        (closed_read,) = self.closed_reads(sources, product.unsqueeze(0), eps)
+        return (closed_read.mixed * scale).to(sources[0].dtype), None
+
+    def closed_reads(self, sources, products, eps):
+        from flash_attn_res import phase_1_batched_attention_triton_op
+
+        mixed, lse = phase_1_batched_attention_triton_op(torch.stack(tuple(sources)), products, eps)
+        return [ClosedDepthRead(m, s, None, len(sources)) for m, s in zip(mixed, lse)]
+
+    def read(self, closed_read, sources, product, eps, scale):
+        from flash_attn_res import phase_2_online_softmax_merge_triton_op
+
+        new_sources = sources[closed_read.num_sources :]
+        if len(new_sources) > 1:
+            raise ValueError("flash_attn_res merges one open source; in full mode choose another implementation.")
+        mixed = closed_read.mixed
+        if new_sources:
+            mixed = phase_2_online_softmax_merge_triton_op(new_sources[0], product, mixed, closed_read.lse, eps)
+        return (mixed * scale).to(sources[0].dtype), None
+
+
+PEERS = {
+    "fla": ("fla", fla_depth_attention),
+    "liger": ("liger_kernel", liger_depth_attention),
+    "flash_attn_res": ("flash_attn_res", FlashAttnRes()),
+}
+
+
+def register_peers():
+    """Adds those whose package is installed to the implementations; it is imported when it is used."""
+    for name, (package, implementation) in PEERS.items():
+        if find_spec(package) is not None:
+            DepthAttentionInterface.register(name, implementation)
