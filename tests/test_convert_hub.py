@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from convert_hub import COMMIT, serve_hub
 from convert_models import save_donor, tensor_bytes
+from hub_server import serve_hub
 from huggingface_hub import metadata_load
 
 
@@ -27,9 +27,11 @@ def hub(tmp_path_factory):
     config = root / "post_norm" / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"olmo2"'))
     names = ("good", "pickle", "post_norm")
-    repositories = {f"test/{name}": root / name for name in names} | {"test/gated": root / "good"}
-    with serve_hub(repositories, gated=["test/gated"]) as (address, requests):
-        yield root, address, requests
+    with serve_hub() as hub:
+        for name in names:
+            hub.add(f"test/{name}", root / name)
+        hub.add("test/gated", root / "good", gated=True)
+        yield root, hub
 
 
 # One process for all cases, as its imports take seconds. Prints code, output and error of each as JSON.
@@ -66,7 +68,7 @@ def run_cases(address, folder, cases):
 @pytest.fixture(scope="module")
 def converted(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
-    results = run_cases(hub[1], folder, [arguments for arguments, _ in CASES.values()])
+    results = run_cases(hub[1].address, folder, [arguments for arguments, _ in CASES.values()])
     return folder, dict(zip(CASES, results))
 
 
@@ -83,14 +85,15 @@ def test_a_repository(hub, converted):
     metadata = metadata_load(folder / "dst" / "README.md")
     assert (metadata["license"], metadata["language"], metadata["base_model"]) == ("mit", "en", "test/good")
     card = (folder / "dst" / "README.md").read_text()
-    assert COMMIT in card and str(folder) not in card
+    assert hub[1].repositories["test/good"].branches["main"] in card and str(folder) not in card
     assert not any(path.is_symlink() for path in (folder / "dst").iterdir())
 
 
 def test_only_what_is_needed_is_downloaded(hub, converted):
     """No pickles, no other formats, and no weights of a family that is refused."""
-    fetched = {path for method, path in hub[2] if method == "GET"}
-    assert any(path.endswith("good/resolve/" + COMMIT + "/config.json") for path in fetched)
+    fetched = {request.path for request in hub[1].sent("GET", "/")}
+    commit = hub[1].repositories["test/good"].branches["main"]
+    assert any(path.endswith(f"good/resolve/{commit}/config.json") for path in fetched)
     assert not any(path.endswith((".bin", ".pt", "consolidated.safetensors")) for path in fetched)
     assert not any("post_norm" in path and path.endswith(".safetensors") for path in fetched)
 
