@@ -12,7 +12,6 @@ trains with several methods on the same batches and writes one table. The last l
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import json
@@ -49,7 +48,15 @@ from finetuning_data import (
     split_and_pack_examples,
     uses_chat,
 )
-from pretrain import check_context, check_same_data, get_tokenizer, load_model, read_config, starting_point
+from pretrain import (
+    check_context,
+    check_same_data,
+    get_tokenizer,
+    has_recurrent_layers,
+    load_model,
+    read_config,
+    starting_point,
+)
 from training_data import DataError, ShuffledSequences, data_name, first_line
 from training_optim import is_depth_attention, new_optimizer
 from training_options import (
@@ -68,6 +75,7 @@ from training_run import (
     RunError,
     RunLog,
     RunTrainer,
+    discarded_if_refused,
     losses,
     main_process_first,
     open_run,
@@ -75,7 +83,6 @@ from training_run import (
     plot_losses,
     publish,
     read_lines,
-    remove,
     tokens_per_second,
     versions,
     write_json,
@@ -154,7 +161,7 @@ def get_data(args, tokenizer, config):
         set_chat_template(tokenizer)
     examples = encoded_examples(rows, tokenizer, data_name(args.data))
     # a recurrent layer would carry one example over into the next
-    packing = args.packing and "linear_attention" not in (getattr(config, "layer_types", None) or ())
+    packing = args.packing and not has_recurrent_layers(config)
     train, test, amount = split_and_pack_examples(examples, args.seq_len, args.held_out, packing)
     if PartialState().is_main_process:
         for count, what in (
@@ -191,17 +198,6 @@ def prepare(args, is_new: bool):
         model, base = prepare_model(args, tokenizer)
         check_same_data(args.output, train, is_new)
     return tokenizer, model, base, train, held_out, amount, steps
-
-
-@contextlib.contextmanager
-def discarded_if_refused(folder: Path, is_new: bool):
-    """Leaves nothing behind of a new run that can't start, so that the corrected command may use its folder."""
-    try:
-        yield
-    except (RunError, DataError, ConversionError):
-        if is_new and (folder / RUN_FILE).exists() and PartialState().is_main_process:
-            remove(folder)
-        raise
 
 
 @torch.no_grad()
@@ -315,9 +311,9 @@ def compare_runs(args, argv: list[str]) -> dict:
         config = read_config(args.model, {})
         check_context(config, args.seq_len)
         base = starting_point(args, config)  # converted once for all
-    shared = ["--model", base, "--tokenizer", args.tokenizer or args.model]
-    columns = {"trained parameters": "trained_parameters", "of depth attention": "depth_parameters"}
-    return compare(Path(__file__), args, argv, "--method", shared, columns)
+        shared = ["--model", base, "--tokenizer", args.tokenizer or args.model]
+        columns = {"trained parameters": "trained_parameters", "of depth attention": "depth_parameters"}
+        return compare(Path(__file__), args, argv, "--method", shared, columns)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -51,9 +51,11 @@ from training_options import (
 from training_run import (
     METRICS_FILE,
     RESULTS_FILE,
+    RUN_FILE,
     RunError,
     RunLog,
     RunTrainer,
+    discarded_if_refused,
     losses,
     main_process_first,
     open_run,
@@ -115,6 +117,11 @@ def check_context(config: PreTrainedConfig, seq_len: int):
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise RunError(f"--seq-len {seq_len} is longer than the model's context, max_position_embeddings = {longest}.")
+
+
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether layers carry a state from token to token, which the start of another document doesn't reset."""
+    return "linear_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def new_model(args, tokenizer):
@@ -243,6 +250,8 @@ def prepare(args, is_new: bool):
         model = load_model(args, tokenizer) if args.model else new_model(args, tokenizer)
         train, held_out, amount = get_data(args, documents, tokenizer)
         check_same_data(args.output, train, is_new)
+    if PartialState().is_main_process and has_recurrent_layers(model.config):
+        print("the model has recurrent layers, whose state goes on from one document to the next", file=sys.stderr)
     return tokenizer, model, train, held_out, amount
 
 
@@ -255,24 +264,28 @@ def pretrain(args) -> dict:
     started = time.perf_counter()
     state = PartialState()
     with main_process_first():
+        is_new = not (args.output / RUN_FILE).exists()
         checkpoint = open_run(args.output, run_arguments(args), state.is_main_process)
     results_file = args.output / RESULTS_FILE
     if results_file.exists():
         return json.loads(results_file.read_text(encoding="utf-8"))
-    tokenizer, model, train, held_out, amount = prepare(args, is_new=checkpoint is None)
+    with discarded_if_refused(args.output, is_new):
+        tokenizer, model, train, held_out, amount = prepare(args, is_new=checkpoint is None)
+        try:
+            optimizer = new_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.depth_lr_scale)
+        except ValueError as error:
+            raise RunError(str(error)) from None
     tokens_per_step = args.batch_size * args.accumulate * args.seq_len * state.num_processes
     callbacks = [RunLog(args.output, tokens_per_step)]
     if args.depth_every:
         probe = {name: value[None] for name, value in held_out[0].items() if name != "documents"}
         callbacks.append(DepthCallback(args.output, probe, args.depth_every))
-    try:
-        optimizer = new_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.depth_lr_scale)
-    except ValueError as error:
-        raise RunError(str(error)) from None
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # before they are sharded
+    training = training_arguments(args)
+    training.eval_on_start = checkpoint is None and args.model is not None
     trainer = RunTrainer(
         model,
-        training_arguments(args),
+        training,
         data_collator=collate,
         train_dataset=train,
         eval_dataset=held_out,
@@ -294,6 +307,7 @@ def pretrain(args) -> dict:
         "output": str(args.output),
         "mode": getattr(model.config, "attn_res_mode", "donor"),
         "held_out_loss": held_out_losses[args.steps],
+        "held_out_loss_before": held_out_losses.get(0),
         "steps": args.steps,
         "tokens": args.steps * tokens_per_step,
         **amount,
@@ -313,17 +327,19 @@ def pretrain(args) -> dict:
 
 def compare_runs(args, argv: list[str]) -> dict:
     """All variants, with one tokenizer; see [`compare`]."""
+    is_new = not (args.output / RUN_FILE).exists()
     open_comparison(args)
-    shared = []
-    if args.train_tokenizer:
-        documents = load_documents(
-            args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
-        )
-        get_tokenizer(args, documents)
-        shared = ["--train-tokenizer", "0", "--tokenizer", str(args.output / "tokenizer")]
-        shared += ["--set", *args.set_options, f"vocab_size={args.train_tokenizer}"] if args.config else []
-    columns = {"parameters": "parameters", "of depth attention": "depth_parameters"}
-    return compare(Path(__file__), args, argv, "--mode", shared, columns)
+    with discarded_if_refused(args.output, is_new):
+        shared = []
+        if args.train_tokenizer:
+            documents = load_documents(
+                args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
+            )
+            get_tokenizer(args, documents)
+            shared = ["--train-tokenizer", "0", "--tokenizer", str(args.output / "tokenizer")]
+            shared += ["--set", *args.set_options, f"vocab_size={args.train_tokenizer}"] if args.config else []
+        columns = {"parameters": "parameters", "of depth attention": "depth_parameters"}
+        return compare(Path(__file__), args, argv, "--mode", shared, columns)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -27,8 +27,10 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from attnres_convert import ConversionError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
+from training_data import DataError
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -156,6 +158,21 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     (folder / FAILURE_FILE).unlink(missing_ok=True)
     return next(reversed(checkpoints(folder)), None)
+
+
+@contextmanager
+def discarded_if_refused(folder: Path, is_new: bool):
+    """Leaves nothing behind of a new run that can't start, so that the corrected command may use its folder.
+
+    Runs that have begun inside it stay, and it with them.
+    """
+    try:
+        yield
+    except (RunError, DataError, ConversionError):
+        begun = any(folder.glob(f"*/{RUN_FILE}"))
+        if is_new and not begun and (folder / RUN_FILE).exists() and PartialState().is_main_process:
+            remove(folder)
+        raise
 
 
 def read_lines(path: Path) -> list[dict]:

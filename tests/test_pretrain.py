@@ -294,13 +294,16 @@ def test_training_on(server, text, donor):
     first = {}
     for mode in ("donor", "block", "full", "denseformer"):
         server.run("--model", donor, "--mode", mode, *CONTINUE, "--data", text, "--output", f"on-{mode}")
-        first[mode] = read_lines(server.folder / f"on-{mode}" / "metrics.jsonl")[0]["loss"]
+        before, line = read_lines(server.folder / f"on-{mode}" / "metrics.jsonl")[:2]
+        assert before["step"] == 0
+        first[mode] = (before["held_out_loss"], line["loss"])
         model = AutoModelForCausalLM.from_pretrained(server.folder / f"on-{mode}" / "model")
         assert getattr(model.config, "attn_res_mode", "donor") == mode
-    assert list(first.values()) == pytest.approx([first["donor"]] * 4, abs=1e-5)
+    for losses in zip(*first.values()):
+        assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
     server.run("--model", "on-block/model", *CONTINUE, "--data", text, "--output", "on-on")
     losses = [read_lines(server.folder / name / "metrics.jsonl") for name in ("on-block", "on-on")]
-    assert losses[1][0]["loss"] < losses[0][0]["loss"]  # the same batch, three steps later
+    assert losses[1][1]["loss"] < losses[0][1]["loss"]  # the same batch, three steps later
     message = server.run(
         "--model", "on-block/model", "--mode", "full", *CONTINUE, "--data", text, "--output", "no", exit_code=1
     )
@@ -519,13 +522,25 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_refuses(name, server, text, tmp_path):
-    """Bad input ends with one clear line and exit code 1."""
+    """Bad input ends with one clear line and exit code 1, and leaves nothing behind."""
     arguments, message = BAD[name]
     command = [*RUN, "--data", text, "--output", tmp_path / "out", *arguments(tmp_path)]
     printed = server.run(*command, exit_code=1)
     line = printed.splitlines()[-1]
     assert len(printed.splitlines()) == 1 and line.startswith("pretrain: "), printed
     assert re.search(message, line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_comparison_leaves_nothing(server, text, tmp_path):
+    """Neither a comparison nor its first run leaves a folder if the run can't start; what has been trained stays."""
+    options = [*TINY, "--data", text, "--steps", 1, "--output", tmp_path / "out"]
+    printed = server.run(*options, "--compare", "donor,block", "--sweep", "seq_len=65", exit_code=1)
+    assert "max_position_embeddings = 64" in printed
+    assert not (tmp_path / "out").exists()
+    server.run(*options, "--mode", "donor", "--sweep", "seq_len=32,65", exit_code=1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"run.json", "seq_len=32"}
+    assert not (tmp_path / "out" / "seq_len=65").exists()
 
 
 @pytest.mark.parametrize(

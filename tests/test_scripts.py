@@ -20,15 +20,18 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import quickstart  # noqa: E402
+from training_data import stdlib_files  # noqa: E402
 
 
-SIZES = {"layers": 3, "hidden-size": 32, "vocab-size": 400, "seq-len": 32, "batch-size": 4, "max-text-mb": 0.2}
+SIZES = {"layers": 3, "hidden-size": 32, "vocab-size": 400, "seq-len": 32, "batch-size": 4, "eval-documents": 2}
 LENGTHS = {"donor-steps": 8, "steps": 4, "eval-sequences": 8, "new-tokens": 4, "learning-rate": 0.01}
 TINY = [f"--{name}={value}" for name, value in {**SIZES, **LENGTHS}.items()]
+RUNS = {"donor", "donor-continued", "attnres-continued", "attnres-lora"}
 
 
 def run_script(script: str, *arguments, folder: Path, exit_code: int = 0) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    cache = str(folder / ".cache")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": cache}
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     result = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
     assert result.returncode == exit_code, result.stdout + result.stderr
@@ -36,10 +39,23 @@ def run_script(script: str, *arguments, folder: Path, exit_code: int = 0) -> sub
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, str]:
+def own(tmp_path_factory) -> list[str]:
+    """Options for text and examples that are read faster than the whole library."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "text").mkdir()
+    source = "".join(file.read_text(errors="replace") for file in stdlib_files()[:12])
+    for index in range(80):
+        (folder / "text" / f"{index:02d}.txt").write_text(source[800 * index : 800 * index + 500 + 7 * index])
+    rows = [{"prompt": f"{index} + 1 =", "completion": f" {index + 1}"} for index in range(120)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--text", str(folder / "text"), "--examples", str(folder / "sums.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(own, tmp_path_factory) -> tuple[Path, str]:
     """A small quickstart's output folder and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    run = run_script("quickstart.py", "--output", "out", *TINY, "--block-size", "2", folder=folder)
+    run = run_script("quickstart.py", "--output", "out", *TINY, *own, "--block-size", "2", folder=folder)
     return folder / "out", run.stdout
 
 
@@ -50,72 +66,89 @@ def test_help(script, tmp_path):
 
 
 def test_quickstart_writes_everything(finished):
-    """Models, numbers and figures are there, nothing else is, and the last line sums up in JSON."""
+    """Run folders, numbers and figures are there, nothing else is, and the last line sums up in JSON."""
     folder, printed = finished
-    models = {"donor", "attnres", "donor-continued", "attnres-continued", "attnres-lora", "attnres-lora-merged"}
-    files = {"results.json", "depth_weights.png", "losses.png"}
-    assert {path.name for path in folder.iterdir()} == models | files
-    assert [path.name for path in folder.parent.iterdir()] == ["out"]
-    for figure in ("depth_weights.png", "losses.png"):
-        with Image.open(folder / figure) as image:
+    files = {"results.json", "evaluation.json", "evaluation.md"}
+    assert {path.name for path in folder.iterdir()} == RUNS | files | {"attnres", "figures"}
+    assert {path.name for path in folder.parent.iterdir()} == {"out", ".cache"}
+    for name in RUNS:
+        assert {"model", "run.json", "metrics.jsonl", "results.json", "loss.png"} <= {
+            path.name for path in (folder / name).iterdir()
+        }
+    summary, results = json.loads(printed.splitlines()[-1]), json.loads((folder / "results.json").read_text())
+    for figure in results["figures"]:
+        with Image.open(folder / "figures" / figure) as image:
             assert min(image.size) > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 50
-    summary = json.loads(printed.splitlines()[-1])
-    results = json.loads((folder / "results.json").read_text())
-    assert summary["held_out_loss"] == {name: run["held_out_loss_after"] for name, run in results["runs"].items()}
+    assert {"losses.png", "dynamics.png", "attnres-continued-reads.png"} <= set(results["figures"])
+    assert summary["held_out_loss"] == {name: run["held_out_loss"] for name, run in results["runs"].items()}
     assert "largest logit difference" in printed  # the converter's own table
+    for file in [*folder.rglob("*.json"), *folder.rglob("*.md")]:
+        assert ".out.partial" not in file.read_text(), file
 
 
 def test_quickstart_numbers(finished):
-    """The loss falls, conversion and merging are exact, and the three runs begin at the same loss."""
+    """The loss falls, conversion and merging are exact, and both runs that go on begin where the donor ended."""
     results = json.loads((finished[0] / "results.json").read_text())
     runs = results["runs"]
-    scratch = runs["donor from scratch"]
-    assert scratch["held_out_loss_after"] < scratch["held_out_loss_before"] - 0.1
+    metrics = [json.loads(line) for line in (finished[0] / "donor" / "metrics.jsonl").read_text().splitlines()]
+    assert runs["donor"]["held_out_loss"] < metrics[0]["loss"] - 0.1
     assert results["conversion"]["relative_error"] < 3e-6
     assert results["conversion"]["parameters_added"] == 7 * 2 * 32
-    continued = [runs[name] for name in ("donor continued", "attnres continued", "attnres with LoRA")]
+    continued = [runs[name] for name in ("donor-continued", "attnres-continued")]
     starts = [run["held_out_loss_before"] for run in continued]
-    assert starts == pytest.approx([scratch["held_out_loss_after"]] * 3, abs=1e-5)
-    assert all(run["held_out_loss_after"] < starts[0] for run in continued[:2])
-    assert results["lora"]["reloaded"]["largest_difference"] == 0
-    assert results["lora"]["merged"]["relative_error"] < 1e-5
-    assert results["lora"]["merged_held_out_loss"] == pytest.approx(
-        runs["attnres with LoRA"]["held_out_loss_after"], abs=1e-5
-    )
-    assert [len(read) for read in results["depth_weights"]] == [1, 2, 2, 2, 2, 3, 3]
-    assert [sum(read) for read in results["depth_weights"]] == pytest.approx([1] * 7, abs=1e-5)
+    assert starts == pytest.approx([runs["donor"]["held_out_loss"]] * 2, abs=1e-5)
+    assert all(run["held_out_loss"] < starts[0] for run in continued)
+    assert runs["attnres-lora"]["merged_relative_error"] < 1e-5
+    losses = [result["metrics"]["loss"]["value"] for result in results["evaluation"].values()]
+    assert len(losses) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert max(losses[2:4]) < losses[0]
+    generated = results["generated"]
+    assert len(generated) == 5 and generated["donor"] == generated["attnres"]
+    reads = json.loads((finished[0] / "figures" / "attnres-continued-reads.json").read_text())["weights"]
+    assert [len(read) for read in reads] == [1, 2, 2, 2, 2, 3, 3]
+    assert [sum(read) for read in reads] == pytest.approx([1] * 7, abs=1e-5)
 
 
 def test_quickstart_models_load(finished):
     """The written models are what the numbers say: only training moved the queries, the adapter finds its base."""
     folder = finished[0]
     converted = AutoModelForCausalLM.from_pretrained(folder / "attnres")
-    trained = AutoModelForCausalLM.from_pretrained(folder / "attnres-continued")
+    trained = AutoModelForCausalLM.from_pretrained(folder / "attnres-continued" / "model")
     assert isinstance(trained, attnres.AttnResForCausalLM)
     assert not converted.model.depth_attention.query.any()
     assert trained.model.depth_attention.query[1:].any(dim=1).all()
-    adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "attnres-lora").eval()
-    merged = AutoModelForCausalLM.from_pretrained(folder / "attnres-lora-merged").eval()
-    ids = AutoTokenizer.from_pretrained(folder / "attnres-lora-merged")("import os", return_tensors="pt")["input_ids"]
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "attnres-lora" / "model").eval()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "attnres-lora" / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "attnres-lora" / "merged")
+    ids = tokenizer("import os", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_quickstart_with_own_checkpoint_and_text(finished, tmp_path):
-    """`--model` and `--text` take the place of the new donor and the library, and an earlier output is replaced."""
-    folder = finished[0]
+def test_quickstart_runs_are_those_of_the_scripts(finished, own):
+    """Both runs that go on saw the same batches, with the same options but for the model."""
+    runs = [json.loads((finished[0] / f"{name}-continued" / "run.json").read_text()) for name in ("donor", "attnres")]
+    different = {name for name, value in runs[0]["arguments"].items() if runs[1]["arguments"][name] != value}
+    assert different == {"model", "mode"}
+    folders = [run["arguments"]["model"] for run in runs]
+    assert folders == [str(finished[0] / "donor" / "model"), str(finished[0] / "attnres")]
+
+
+def test_quickstart_with_own_checkpoint(finished, own, tmp_path):
+    """`--model` takes the place of the new donor, `--text` may be a file, and an earlier output is replaced."""
     text = tmp_path / "mine.txt"
     text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 2, encoding="utf-8")
     output = tmp_path / "out"
     output.mkdir()
     (output / "results.json").write_text("{}")
     (output / "old.txt").write_text("of an earlier run")
-    options = ["--model", folder / "donor", "--text", text, "--output", output, "--mode", "full", *TINY]
-    run_script("quickstart.py", *options, folder=tmp_path)
+    options = ["--model", finished[0] / "donor" / "model", "--output", output, "--mode", "full", *TINY, *own]
+    run_script("quickstart.py", *options, "--text", text, "--held-out", 0.3, folder=tmp_path)
     results = json.loads((output / "results.json").read_text())
-    assert set(results["runs"]) == {"donor continued", "attnres continued", "attnres with LoRA"}
+    assert set(results["runs"]) == RUNS - {"donor"}
     assert results["conversion"]["mode"] == "full"
-    assert [len(read) for read in results["depth_weights"]] == [1, 2, 3, 4, 5, 6, 7]
+    reads = json.loads((output / "figures" / "attnres-continued-reads.json").read_text())["weights"]
+    assert [len(read) for read in reads] == [1, 2, 3, 4, 5, 6, 7]
     assert not (output / "old.txt").exists() and not (output / "donor").exists()
 
 
@@ -125,13 +158,23 @@ def missing_text(folder):
 
 def empty_folder(folder):
     (folder / "text").mkdir()
-    return ["--text", folder / "text"], "no text"
+    return ["--text", folder / "text"], "no file to train on"
 
 
 def too_little_text(folder):
     (folder / "a.txt").write_text("a few words")
     (folder / "b.txt").write_text("a few more words")
-    return ["--text", folder, "--vocab-size", 300], "too little text"
+    return ["--text", folder], "too little text"
+
+
+def missing_column(folder):
+    (folder / "rows.jsonl").write_text('{"body": "text"}\n')
+    return ["--text", folder / "rows.jsonl"], "no column 'text'"
+
+
+def examples_without_columns(folder):
+    (folder / "rows.jsonl").write_text('{"question": "text"}\n')
+    return ["--examples", folder / "rows.jsonl"], "--columns"
 
 
 def missing_model(folder):
@@ -161,18 +204,20 @@ def foreign_output(folder):
         missing_text,
         empty_folder,
         too_little_text,
+        missing_column,
+        examples_without_columns,
         missing_model,
         model_without_tokenizer,
         file_in_the_way,
         foreign_output,
     ],
 )
-def test_quickstart_refuses(case, tmp_path, capsys):
+def test_quickstart_refuses(case, own, tmp_path, capsys):
     """Bad input ends with one clear line, and leaves what was there."""
     arguments, message = case(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit:
-        quickstart.main([*TINY, "--output", str(tmp_path / "out"), *map(str, arguments)])
+        quickstart.main([*TINY, *own, "--output", str(tmp_path / "out"), *map(str, arguments)])
     assert exit.value.code.startswith("quickstart: ") and "\n" not in exit.value.code
     assert message in exit.value.code
     assert sorted(tmp_path.rglob("*")) == before
@@ -180,13 +225,22 @@ def test_quickstart_refuses(case, tmp_path, capsys):
 
 def test_quickstart_ends_without_traceback(tmp_path):
     """What a refusal looks like from outside: a line and exit code 1."""
-    run = run_script("quickstart.py", "--text", "absent", folder=tmp_path, exit_code=1)
-    assert run.stderr == "quickstart: --text absent doesn't exist.\n"
-    assert list(tmp_path.iterdir()) == []
+    run = run_script("quickstart.py", "--text", "./absent", folder=tmp_path, exit_code=1)
+    assert run.stderr.splitlines()[-1] == "quickstart: absent doesn't exist."
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == []
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--hidden-size 33", "--steps 0", "--mode full --block-size 2", "--block-size 13", "--learning-rate x"]
+    "arguments",
+    [
+        "--hidden-size 33",
+        "--steps 0",
+        "--mode full --block-size 2",
+        "--block-size 13",
+        "--learning-rate x",
+        "--vocab-size 100",
+        "--tokenizer x",
+    ],
 )
 def test_quickstart_checks_options(arguments, capsys):
     """Options that can't work are refused before anything is trained."""
