@@ -8,6 +8,7 @@ on demand. Clients need HF_HUB_DISABLE_XET=1, as the server has no Xet storage.
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from contextlib import contextmanager
@@ -61,13 +62,14 @@ class Repository:
 class Fault:
     """What happens to the next `times` requests of a method to a path that holds `part`.
 
-    With `status`, that answer; without, the connection ends after `after` bytes of the body.
+    With `status`, that answer; with `stalls`, none; without, the connection ends after `after` bytes of the body.
     """
 
     method: str
     part: str
     status: int | None = None
     after: int = 0
+    stalls: bool = False
     times: int = 1
 
 
@@ -104,6 +106,12 @@ class Hub:
         repository = self.repositories[repo_id] = Repository(**options)
         repository.commit(repository.branches, "main", {**FIRST_FILES, **(files or {})}, "initial commit")
         return repository
+
+    def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """Variables of a client process with its caches in `home`."""
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        variables |= {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        return variables | {"HF_HUB_DISABLE_TELEMETRY": "1"} | ({"HF_TOKEN": token} if token else {})
 
     def sent(self, method: str, part: str) -> list[Request]:
         return [request for request in self.requests if request.method == method and part in request.path]
@@ -143,6 +151,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.read_body(fault.after if drops_upload else None)
         hub.requests.append(Request(self.command, path, self.headers.get("Range"), len(body), bool(token)))
         if drops_upload:
+            if fault.stalls:
+                self.connection.recv(1)  # returns when the client has gone
             self.close_connection = True
             return
         try:
@@ -315,8 +325,11 @@ class Handler(BaseHTTPRequestHandler):
         return {"files": answers}
 
     def lfs_batch(self, body, repo_id, repository):
+        batch = json.loads(body)
+        if self.user is None or "ref" in batch and self.user != repo_id.split("/")[0]:  # without: of a pull request
+            raise HubError(403, message="You don't have write access to this repository")
         objects = []
-        for item in json.loads(body)["objects"]:
+        for item in batch["objects"]:
             answer = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in repository.objects:
                 href = f"{self.hub.address}/lfs/{repo_id}/{item['oid']}"
@@ -406,7 +419,7 @@ ROUTES = [
     ("POST", API + REPO + "/commit/(?P<revision>.+)", "make_commit"),
     ("GET", "/" + REPO + "/resolve/(?P<revision>refs/pr/[0-9]+|[^/]+)/(?P<file>.+)", "download"),
 ]
-WRITES = ("create_branch", "delete_branch", "create_tag", "preupload", "lfs_batch", "lfs_verify", "make_commit")
+WRITES = ("create_branch", "delete_branch", "create_tag", "preupload", "make_commit")
 
 
 @contextmanager
