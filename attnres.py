@@ -5,6 +5,10 @@ Importing this module registers every AttnRes class with the Auto classes of tra
 `AutoModelForCausalLM.from_pretrained` loads AttnRes checkpoints without remote code.
 """
 
+import os
+from importlib.util import find_spec
+
+import torch
 import transformers
 from transformers import AutoConfig
 
@@ -28,3 +32,7 @@ for _name in configuration_attnres.__all__:
             getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)
 
 register_peers()
+if find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    from kernels_attnres import TritonDepthAttention
+
+    modeling_attnres.DepthAttentionInterface.register("triton", TritonDepthAttention())

@@ -30,6 +30,8 @@ try:
 except ImportError as error:
     raise ImportError("kernels_attnres needs triton (pip install triton).") from error
 
+from modeling_attnres import ClosedDepthRead, TwoPhaseDepthAttention
+
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TABLE_ARGUMENTS = 16
@@ -762,8 +764,12 @@ _closed_reads.register_autograd(_closed_reads_autograd, setup_context=_closed_re
 
 
 def closed_reads(
-    sources: Sequence[torch.Tensor], products: torch.Tensor, eps: float, dtype: torch.dtype | None = None
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    sources: Sequence[torch.Tensor],
+    products: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    return_weights: bool = False,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor] | tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     """All reads of a block over its closed sources, `mixed_s = sum_i softmax_i(score_si) v_i`, not yet scaled.
 
     Moves (n + S) d numbers per token to and from memory, in the backward pass (2n + S) d, and n d more where the
@@ -775,10 +781,12 @@ def closed_reads(
         products: `(S, d)`, query times key norm gain of each read.
         eps: epsilon of the RMSNorm of the keys.
         dtype: of the result; default the sources'. float32 leaves the only rounding to what follows.
+        return_weights: also return the weights, without their gradients.
 
     Returns:
         S tensors `(*tokens, d)` (tensors of their own, so that their gradients need no copy), and float32
-        `(S, *tokens)`, the log of the sum of exponentials of the scores, with which more sources can be merged.
+        `(S, *tokens)`, the log of the sum of exponentials of the scores, with which more sources can be merged; on
+        request the weights, float32 `(S, n, *tokens)`.
 
     Raises:
         ValueError: no source, or shapes that don't agree.
@@ -798,7 +806,11 @@ def closed_reads(
     sources = [source.to(source_dtype) for source in sources]
     parts = [_closed_reads(sources, part, eps, dtype or source_dtype) for part in products.float().split(MOST_READS)]
     lse = parts[0][1] if len(parts) == 1 else torch.cat([lse for _, lse, _, _ in parts])
-    return tuple(read for mixed, _, _, _ in parts for read in mixed), lse
+    mixed = tuple(read for mixed, _, _, _ in parts for read in mixed)
+    if not return_weights:
+        return mixed, lse
+    scores = torch.cat([scores.transpose(0, 1) for _, _, scores, _ in parts]).detach()
+    return mixed, lse, (scores.view(len(products), len(sources), *shape[:-1]) - lse.detach().unsqueeze(1)).exp()
 
 
 def _check_dtypes(*dtypes: torch.dtype | None):
@@ -1148,3 +1160,48 @@ def depth_step(
 
 
 __all__ = ["DepthStep", "closed_reads", "depth_step"]
+
+
+class TritonDepthAttention(TwoPhaseDepthAttention):
+    """The two phases in these kernels; arguments and results as those of [`TwoPhaseDepthAttention`].
+
+    Few tokens, float64 and tensors on a CPU are left to PyTorch. Gradients don't flow through the weights of closed
+    sources: a loss of the depth weights themselves needs another implementation.
+    """
+
+    def runs(self, sources) -> bool:
+        dtypes_fit = all(source.dtype in DTYPES for source in sources)
+        return dtypes_fit and (sources[0].is_cuda or INTERPRETED.value)
+
+    def __call__(self, sources, product, eps, scale):
+        if sources[0].shape[:-1].numel() <= self.few_tokens or not self.runs(sources):
+            return super().__call__(sources, product, eps, scale)
+        return self.read(None, sources, product, eps, scale)
+
+    def closed_reads(self, sources, products, eps):
+        if not self.runs(sources):
+            return super().closed_reads(sources, products, eps)
+        mixed, lse, weights = closed_reads(sources, products.float(), eps, torch.float32, return_weights=True)
+        return [
+            ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
+            for read in range(len(products))
+        ]
+
+    def read(self, closed_read, sources, product, eps, scale):
+        if not self.runs(sources):
+            return super().read(closed_read, sources, product, eps, scale)
+        dtype = sources[0].dtype
+        if closed_read is None:
+            (closed_read,) = self.closed_reads(sources, product.unsqueeze(0), eps)
+        new_sources = sources[closed_read.num_sources :]
+        mixed, lse, weights = closed_read.mixed, closed_read.lse, closed_read.weights
+        if not new_sources:
+            return depth_step(None, None, mixed, lse, None, eps, scale, dtype=dtype).hidden, weights
+        if len(new_sources) == 1:
+            step = depth_step(None, new_sources[0], mixed, lse, product.float(), eps, scale, dtype=dtype)
+            new_weights = step.weight.unsqueeze(1)
+        else:
+            (new_read,) = self.closed_reads(new_sources, product.unsqueeze(0), eps)
+            step = depth_step(None, new_read.mixed, mixed, lse, None, eps, scale, dtype=dtype, score=new_read.lse)
+            new_weights = new_read.weights * step.weight.unsqueeze(1)
+        return step.hidden, torch.cat([weights * (1 - step.weight).unsqueeze(1), new_weights], dim=1)

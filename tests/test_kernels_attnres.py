@@ -524,6 +524,51 @@ def test_needs_gpu_or_interpreter():
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+def check_model(device, mode, dtype):
+    """A model of uneven blocks, with `triton` against `eager`: logits, depth weights and gradients."""
+    from attnres import AttnResConfig, AttnResForCausalLM
+
+    torch.manual_seed(0)
+    config = AttnResConfig(
+        vocab_size=97,
+        hidden_size=68,
+        head_dim=16,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_res_mode=mode,
+        attn_res_block_size=2,
+        attn_res_sum_scale=True,
+    )
+    model = AttnResForCausalLM(config).to(device)
+    torch.nn.init.normal_(model.model.depth_attention.query, std=0.3)
+    tokens = torch.randint(97, (2, 20), device=device)
+
+    def results(model, implementation):
+        model.set_attn_res_implementation(implementation)
+        model.zero_grad()
+        outputs = model(tokens, labels=tokens, output_depth_attentions=True)
+        outputs.loss.backward()
+        gradients = [parameter.grad.double().clone() for parameter in model.parameters()]
+        return [outputs.logits.detach().double(), *(w.detach().double() for w in outputs.depth_attentions), *gradients]
+
+    def error(found, exact):
+        return sum(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact))
+
+    exact = results(model.double(), "eager")
+    assert error(results(model, "triton"), exact) < 1e-12  # float64 goes to PyTorch
+    model.to(dtype)
+    assert error(results(model, "triton"), exact) <= 1.1 * error(results(model, "eager"), exact) + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_model(run, mode, dtype):
+    """A whole model's logits, depth weights and gradients are eager's; in bfloat16 as far from float64 as eager's."""
+    run(check_model, mode, dtype)
+
+
 @pytest.mark.parametrize("hidden_size, num_reads", [(2048, 8), (100, 24)])
 def test_compiles_for_gpus(hidden_size, num_reads):
     """The kernels compile for a GPU of compute capability 9.0, also where there is none."""
