@@ -10,7 +10,8 @@ from adapters import load_adapter
 from pretrain import check_context, read_config
 from training_data import first_line
 from training_run import RunError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
 
 import attnres  # noqa: F401, registers its classes
 
@@ -31,32 +32,49 @@ class Checkpoint:
         return getattr(self.config, "max_position_embeddings", None)
 
 
-def open_checkpoint(path: str, base: str | None = None, tokenizer: str | None = None) -> Checkpoint:
+def find_file(path: str, name: str) -> str | None:
+    """A file of a folder or Hub id, if there is one."""
+    if Path(path).exists():
+        return str(Path(path, name)) if Path(path, name).is_file() else None
+    try:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such repository: reading its configuration says so
+        return None
+
+
+def open_checkpoint(
+    path: str, base: str | None = None, tokenizer: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
     """Reads the configuration and tokenizer of a checkpoint.
 
     Args:
-        path: folder or Hub id of a model, or folder of an adapter.
+        path: folder or Hub id of a model or adapter.
         base: the base of an adapter, instead of the one that it names.
         tokenizer: folder or Hub id, instead of the checkpoint's own.
+        trust_remote_code: whether code of the checkpoint may run, for model types that transformers doesn't know.
 
     Raises:
         RunError: there is no checkpoint, base or tokenizer.
     """
     adapter = None
     source = path
-    adapter_config = Path(path) / "adapter_config.json"
-    if adapter_config.is_file():
+    adapter_config = find_file(path, "adapter_config.json")
+    if adapter_config is not None:
         adapter = path
-        source = base or json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        source = base or json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not source:
             raise RunError(f"the adapter {path} names no base; give --base.")
     try:
-        config = read_config(source, {})
-    except RunError as error:
+        config = (
+            AutoConfig.from_pretrained(source, trust_remote_code=True) if trust_remote_code else read_config(source, {})
+        )
+    except (OSError, ValueError) as error:
         raise RunError(f"the base of the adapter {path}: {error} Give --base." if adapter else str(error)) from None
-    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    own = adapter is not None and find_file(adapter, "tokenizer_config.json") is not None
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer or (adapter if own else source))
+        loaded = AutoTokenizer.from_pretrained(
+            tokenizer or (adapter if own else source), trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # of many kinds, some of tokenizers' own
         raise RunError(f"no tokenizer for {path}: {first_line(error)}; give --tokenizer.") from None
     if len(loaded) > config.vocab_size:
@@ -64,14 +82,16 @@ def open_checkpoint(path: str, base: str | None = None, tokenizer: str | None = 
     return Checkpoint(path, source, adapter, config, loaded)
 
 
-def load_checkpoint(checkpoint: Checkpoint, dtype: str = "auto"):
-    """The model, on the accelerator where there is one, for inference.
+def load_checkpoint(checkpoint: Checkpoint, dtype: str = "auto", trust_remote_code: bool = False):
+    """The model, on the accelerator where there is one, for inference. Pickles are not loaded.
 
     Raises:
         RunError: it doesn't load, or the adapter is for another base.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.base, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"{checkpoint.base} doesn't load: {first_line(error)}.") from None
     if checkpoint.adapter is not None:
