@@ -1,0 +1,204 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""transformers' own push_to_hub, and loading from a Hub over HTTP, with the project and without."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model, tokens
+from hub_server import Fault, serve_hub
+from safetensors.torch import save_file
+from test_hub_code import CODE_FILES, WITHOUT_PROJECT
+
+
+TOKEN, OTHER_TOKEN = "hf_" + "a" * 34, "hf_" + "b" * 34
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+WITH_PROJECT = WITHOUT_PROJECT.replace("sys.modules[name] = None", "__import__(name)")
+PUSH = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, repo = sys.argv[2:4]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+model.push_to_hub(repo, private=True)
+tokenizer.push_to_hub(repo)
+with torch.no_grad():
+    model.model.depth_attention.query.zero_()
+model.push_to_hub(repo, commit_message="uniform")
+model.push_to_hub(repo, revision="trial")
+"""
+PULL = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+results = {}
+for name, repo, options in json.loads(sys.argv[3]):
+    try:
+        model = AutoModelForCausalLM.from_pretrained(repo, **options)
+        results[name] = (type(model).__module__, model(input_ids).logits)
+    except Exception as error:
+        results[name] = (type(error).__name__, str(error))
+torch.save(results, sys.argv[2])
+"""
+
+
+@pytest.fixture
+def hub():
+    with serve_hub() as hub:
+        hub.users = {TOKEN: "me", OTHER_TOKEN: "other"}
+        yield hub
+
+
+def python(hub, home: Path, script: str, *arguments, prelude: str = WITHOUT_PROJECT):
+    """Runs a script with a cache in `home`, where the project can't be imported unless `prelude` says so."""
+    home.mkdir(exist_ok=True)
+    command = [sys.executable, "-I", "-c", prelude + script, json.dumps(tokens().tolist()), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=home, env=hub.environment(home, TOKEN), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def pull(hub, home: Path, cases: list[tuple], **options) -> dict:
+    """What loading gives: the module of the class and the logits, or the error's name and message."""
+    python(hub, home, PULL, home / "results.pt", json.dumps(cases), **options)
+    return torch.load(home / "results.pt")
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(tokens()).logits
+
+
+def save(folder: Path, **options):
+    sys.path.insert(0, str(SCRIPTS))
+    from training_data import train_tokenizer
+
+    model = tiny_model(**options)
+    model.save_pretrained(folder)
+    train_tokenizer(["import this"] * 3, 60 + 256).save_pretrained(folder)
+    return model
+
+
+def test_push_and_pull(hub, tmp_path):
+    """Models and tokenizers push themselves completely; they load by every way, old revisions and branches too."""
+    model = save(tmp_path / "model")
+    first = logits(model)
+    python(hub, tmp_path / "push", PUSH, tmp_path / "model", "me/model", prelude=WITH_PROJECT)
+    repository = hub.repositories["me/model"]
+    files = repository.files()
+    assert set(files) == {path.name for path in (tmp_path / "model").iterdir()} | {".gitattributes", "README.md"}
+    assert all(files[name] == (tmp_path / "model" / name).read_bytes() for name in CODE_FILES)
+    assert set(json.loads(files["config.json"])["auto_map"]) == set(model.config.hub_classes())
+    titles = [commit.title for commit in repository.commits.values()]
+    assert titles == ["initial commit", "Upload AttnResForCausalLM", "Upload tokenizer", "uniform"]
+    assert len(hub.sent("PUT", "/lfs/")) == 2  # the weights before and after, not once more for the branch
+    assert repository.branches["trial"] == repository.branches["main"]
+
+    commits = list(repository.commits)
+    trust = {"trust_remote_code": True}
+    cases = [
+        ("main", "me/model", trust),
+        ("pinned", "me/model", {**trust, "revision": commits[-1]}),
+        ("old", "me/model", {**trust, "revision": commits[1]}),
+        ("branch", "me/model", {**trust, "revision": "trial"}),
+        ("no trust", "me/model", {"trust_remote_code": False}),
+        ("no revision", "me/model", {**trust, "revision": "absent"}),
+    ]
+    results = pull(hub, tmp_path / "stranger", cases)
+    with torch.no_grad():
+        model.model.depth_attention.query.zero_()
+    uniform = logits(model)
+    assert not torch.equal(first, uniform)
+    for name, expected in {"main": uniform, "pinned": uniform, "old": first, "branch": uniform}.items():
+        module, actual = results[name]
+        assert module.startswith("transformers_modules.me.model."), results[name]
+        assert torch.equal(actual, expected), name
+    assert "trust_remote_code" in results["no trust"][1]
+    assert "absent is not a valid git identifier" in results["no revision"][1]
+
+    cases = [
+        ("main", "me/model", {}),
+        ("old", "me/model", {"revision": commits[1]}),
+        ("somebody else", "me/model", {"token": OTHER_TOKEN}),  # the repository is private
+        ("nobody", "me/model", {"token": False}),
+    ]
+    results = pull(hub, tmp_path / "installed", cases, prelude=WITH_PROJECT)
+    assert results["main"][0] == results["old"][0] == "modeling_attnres"
+    assert torch.equal(results["main"][1], uniform) and torch.equal(results["old"][1], first)
+    for name in ("somebody else", "nobody"):
+        assert "not a valid model identifier" in results[name][1]
+
+
+def test_versions_of_the_code(hub, tmp_path):
+    """Repositories with different code in one process each run their own, as do revisions of one repository."""
+    model = tiny_model(attn_res_implementation="eager")
+    model.save_pretrained(tmp_path / "model")
+    expected = {None: logits(model)}
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    query = model.model.depth_attention.query.detach().clone()
+    for factor in (0, 2):
+        with torch.no_grad():
+            model.model.depth_attention.query.copy_(factor * query)
+        expected[factor] = logits(model)
+
+    def version(factor: int) -> dict[str, bytes]:
+        code = (
+            "\n\nDepthAttentionInterface._global_mapping['eager'] = lambda sources, product, eps, scale: "
+            f"eager_depth_attention(sources, {factor} * product, eps, scale)\n"
+        )
+        return {**files, "modeling_attnres.py": files["modeling_attnres.py"] + code.encode()}
+
+    hub.add("me/first", files)
+    repository = hub.add("other/second", version(0))
+    repository.commit(repository.branches, "main", version(2), "another version")
+    commits = list(repository.commits)
+    options = {"trust_remote_code": True, "attn_res_implementation": "eager"}
+    cases = [
+        ("second", "other/second", options),
+        ("first", "me/first", options),
+        ("second, old", "other/second", {**options, "revision": commits[0]}),
+        ("first again", "me/first", options),
+        ("second again", "other/second", options),
+    ]
+    results = pull(hub, tmp_path / "home", cases)
+    for name, factor in {
+        "first": None,
+        "second": 2,
+        "second, old": 0,
+        "first again": None,
+        "second again": 2,
+    }.items():
+        assert torch.equal(results[name][1], expected[factor]), name
+
+
+DOWNLOAD = """
+from huggingface_hub import snapshot_download
+snapshot_download("me/model", max_workers=1)
+"""
+
+
+def test_interrupted_download(hub, tmp_path):
+    """A lost connection goes on where it stopped; after a failure, the next run fetches only what is missing."""
+    chunk = 10 * 2**20  # bytes that the client writes at a time
+    size = 2 * chunk + 12345
+    noise = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_file({"x": noise}, tmp_path / "noise.safetensors")
+    content = (tmp_path / "noise.safetensors").read_bytes()
+    hub.add("me/model", {"a.safetensors": content, "b.safetensors": content[:100], "c.json": b"{}"})
+    hub.faults += [
+        Fault("GET", "/a.safetensors", after=chunk + 1000),
+        Fault("GET", "/b.safetensors", status=403),
+    ]
+    home = tmp_path / "home"
+    with pytest.raises(AssertionError, match="403"):
+        python(hub, home, DOWNLOAD)
+    first, second = hub.sent("GET", "/a.safetensors")
+    assert (first.range, second.range) == (None, f"bytes={chunk}-")
+    python(hub, home, DOWNLOAD)
+    assert len(hub.sent("GET", "/a.safetensors")) == 2 and len(hub.sent("GET", "/b.safetensors")) == 2
+    (snapshot,) = (home / "hub" / "models--me--model" / "snapshots").iterdir()
+    for name, expected in hub.repositories["me/model"].files().items():
+        assert (snapshot / name).read_bytes() == expected
+    assert not list(home.rglob("*.incomplete"))
