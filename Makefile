@@ -3,18 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup quickstart test lint exactness support pretrain conformance clean
+.PHONY: help setup quickstart test lint exactness support pretrain finetune evaluate plot-depth conformance clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## create .venv with the pinned packages and this project
 
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,trl,lm-eval,test,lint]'
 	@touch $@
 
 quickstart: $(READY) ## train, convert, continue, adapt and compare a small model; writes outputs/quickstart
@@ -35,6 +35,15 @@ support: $(READY) ## measure every family and fill the table of supported famili
 
 pretrain: $(READY) ## pretrain a model; ARGS="--help" lists the options
 	$(BIN)/python scripts/pretrain.py $(ARGS)
+
+finetune: $(READY) ## fine-tune a model, with adapters or in full; ARGS="--help" lists the options
+	$(BIN)/python scripts/finetune.py $(ARGS)
+
+evaluate: $(READY) ## compare checkpoints on text, questions or tasks; ARGS="--help" lists the options
+	$(BIN)/python scripts/evaluate_model.py $(ARGS)
+
+plot-depth: $(READY) ## draw what happens over depth; ARGS="--help" lists the options
+	$(BIN)/python scripts/plot_depth_attention.py $(ARGS)
 
 conformance: $(READY) ## run the model tests of transformers on every family
 	$(BIN)/python scripts/conformance.py $(ARGS)

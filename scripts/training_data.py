@@ -49,11 +49,12 @@ def stdlib_files() -> list[Path]:
 
 
 def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
-    """The builder of `datasets` that reads `paths`, files or folders, and the files."""
+    """The builder of `datasets` that reads `paths`, files or folders, and the files; hidden ones are left out."""
     files = []
     for path in paths:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and file.is_file())
+            known = (file for file in path.rglob("*") if file.suffix in BUILDERS and file.is_file())
+            files += sorted(file for file in known if not any(p.startswith(".") for p in file.relative_to(path).parts))
         else:
             files.append(path)
     unknown = [file for file in files if file.suffix not in BUILDERS]

@@ -1,9 +1,11 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The README: its code runs, its numbers are the recorded ones, its commands exist."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ def section(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with what the README calls `my-llama` and `my-text`."""
+    """A folder with what the README calls `my-llama`, `my-text` and `my-chats.jsonl`."""
     folder = tmp_path_factory.mktemp("readme")
     text = Path(subprocess.__file__).read_text(encoding="utf-8")
     (folder / "my-text").mkdir()
@@ -61,6 +63,12 @@ def workplace(tmp_path_factory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "my-llama")
+    chats = [[("user", f"{index} + 1?"), ("assistant", f"{index + 1}")] for index in range(60)]
+    with open(folder / "my-chats.jsonl", "w", encoding="utf-8") as file:
+        for chat in chats:
+            messages = [{"role": role, "content": content} for role, content in chat]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
     return folder
 
 
@@ -105,10 +113,21 @@ def test_exactness_table_is_the_recorded_one():
 
 def test_make_commands_exist():
     """Every `make` command that the README names is a target."""
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    named = set(re.findall(r"(?:`|^\$ )make ([a-z]+)", README, flags=re.MULTILINE))
-    assert {"quickstart", "test", "lint", "exactness", "help"} <= named
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = set(re.findall(r"(?:`|^\$ )make ([a-z-]+)", README, flags=re.MULTILINE))
+    assert {"quickstart", "test", "lint", "exactness", "finetune", "evaluate", "plot-depth", "help"} <= named
     assert named <= set(targets)
+
+
+def test_long_commands_parse():
+    """Commands that take too long to run here have options that the scripts know and files that exist."""
+    text = "".join(code_blocks("console")).replace("\\\n", " ")
+    commands = [shlex.split(line.removeprefix("$ ")) for line in text.splitlines() if " scripts/" in line]
+    assert len(commands) >= 3
+    for command in commands:
+        script = next(index for index, word in enumerate(command) if word.startswith("scripts/") and word[-3:] == ".py")
+        importlib.import_module(Path(command[script]).stem).parse_arguments(command[script + 1 :])
+        assert all((ROOT / word).is_file() for word in command if word.startswith("scripts/"))
 
 
 def test_links_exist():

@@ -25,6 +25,7 @@ from training_data import stdlib_files  # noqa: E402
 
 SIZES = {"layers": 3, "hidden-size": 32, "vocab-size": 400, "seq-len": 32, "batch-size": 4, "eval-documents": 2}
 LENGTHS = {"donor-steps": 8, "steps": 4, "eval-sequences": 8, "new-tokens": 4, "learning-rate": 0.01}
+LENGTHS["continue-learning-rate"] = 0.002
 TINY = [f"--{name}={value}" for name, value in {**SIZES, **LENGTHS}.items()]
 RUNS = {"donor", "donor-continued", "attnres-continued", "attnres-lora"}
 
