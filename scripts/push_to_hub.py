@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,7 @@ WITHOUT_SUFFIX = {"LICENSE", "LICENCE", "NOTICE"}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 TRAINING = ("checkpoint-*", "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "scaler*")
 EVAL_RESULTS = ".eval_results"  # the Hub's place for results
+RESULTS = ("*results*.json", "evaluation*.json", f"{EVAL_RESULTS}/*")
 PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 TEST_TOKENS = 4
@@ -119,19 +121,9 @@ class Package:
 
 
 def walk(folder: Path, below: Path) -> Iterator[tuple[str, Path]]:
-    """All files under `below` with their paths in `folder`; links to folders are not followed.
-
-    Raises:
-        PushError: a link leads out of the folder or nowhere.
-    """
+    """All files under `below` with their paths in `folder`; links to folders count as files."""
     for path in sorted(below.iterdir()):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            target = path.resolve()
-            if not target.is_relative_to(folder):
-                raise PushError(f"{name} is a link that leaves the folder; put the file itself there.")
-            if not target.exists():
-                raise PushError(f"{name} is a link to nothing; remove it.")
         if path.is_dir() and not path.is_symlink() and reason_to_stay(name, is_folder=True) is None:
             yield from walk(folder, path)
         else:
@@ -206,15 +198,25 @@ def check_code(package: Package):
         raise PushError("config.json has no auto_map; save the model with save_pretrained.")
 
 
+def check_link(folder: Path, name: str, path: Path):
+    target = path.resolve()
+    if not target.is_relative_to(folder):
+        raise PushError(f"{name} is a link that leaves the folder; put the file itself there.")
+    if not target.exists():
+        raise PushError(f"{name} is a link to nothing; remove it.")
+
+
 def check_content(name: str, path: Path, token: str | None):
     """No pickle under another name, and no token in a text."""
-    with path.open("rb") as file:
-        if file.read(4).startswith(PICKLE_STARTS):
-            raise PushError(f"{name} is a pickle or an archive; remove it.")
-        if path.suffix in (".safetensors", ".png", ".jpg"):
-            return
-        file.seek(0)
-        content = file.read()
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="numpy"):
+                return
+        except SafetensorError:
+            raise PushError(f"{name} is no complete safetensors file; save the model again.") from None
+    content = path.read_bytes()
+    if content.startswith(PICKLE_STARTS):
+        raise PushError(f"{name} is a pickle or an archive; remove it.")
     if TOKEN.search(content) or (token and token.encode() in content):
         raise PushError(f"{name} contains a Hub token; remove it, and revoke the token if it was shared.")
 
@@ -230,6 +232,8 @@ def collect(folder: Path, token: str | None = None) -> Package:
     package = Package(folder.resolve())
     for name, path in walk(package.folder, package.folder):
         reason = reason_to_stay(name, path.is_dir())
+        if reason is None and path.is_symlink():
+            check_link(package.folder, name, path)
         if reason is None and not path.is_file():
             reason = "not a file"
         if reason is None:
@@ -453,6 +457,8 @@ def listing(package: Package) -> str:
     for name in CODE_FILES if package.needs_code else ():
         if package.files[name].read_bytes() != (ROOT / name).read_bytes():
             lines.append(f"note: {name} is of another version than this project's")
+    if not any(fnmatch(name, pattern) for name in package.files for pattern in RESULTS):
+        lines.append("note: there are no results, such as results.json or evaluation.json")
     return "\n".join(lines)
 
 

@@ -4,14 +4,18 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from convert_models import edit_json
 from families import tiny_model, tokens
 from hub_server import Fault, serve_hub
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_hub_code import CODE_FILES, WITHOUT_PROJECT
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 TOKEN, OTHER_TOKEN = "hf_" + "a" * 34, "hf_" + "b" * 34
@@ -171,6 +175,34 @@ def test_versions_of_the_code(hub, tmp_path):
         "second again": 2,
     }.items():
         assert torch.equal(results[name][1], expected[factor]), name
+
+
+GENERATE = """
+sys.path.insert(0, sys.argv[2])
+import generate
+for repo in ("me/model", "me/adapter"):
+    generate.main([repo, "--prompt", "import", "--temperature", "0", "--max-new-tokens", "8", "--json"])
+"""
+
+
+def test_generate_from_the_hub(hub, tmp_path):
+    """generate.py takes Hub ids, of models and of adapters, whose base is on the Hub too."""
+    save(tmp_path / "model", vocab_size=320)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="me/model")
+    for name in ("model", "adapter"):
+        hub.add(f"me/{name}", tmp_path / name)
+    done = python(hub, tmp_path / "home", GENERATE, SCRIPTS, prelude=WITH_PROJECT)
+    answers = [json.loads(line)["answers"][0] for line in done.stdout.splitlines() if line.startswith("{")]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)
+    for answer, context in zip(answers, (adapted.disable_adapter(), nullcontext()), strict=True):
+        with context:
+            tokens = adapted.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert answer["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert answers[0]["text"] != answers[1]["text"]
 
 
 DOWNLOAD = """

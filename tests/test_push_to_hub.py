@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from convert_models import edit_json
 from families import tiny_model
 from hub_server import Fault, serve_hub
 from huggingface_hub import HfApi
@@ -132,17 +133,6 @@ def test_push_killed_and_resumed(hub, folder, tmp_path):
     assert not any(TOKEN.encode() in content for content in contents(tmp_path).values())
 
 
-def test_server_error(hub, folder, tmp_path):
-    """An error in the middle is one line, and the repository stays as it was, empty or full."""
-    hub.faults.append(Fault("POST", "/commit/", status=500))
-    done = run_script(hub, tmp_path / "home", folder, "me/model")
-    assert done.returncode == 1
-    assert done.stderr == (
-        "push_to_hub: the Hub answers 500: Internal Error; nothing is half published, run the command again to go on.\n"
-    )
-    assert published(hub) == {} and contents(folder).keys() >= {"model-00001-of-00003.safetensors"}
-
-
 def test_dry_run(folder, tmp_path):
     """It lists all files with sizes, and what stays, without network or token."""
     (folder / "training_args.bin").write_bytes(b"x")
@@ -175,6 +165,20 @@ def test_no_server(folder, tmp_path):
 
 
 # What is sent
+
+
+def test_server_error(hub, api, folder):
+    """An error in the middle is one line, and the repository stays as it was; the next push needs no upload again."""
+    hub.faults.append(Fault("POST", "/commit/", status=500))
+    with pytest.raises(PushError) as error:
+        publish(api, collect(folder), arguments(folder))
+    assert str(error.value) == (
+        "the Hub answers 500: Internal Error; nothing is half published, run the command again to go on."
+    )
+    assert published(hub) == {} and uploads(hub) == 3
+    result = publish(api, collect(folder), arguments(folder))
+    assert published(hub) == contents(folder) and uploads(hub) == 3
+    assert not result["created"]
 
 
 def test_second_push(hub, api, folder):
@@ -287,9 +291,20 @@ def test_what_stays(folder):
     for name in [*stay.split(), "figures/depth.png"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
+    (folder / ".#README.md").symlink_to("nowhere")  # an editor's lock
     package = collect(folder)
     assert set(package.files) == complete | {"figures/depth.png"}
     assert {name.split("/")[0] for name in stay.split()} - {"a", "sub"} <= set(package.left)
+
+
+def test_headers_that_look_like_pickles(folder):
+    """A safetensors file begins with the length of its header, whose bytes may be those of a pickle."""
+    tensors, path = {"x": torch.ones(2)}, folder / "extra.safetensors"
+    save_file(tensors, path, metadata={"note": ""})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file(tensors, path, metadata={"note": "x" * (0x280 - length)})
+    assert path.read_bytes().startswith(b"\x80\x02")
+    assert path.name in collect(folder).files
 
 
 def link_to_file(folder):
@@ -308,6 +323,11 @@ def link_to_nothing(folder):
 
 def pickle_in_disguise(folder):
     torch.save({"x": torch.ones(2)}, folder / "extra.safetensors")
+
+
+def cut_weights(folder):
+    with open(folder / "model-00002-of-00003.safetensors", "r+b") as file:
+        file.truncate(5000)
 
 
 def old_pickle_in_disguise(folder):
@@ -343,16 +363,11 @@ def broken_config(folder):
 
 
 def foreign_code(folder):
-    edit(folder, auto_map={"AutoConfig": "else/where--configuration_attnres.AttnResConfig"})
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "else/where--configuration_attnres.AttnResConfig"})
 
 
 def no_auto_map(folder):
-    edit(folder, auto_map={})
-
-
-def edit(folder, **fields):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
+    edit_json(folder / "config.json", auto_map={})
 
 
 @pytest.mark.parametrize(
@@ -361,7 +376,8 @@ def edit(folder, **fields):
         (link_to_file, "link that leaves the folder"),
         (link_to_folder, "link that leaves the folder"),
         (link_to_nothing, "link to nothing"),
-        (pickle_in_disguise, "is a pickle or an archive"),
+        (pickle_in_disguise, "no complete safetensors"),
+        (cut_weights, "no complete safetensors"),
         (old_pickle_in_disguise, "is a pickle or an archive"),
         (token_in_text, "contains a Hub token"),
         (token_of_another_form, "contains a Hub token"),
@@ -397,7 +413,10 @@ def test_main_refuses(tmp_path, capsys):
 
 def incomplete_auto_map(folder):
     config = json.loads((folder / "config.json").read_text())
-    edit(folder, auto_map={name: value for name, value in config["auto_map"].items() if name != "AutoModel"})
+    edit_json(
+        folder / "config.json",
+        auto_map={name: value for name, value in config["auto_map"].items() if name != "AutoModel"},
+    )
     return r"lacks \['AutoModel'\]"
 
 
@@ -408,7 +427,7 @@ def code_that_imports_the_project(folder):
 
 
 def weights_of_another_model(folder):
-    edit(folder, num_hidden_layers=4)
+    edit_json(folder / "config.json", num_hidden_layers=4)
     return "mismatched keys: .*depth_attention"
 
 
