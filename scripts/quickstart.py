@@ -70,6 +70,11 @@ def shared_options(args) -> dict[str, list[str]]:
     }
 
 
+def length(steps: int) -> list:
+    """Of a run that is evaluated a few times and needs no checkpoints."""
+    return ["--steps", steps, "--eval-steps", -(-steps // 4), "--save-steps", steps, "--warmup", 20]
+
+
 def run_pretraining(name: str, args, *options) -> dict:
     """A run of pretrain.py in the folder `name`, and a line about it."""
     options = [*shared_options(args)["pretrain"], *options, "--output", args.partial / name]
@@ -99,22 +104,22 @@ def train_donor(args) -> dict:
     }
     model = ["--config", "llama", "--mode", "donor", "--train-tokenizer", args.vocab_size]
     model += ["--set", *(f"{name}={value}" for name, value in fields.items())]
-    training = ["--steps", args.donor_steps, "--save-steps", args.donor_steps, "--learning-rate", args.learning_rate]
-    training += ["--schedule", "constant", "--warmup", 20, "--seed", args.seed]
+    training = [*length(args.donor_steps), "--learning-rate", args.learning_rate]
+    training += ["--schedule", "constant", "--seed", args.seed]
     return run_pretraining("donor", args, *model, *training)
 
 
 def train_on(name: str, model: Path, mode: str, args) -> dict:
     """Both models see the same batches, which aren't the ones that a new donor has seen first."""
-    training = ["--steps", args.steps, "--save-steps", args.steps, "--learning-rate", args.continue_learning_rate]
-    training += ["--min-lr-ratio", 0, "--warmup", 20, "--seed", args.seed + 1]
+    training = [*length(args.steps), "--learning-rate", args.continue_learning_rate]
+    training += ["--min-lr-ratio", 0, "--seed", args.seed + 1]
     tokenizer = shared_options(args)["tokenizer"]
     return run_pretraining(name, args, "--model", model, "--mode", mode, *tokenizer, *training)
 
 
 def train_lora(model: Path, args) -> dict:
     options = [*shared_options(args)["finetune"], "--model", model, "--method", "lora", "--merge"]
-    options += ["--lora-rank", args.lora_rank, "--steps", args.steps, "--save-steps", args.steps, "--warmup", 20]
+    options += [*length(args.steps), "--lora-rank", args.lora_rank]
     if args.model is None:  # the new model is small and takes more than others
         options += ["--learning-rate", args.continue_learning_rate]
     options += ["--seed", args.seed + 2, "--output", args.partial / "attnres-lora"]

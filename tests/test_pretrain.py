@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from families import tiny_config
 from PIL import Image
 from pretrain_process import SCRIPTS, SIZES, TINY, Server
 from safetensors.torch import load_file
@@ -308,6 +309,16 @@ def test_training_on(server, text, donor):
         "--model", "on-block/model", "--mode", "full", *CONTINUE, "--data", text, "--output", "no", exit_code=1
     )
     assert message.count("\n") == 1 and "was trained in block mode" in message
+
+
+def test_recurrent_layers_are_named(server, text):
+    """Of models like Kimi Linear a line says that documents in a sequence aren't separated there."""
+    tiny_config("kimi_linear").to_json_file(server.folder / "kimi.json")
+    options = ["--steps", 1, "--depth-every", 0, "--eval-sequences", 4, "--data", text]
+    tiny = ["--train-tokenizer", 300, "--seq-len", 32, "--batch-size", 2]
+    printed = server.run("--config", "kimi.json", *tiny, *options, "--output", "kimi")
+    assert printed.count("recurrent layers") == 1
+    assert "recurrent" not in server.run(*TINY, *options, "--output", "not-kimi")
 
 
 @pytest.mark.slow
