@@ -14,7 +14,7 @@ import peft
 import torch
 from depth_callback import decoder
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from training_data import first_line
@@ -126,6 +126,8 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     """
     try:
         config = peft.PeftConfig.from_pretrained(adapter)
+        if cached_file(adapter, SAFETENSORS_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False) is None:
+            raise RunError(f"there is no {SAFETENSORS_WEIGHTS_NAME}, and pickles are not loaded")
         saved = load_peft_weights(adapter, device="cpu")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"no adapter at {adapter}: {first_line(error)}.") from None

@@ -175,7 +175,9 @@ def load_model(args, tokenizer, **options):
     else:
         source = starting_point(args, config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **options})
+        model = AutoModelForCausalLM.from_pretrained(
+            source, **{"dtype": torch.float32, "use_safetensors": True, **options}
+        )
     except (OSError, ValueError) as error:
         raise RunError(f"{args.model} doesn't load: {first_line(error)}") from None
     if len(tokenizer) > model.config.vocab_size:
