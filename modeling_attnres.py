@@ -727,7 +727,8 @@ class AttnResHeadMixin(AttnResPreTrainedModelMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "model_class" in cls.__dict__:
+        # transformers may build a head's class once more from its dictionary, in which the forward is wrapped already
+        if "model_class" in cls.__dict__ and "forward" not in cls.__dict__:
             cls._no_split_modules = cls.model_class._no_split_modules
             cls.forward = with_depth_attentions(cls.forward, cls.output_class)
 

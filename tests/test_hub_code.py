@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from families import tiny_model, tokens
+from families import FAMILIES, tiny_model, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -96,6 +96,27 @@ torch.save({"logits": outputs.logits, "generated": generated}, target + "/result
         assert torch.equal(results["generated"], generated)
         assert code == {name: (tmp_path / target / name).read_bytes() for name in CODE_FILES}
         shutil.rmtree(tmp_path / source)  # nothing depends on the folder before
+
+
+@torch.no_grad()
+def test_every_family_loads(python, tmp_path):
+    """A folder of each family gives its logits, bit for bit, without the project, and loads a second time."""
+    expected = {}
+    for family in FAMILIES:
+        model = tiny_model(family)
+        model.save_pretrained(tmp_path / family)
+        expected[family] = model(tokens()).logits
+    script = """
+logits = {}
+for family in sys.argv[3:]:
+    for _ in range(2):
+        model = transformers.AutoModelForCausalLM.from_pretrained(f"{sys.argv[2]}/{family}", trust_remote_code=True)
+    logits[family] = model(input_ids).logits
+torch.save(logits, sys.argv[2] + "/logits.pt")
+"""
+    python(script, tmp_path, *expected)
+    logits = torch.load(tmp_path / "logits.pt")
+    assert [family for family in expected if not torch.equal(logits[family], expected[family])] == []
 
 
 @torch.no_grad()
