@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup quickstart test lint exactness support pretrain finetune evaluate plot-depth conformance clean
+.PHONY: help setup quickstart test lint exactness support pretrain finetune evaluate plot-depth bench conformance clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -44,6 +44,9 @@ evaluate: $(READY) ## compare checkpoints on text, questions or tasks; ARGS="--h
 
 plot-depth: $(READY) ## draw what happens over depth; ARGS="--help" lists the options
 	$(BIN)/python scripts/plot_depth_attention.py $(ARGS)
+
+bench: $(READY) ## measure speed and memory against stock models; writes outputs/benchmark
+	$(BIN)/python scripts/benchmark.py --output outputs/benchmark $(ARGS)
 
 conformance: $(READY) ## run the model tests of transformers on every family
 	$(BIN)/python scripts/conformance.py $(ARGS)
