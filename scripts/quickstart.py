@@ -334,6 +334,7 @@ def main(argv: list[str] | None = None):
         args.model = args.model and args.model.resolve()
         args.partial = args.output.with_name(f".{args.output.name}.partial")
         shutil.rmtree(args.partial, ignore_errors=True)
+        new_parents = [parent for parent in args.partial.parents if not parent.exists()]
         args.partial.mkdir(parents=True)
         try:
             results = quickstart(args)
@@ -342,6 +343,9 @@ def main(argv: list[str] | None = None):
             finish(args.partial, args.output)
         finally:
             shutil.rmtree(args.partial, ignore_errors=True)
+            for parent in new_parents:
+                if not any(parent.iterdir()):
+                    parent.rmdir()
     except (RunError, DataError, ConversionError) as error:
         raise SystemExit(f"quickstart: {error}") from None
     except OSError as error:

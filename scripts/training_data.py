@@ -132,7 +132,7 @@ def load_rows(
             if builder == "text":
                 options["sample_by"] = sample_by or ("document" if len(files) > 1 else "paragraph")
             rows = datasets.load_dataset(builder, data_files=list(map(str, files)), **options)
-        elif len(data) > 1 or paths[0].suffix in BUILDERS or paths[0].is_absolute():
+        elif len(data) > 1 or paths[0].suffix in BUILDERS or data[0].startswith((".", "/")):
             raise DataError(f"{data[0]} doesn't exist.")
         else:
             rows = datasets.load_dataset(data[0], config, **options)

@@ -227,7 +227,7 @@ def test_quickstart_refuses(case, own, tmp_path, capsys):
 def test_quickstart_ends_without_traceback(tmp_path):
     """What a refusal looks like from outside: a line and exit code 1."""
     run = run_script("quickstart.py", "--text", "./absent", folder=tmp_path, exit_code=1)
-    assert run.stderr.splitlines()[-1] == "quickstart: absent doesn't exist."
+    assert run.stderr.splitlines()[-1] == "quickstart: ./absent doesn't exist."
     assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == []
 
 
