@@ -32,6 +32,7 @@ from plot_depth_attention import plot_depth_attention
 from pretrain import check_context, pretrain
 from pretrain import parse_arguments as pretraining_arguments
 from training_data import DataError, load_documents
+from training_optim import DEPTH_LR_SCALE
 from training_options import positive, start_process
 from training_run import (
     METRICS_FILE,
@@ -299,7 +300,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--learning-rate", type=float, default=2e-3, help="of the new donor; default: 0.002")
     add("--continue-learning-rate", type=float, help="of the runs that follow; default: as before, or 5e-5 with "
         "--model, and that of finetune.py for LoRA")  # fmt: skip
-    add("--depth-lr-scale", type=float, default=1.0, help="depth attention's learning rate as a multiple; default: 1")
+    add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
+        f"multiple; default: {DEPTH_LR_SCALE:g}")  # fmt: skip
     add("--lora-rank", type=positive, default=8, help="rank of the adapters; default: 8")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
