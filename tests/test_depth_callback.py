@@ -72,8 +72,8 @@ def test_outputs_are_those_that_are_read(probe):
     model = attnres_model(attn_res_mode="full")
     written = []
     for layer in model.model.layers:
-        layer.write = lambda sources, sublayer, output, write=layer.write: (
-            written.append(output) or write(sources, sublayer, output)
+        layer.write = lambda sources, output, extends, write=layer.write: (
+            written.append(output) or write(sources, output, extends)
         )
     seen = look(model, probe)
     assert seen["output_rms"] == pytest.approx([rms(output) for output in written], rel=1e-5)
