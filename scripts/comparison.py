@@ -22,6 +22,7 @@ from training_run import (
     read_lines,
     table,
     versions,
+    without_seed,
     write_json,
 )
 
@@ -36,10 +37,6 @@ def variants(args: argparse.Namespace, option: str) -> list[tuple[str, list[str]
         (" ".join(name for name, _ in combination), [option for _, options in combination for option in options])
         for combination in itertools.product(*axes)
     ]
-
-
-def without_seed(name: str) -> str:
-    return " ".join(part for part in name.split(" ") if not part.startswith("seed=")) or "all"
 
 
 def compare_table(runs: dict[str, dict], columns: dict[str, str]) -> str:

@@ -410,23 +410,35 @@ def tokens_per_second(metrics: list[dict]) -> float:
     return statistics.median(entry["tokens_per_second"] for entry in metrics if "tokens_per_second" in entry)
 
 
+def without_seed(name: str) -> str:
+    return " ".join(part for part in name.split(" ") if not part.startswith("seed=")) or "all"
+
+
 def plot_losses(runs: dict[str, list[dict]], path: Path, title: str):
-    """Held-out losses by step, and the training losses fainter.
+    """Held-out losses by step, one colour for all seeds of a run, and for few runs the training losses fainter.
 
     Args:
         runs: entries of `metrics.jsonl` by the name of the run.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
+    groups = list(dict.fromkeys(map(without_seed, runs)))
+    colors = plt.colormaps["tab10" if len(groups) <= 10 else "viridis"].resampled(max(10, len(groups))).colors
+    seen = set()
     for name, metrics in runs.items():
+        group = without_seed(name)
+        label = None if group in seen else group if len(runs) > 1 else "held-out"
+        seen.add(group)
+        style = {"color": colors[groups.index(group)], "marker": "o", "markersize": 4}
         held_out, training = losses(metrics, "held_out_loss"), losses(metrics, "loss")
-        (line,) = axes.plot(held_out.keys(), held_out.values(), marker="o", markersize=4, label=f"{name}, held-out")
-        label = f"{name}, training" if len(runs) == 1 else None
-        axes.plot(training.keys(), training.values(), color=line.get_color(), alpha=0.3, linewidth=1, label=label)
+        axes.plot(held_out.keys(), held_out.values(), label=label, **style)
+        if len(runs) <= 4:
+            style |= {"marker": None, "alpha": 0.3, "linewidth": 1}
+            axes.plot(training.keys(), training.values(), label="training" if len(runs) == 1 else None, **style)
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("held-out loss (nats per token)" if len(runs) > 4 else "loss (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
