@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from attnres import DepthAttentionInterface, eager_depth_attention
 
@@ -20,11 +21,12 @@ SHAPE = "--device cpu --hidden-size 32 --layers 3 --blocks 2 --heads 2 --vocab-s
 
 
 def run(*arguments) -> None:
-    threads = torch.get_num_threads()
+    threads, verbosity = torch.get_num_threads(), transformers.utils.logging.get_verbosity()
     try:
         benchmark.main([*SHAPE.split(), "--new-tokens", "2", "--rounds", "2", *map(str, arguments)])
     finally:
         torch.set_num_threads(threads)
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def test_models(tmp_path, capsys):
