@@ -5,7 +5,7 @@ The whole story on a small scale, told by the other scripts: pretrain.py trains 
 converts it, pretrain.py trains both on with the same batches, finetune.py adds LoRA, each model generates,
 plot_depth_attention.py draws what depth attention has learned, and evaluate_model.py compares all models.
 
-The text is the Python standard library's own source, so nothing is downloaded, and takes about four minutes on two CPU
+The text is the Python standard library's own source, so nothing is downloaded, and takes five to ten minutes on two CPU
 cores. `--model` and `--text` put one's own checkpoint and text in its place. The output folder appears when all is
 done. The last line of the output is JSON.
 """
