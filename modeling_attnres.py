@@ -179,7 +179,8 @@ class DepthAttentionFunction(torch.autograd.Function):
         before_grad = before_lse_grad = None
         if before is not None:
             before_lse_grad, grads = grads[0, 0], grads[:, 1:]
-            before_grad = sum(grad * (weights[read, 0] * ctx.scale).unsqueeze(-1) for read, grad in reads)
+            if reads:  # a single one; without it, the loss depends on the weights alone
+                before_grad = reads[0][1] * (weights[0, 0] * ctx.scale).unsqueeze(-1)
             weights = weights[:, 1:]
         by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
         by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)

@@ -263,6 +263,19 @@ def test_two_phase_in_bfloat16():
     assert errors["two_phase"] <= 1.1 * errors["eager"]
 
 
+@pytest.mark.parametrize("depth_attention", [one_phase, two_phases])
+def test_gradients_of_the_weights_alone(depth_attention):
+    """A loss of nothing but depth weights has eager's gradients."""
+    sources = [source.requires_grad_() for source in random_sources(3)]
+    product = torch.randn(13, dtype=torch.float64, requires_grad=True)
+
+    def gradients(function):
+        return torch.autograd.grad(function(sources, product, 1e-5, 1)[1][:, 0].square().sum(), [product, *sources])
+
+    for found, expected in zip(gradients(depth_attention), gradients(eager_depth_attention)):
+        assert_close(found, expected, FLOAT64 * max(1.0, expected.abs().max().item()))
+
+
 def test_two_phase_keeps_little_for_the_backward_pass():
     """A read keeps its sources, not copies of them, and a few numbers per token."""
     sources = [torch.randn(2, 50, 64, requires_grad=True) for _ in range(4)]
