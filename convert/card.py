@@ -1,19 +1,32 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The model card of a converted checkpoint."""
+"""Model cards: of converted, pretrained and fine-tuned models, and of adapters.
 
+What a card says comes from the files of its folder: the configuration, `results.json` and the figure. Numbers are those
+of `results.json`. The metadata of the model that it was made from (license, languages, data sets) are taken over.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import metadata_load
-
-from .source import Source
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 
 CARD_NAME = "README.md"
 DONOR_CARD_NAME = "DONOR_README.md"
+RESULTS_NAME = "results.json"
+FIGURE_NAME = "depth_attention.png"
+EVAL_RESULTS = ".eval_results"  # where the Hub looks for results on its benchmarks
+TAG = "attention-residuals"
+PAPER = "https://arxiv.org/abs/2603.15031"
 KEPT_METADATA = (
     "base_model",
+    "base_model_relation",
     "datasets",
     "language",
     "license",
@@ -22,97 +35,530 @@ KEPT_METADATA = (
     "pipeline_tag",
     "tags",
 )
+PIPELINE_TAGS = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "": "feature-extraction",
+}
+FEW_TOKENS = 10**9
+COMMAND_WIDTH = 110
 
-TEMPLATE = """---
-{metadata}---
+IDEA = (
+    "Attention Residuals replace the sum of the residual stream: before each attention, each MLP and the output, a "
+    "learned query weighs the embedding and what earlier layers wrote by a softmax over depth, and their mix is read "
+    f"([Kimi Team 2026, arXiv:2603.15031]({PAPER}))."
+)
+ABOUT = {
+    None: IDEA,
+    "block": f"{IDEA} In block mode, as here, outputs are summed within blocks of {{block_size}}, and "
+    "the queries weigh the blocks.",
+    "full": f"{IDEA} In full mode, as here, the output of every attention and every MLP has a weight of its own.",
+    "denseformer": "Each attention, each MLP and the output read a sum of the embedding and all earlier outputs with "
+    "learned weights that don't depend on the input, as in DenseFormer (https://arxiv.org/abs/2402.02622). "
+    f"It is a baseline for Attention Residuals ([Kimi Team 2026, arXiv:2603.15031]({PAPER})), whose weights are a "
+    "softmax over depth.",
+    "donor": "It has the plain residual stream of transformers: every attention and every MLP reads the sum of all "
+    "that was written before. It is a baseline for models with Attention Residuals, which weigh what they read over "
+    f"depth ([Kimi Team 2026, arXiv:2603.15031]({PAPER})), and a source to convert them from.",
+}
 
-# {title}
-
-{donor_link}{revision} with [Attention Residuals](https://arxiv.org/abs/2603.15031): every
-attention and every MLP reads a softmax over depth instead of the plain residual sum.
-
-## How it was made
-
-```
-{command}
-```
-
-| | |
-|---|---|
-| source | `{donor}`{revision} |
-| class | `{attnres_class}`, from `{donor_class}` |
-| mode | {mode} |
-| parameters added | {added:,} (`depth_attention.query` and `.key_norm`, float32) |
-| verification | {verification} |
-
-All tensors of the source are kept, bit for bit, under their names. With the queries at zero all outputs that a read
-mixes weigh the same, and each read is multiplied by their number, so it is the sum that the source model's residual
-stream holds: until the queries are trained, the model computes what the source model computes, and
-`attnres-convert --to-donor` goes back.
-
-## Use
-
-```python
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{title}", trust_remote_code=True)
-```
-{donor_card}
-## Citation
-
-```bibtex
-@article{{attention_residuals,
-  title = {{Attention Residuals}},
+CITATION = """```bibtex
+@misc{kimiteam2026attentionresiduals,
+  title = {Attention Residuals},
   author = {{Kimi Team}},
-  journal = {{arXiv preprint arXiv:2603.15031}},
-  year = {{2026}}
-}}
-```
-"""
+  year = {2026},
+  eprint = {2603.15031},
+  archivePrefix = {arXiv}
+}
+```"""
 
-DONOR_CARD_SECTION = """
-The card of the source model is in [DONOR_README.md](DONOR_README.md).
-"""
+EXACTNESS = """All tensors of the source are kept, bit for bit, under their names. With the queries at zero all outputs
+that a read mixes weigh the same, and each read is multiplied by their number, so it is the sum that the source model's
+residual stream holds: until the queries are trained, the model computes what the source model computes, and
+`attnres-convert --to-donor` goes back."""
 
 
 @dataclass(frozen=True)
-class CardFacts:
+class Result:
+    """A number that was measured.
+
+    Args:
+        metric: for people, with its unit: "held-out loss (nats per token)".
+        type: the Hub's name of the metric, such as `loss` or `perplexity`.
+        value: as in `results.json`.
+        dataset: for people.
+        dataset_id: on the Hub, if it is there.
+        task_id: of a benchmark of the Hub, as its `eval.yaml` names it. Such results go to `.eval_results`, the only
+            place for them; that place is for nothing else, so all others are in the card's metadata.
+    """
+
+    metric: str
+    type: str
+    value: float
+    dataset: str
+    dataset_id: str | None = None
+    task_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says. Texts are Markdown; what is `None` or empty is left out.
+
+    Args:
+        title: how the model is called, in the heading and where it is loaded: the repository, once there is one.
+        summary: a sentence or two.
+        about: what Attention Residuals are, or what else the model has.
+        base_model: ids on the Hub, never paths.
+        making: rows of a table, name and value; `command` stands above it and `notes` below.
+        figure: file name of the heat map of depth weights.
+        snippet: Python that loads the model.
+        limits: sentences.
+        donor_card: whether the card of the source is there as `DONOR_README.md`.
+    """
+
     title: str
-    command: str
-    mode: str
-    added: int
-    attnres_class: str
-    donor_class: str
-    auto_class: str
-    verification: str
+    summary: str
+    about: str
+    snippet: str
+    library_name: str = "transformers"
+    pipeline_tag: str | None = None
+    license: str | list[str] | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: str | list[str] | None = None
+    base_model_relation: str | None = None
+    datasets: str | list[str] | None = None
+    language: str | list[str] | None = None
+    tags: tuple[str, ...] = ()
+    results: tuple[Result, ...] = ()
+    command: str | None = None
+    making: tuple[tuple[str, str], ...] = ()
+    notes: str = ""
+    figure: str | None = None
+    limits: tuple[str, ...] = ()
+    donor_card: bool = False
+
+    @property
+    def is_attnres(self) -> bool:
+        return TAG in self.tags
+
+    def metadata(self) -> ModelCardData:
+        """What the Hub reads, with the results that aren't those of its benchmarks."""
+        names = ("license", "license_name", "license_link", "base_model", "base_model_relation", "library_name")
+        names += ("pipeline_tag", "datasets", "language")
+        fields = {name: getattr(self, name) for name in names if getattr(self, name)}
+        indexed = [_eval_result(result, self.pipeline_tag) for result in self.results if not result.task_id]
+        if indexed:
+            fields |= {"model_name": self.title, "eval_results": indexed}
+        return ModelCardData(tags=list(self.tags) or None, **fields)
+
+    def text(self) -> str:
+        """The file."""
+        sections = [f"---\n{self.metadata().to_yaml()}\n---\n\n# {self.title}", self.summary, self.about]
+        if self.results:
+            rows = [(result.metric, shown(result.value), result.dataset) for result in self.results]
+            sections += ["## Results", _table(("measured", "value", "on"), rows)]
+        if self.figure:
+            text = "What each read (row) takes from which source (column), averaged over held-out text; the numbers "
+            text += f"are in [{Path(self.figure).stem}.json]({Path(self.figure).stem}.json)."
+            sections += ["## Depth weights", f"![Weights of all reads over depth]({self.figure})", text]
+        if self.command or self.making:
+            sections.append("## How it was made")
+        if self.command:
+            sections.append(f"```bash\n{_wrapped(self.command)}\n```")
+        if self.making:
+            sections.append(_table(("", ""), self.making))
+        sections += [self.notes] if self.notes else []
+        sections += ["## Use", f"```python\n{self.snippet}\n```"]
+        if self.donor_card:
+            sections.append(f"The card of the source model is in [{DONOR_CARD_NAME}]({DONOR_CARD_NAME}).")
+        if self.limits:
+            sections += ["## Limits", "\n".join(f"- {limit}" for limit in self.limits)]
+        if self.is_attnres:
+            sections += ["## Citation", CITATION]
+        return "\n\n".join(sections) + "\n"
 
 
-def write_card(folder: Path, source: Source, facts: CardFacts) -> None:
-    """Writes README.md; the donor's own card comes along as DONOR_README.md."""
-    donor_card = source.folder / CARD_NAME
-    has_card = donor_card.is_file()
-    text = TEMPLATE.format(
-        metadata=yaml.safe_dump(_metadata(source), sort_keys=True, allow_unicode=True),
-        donor=source.name,
-        donor_link=f"[{source.name}](https://huggingface.co/{source.name})" if source.is_hub else f"`{source.name}`",
-        revision=f" at revision `{source.commit}`" if source.is_hub else "",
-        donor_card=DONOR_CARD_SECTION if has_card else "",
-        **vars(facts),
+def write_card(folder: Path, card: Card) -> None:
+    """Writes `README.md`, and `.eval_results/` for results on benchmarks of the Hub."""
+    _write(folder / CARD_NAME, card.text())
+    benchmarks = {}
+    for result in card.results:
+        if result.task_id:
+            entry = {"dataset": {"id": result.dataset_id, "task_id": result.task_id}, "value": result.value}
+            benchmarks.setdefault(result.dataset_id.replace("/", "_"), []).append({**entry, "notes": result.metric})
+    for name, entries in benchmarks.items():
+        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
+        _write(folder / EVAL_RESULTS / f"{name}.yaml", yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
+
+
+def folder_card(folder: Path, title: str | None = None, inherited: dict | None = None) -> Card:
+    """The card of a saved model or adapter, from what is in its folder.
+
+    Args:
+        folder: with `config.json` or `adapter_config.json` and, if it was trained or converted here, `results.json`.
+        title: default: the folder's name.
+        inherited: metadata of the model that it was made from, as [`read_metadata`] and [`inherit`] give them; default:
+            those of the card that the folder has.
+    """
+    facts = Facts(folder, title or folder.resolve().name)
+    metadata = read_metadata(folder) if inherited is None else inherited
+    results = facts.results
+    tags = [tag for tag in _list(metadata.get("tags")) if not (facts.mode == "donor" and tag == TAG)]
+    tags += [] if facts.mode in ("donor", "denseformer") else [TAG]
+    tags += [facts.method] if facts.is_adapter else []
+    datasets = list(dict.fromkeys([*_list(metadata.get("datasets")), *results.get("datasets", [])]))
+    base_model = metadata.get("base_model")
+    relation = metadata.get("base_model_relation") if base_model else None
+    taken_over = {name: metadata.get(name) for name in ("license", "license_name", "license_link")}
+    return Card(
+        title=facts.title,
+        summary=_summary(facts),
+        about=ABOUT[facts.mode].format(block_size=facts.block_size),
+        snippet=_snippet(facts),
+        library_name="peft" if facts.is_adapter else "transformers",
+        pipeline_tag=metadata.get("pipeline_tag") or PIPELINE_TAGS.get(facts.head),
+        base_model=base_model,
+        base_model_relation="adapter" if base_model and facts.is_adapter else relation,
+        datasets=datasets or None,
+        language=metadata.get("language") or results.get("language"),
+        tags=tuple(dict.fromkeys(tags)),
+        results=tuple(Result(**entry) for entry in results.get("evaluation", [])),
+        command=results.get("command"),
+        making=tuple(_making(facts)),
+        notes=EXACTNESS if facts.is_converted else "",
+        figure=FIGURE_NAME if (folder / FIGURE_NAME).is_file() else None,
+        limits=tuple(_limits(facts)),
+        donor_card=(folder / DONOR_CARD_NAME).is_file(),
+        **taken_over,
     )
-    (folder / CARD_NAME).write_text(text, encoding="utf-8")
-    if has_card:
-        (folder / DONOR_CARD_NAME).write_bytes(donor_card.read_bytes())
 
 
-def _metadata(source: Source) -> dict:
+class Facts:
+    """What the files of a folder say.
+
+    `mode` is `"donor"` for a plain residual stream and `None` if it is unknown; `head` is the end of the class's name.
+    """
+
+    def __init__(self, folder: Path, title: str):
+        self.title = title
+        self.adapter = read_json(folder / "adapter_config.json")
+        self.results = read_json(folder / RESULTS_NAME)
+        self.config = read_json(folder / "config.json") or self.results.get("base_config", {})
+        self.is_adapter = bool(self.adapter)
+        self.conversion = self.results.get("conversion", {})
+        self.class_name = (self.config.get("architectures") or [""])[0]
+        self.has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        if "attn_res_mode" in self.config:
+            self.mode = self.config["attn_res_mode"]
+        elif self.config:
+            self.mode = "donor"
+        else:
+            self.mode = None
+        self.needs_code = bool(self.config.get("auto_map")) or self.mode not in ("donor", None)
+
+    @property
+    def is_converted(self) -> bool:
+        return bool(self.conversion)
+
+    @property
+    def head(self) -> str:
+        heads = [head for head in PIPELINE_TAGS if head and self.class_name.endswith(head)]
+        return heads[0] if heads else "ForCausalLM" if self.is_adapter else ""
+
+    @property
+    def method(self) -> str:
+        """How it was fine-tuned, if it was."""
+        return self.results.get("method") or self.adapter.get("peft_type", "").lower()
+
+    @property
+    def base(self) -> str | None:
+        """What it was made from: a Hub id, or a path as it can be published."""
+        base = self.results.get("base") or self.adapter.get("base_model_name_or_path")
+        return base and public_path(base)
+
+    @property
+    def block_size(self) -> str:
+        size = self.config.get("attn_res_block_size", 0)
+        return f"{size} decoder layer{'s' * (size != 1)}"
+
+
+def _summary(facts: Facts) -> str:
+    results, name = facts.results, f"`{facts.class_name}`"
+    if facts.is_converted:
+        return (
+            f"{_link(facts.base, results)} with [Attention Residuals]({PAPER}), converted exactly and not yet trained."
+        )
+    stream = {"donor": "the plain residual stream", "denseformer": "fixed weights over depth"}
+    kind = stream.get(facts.mode, f"Attention Residuals in {facts.mode} mode" if facts.mode else "Attention Residuals")
+    if facts.is_adapter:
+        return f"A PEFT adapter ({facts.method}) on {_link(facts.base, results)}, a model with {kind}."
+    if not results.get("arguments"):
+        return f"{name} with {kind}."
+    if results.get("method"):
+        what = {"depth": "its depth attention alone trained", "full": "fine-tuned"}
+        how = what.get(results["method"], f"fine-tuned with {results['method']}, whose adapter is merged into it")
+        return f"{_link(facts.base, results)}, {how} on {results['data']}: {name} with {kind}."
+    if facts.base:
+        return f"{_link(facts.base, results)}, trained on with {results['data']}: {name} with {kind}."
+    return f"{name} with {kind}, pretrained from scratch on {results['data']}."
+
+
+def _link(base: str | None, results: dict) -> str:
+    revision = f" at revision `{results['revision']}`" if results.get("revision") else ""
+    if base is None:
+        return "a model"
+    is_hub = results.get("revision") or results.get("base_is_hub")
+    return f"[{base}](https://huggingface.co/{base}){revision}" if is_hub else f"`{base}`"
+
+
+def _making(facts: Facts) -> list[tuple[str, str]]:
+    results, config, conversion = facts.results, facts.config, facts.conversion
+    arguments, versions = results.get("arguments", {}), results.get("versions", {})
+    rows = []
+    if facts.base:
+        first = ", converted to Attention Residuals first" if results.get("converted") and not facts.is_adapter else ""
+        rows.append(("made from", _link(facts.base, results) + first))
+    if facts.class_name:
+        source = conversion.get("donor_class")
+        rows.append(("class", f"`{facts.class_name}`" + (f", from `{source}`" if source else "")))
+    if facts.mode == "block":
+        rows.append(("mode", f"block, {facts.block_size} each"))
+    elif facts.mode not in ("donor", None):
+        rows.append(("mode", facts.mode))
+    if "hidden_size" in config:
+        rows.append(("shape", f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']:,}"))
+    if conversion:
+        added = f"{conversion['parameters_added']:,} (`depth_attention.query` and `.key_norm`, float32)"
+        rows += [("parameters added", added), ("verification", _verification(conversion))]
+    if "parameters" in results:
+        depth = f", {results['depth_parameters']:,} of them of depth attention" if results["depth_parameters"] else ""
+        rows.append(("parameters", f"{results['parameters']:,}{depth}"))
+    if "method" in results:
+        rows.append(("method", results["method"]))
+    if "trained_parameters" in results:
+        depth = f", {results['depth_parameters']:,} of them of depth attention" if results["depth_parameters"] else ""
+        rows.append(("trained parameters", f"{results['trained_parameters']:,}{depth}"))
+    if results.get("merged_relative_error") is not None and not facts.is_adapter:
+        rows.append(("change of the logits by merging", f"{shown(results['merged_relative_error'])} of the largest"))
+    if arguments:
+        rows.append(("data", _data(results)))
+        tokens = f"{results['tokens']:,} in {results['steps']:,} steps"
+        rows.append(("tokens", tokens + f" of sequences of {arguments['seq_len']:,} at most"))
+        schedule = f"{arguments['optimizer']}, learning rate {arguments['learning_rate']:g}, {arguments['schedule']}"
+        rows.append(("optimizer", f"{schedule}{', bfloat16' if arguments['bf16'] else ''}"))
+        rows.append(("seed", str(arguments["seed"])))
+    if results.get("held_out_loss_before") is not None:
+        rows.append(("held-out loss before", shown(results["held_out_loss_before"])))
+    if "device" in versions:
+        hardware = f"{versions['device']}, {versions['threads']} threads"
+        if results.get("processes", 1) > 1:
+            hardware = f"{results['processes']} processes{_sharded(results)}, each: {hardware}"
+        rows.append(("hardware", hardware))
+    packages = [f"{name} {version}" for name, version in versions.items() if name not in ("device", "threads")]
+    if packages:
+        rows.append(("versions", ", ".join(packages)))
+    return rows
+
+
+def _sharded(results: dict) -> str:
+    return f", sharded with {results['sharding']}" if results.get("sharding") else ""
+
+
+def _verification(conversion: dict) -> str:
+    if conversion.get("verification_skipped"):
+        return f"skipped: {conversion['verification_skipped']}"
+    difference = conversion["relative_difference"]
+    return f"largest relative difference of the logits {shown(difference)} ({conversion['dtype']})"
+
+
+def _data(results: dict) -> str:
+    amounts = {"documents": "documents", "examples": "examples", "training_tokens": "tokens to train on"}
+    found = [f"{results[name]:,} {text}" for name, text in amounts.items() if name in results]
+    return ", ".join([results["data"], *found])
+
+
+def _limits(facts: Facts) -> list[str]:
+    results, limits = facts.results, []
+    if facts.is_converted:
+        limits.append("It is no better than its source until it has been trained, and has all limits of its source.")
+    if "tokens" in results:
+        tokens, size = results["tokens"], results.get("parameters", results.get("trained_parameters"))
+        scale = f"{tokens:,} tokens and {size:,} {'' if 'parameters' in results else 'trained '}parameters"
+        if facts.base:
+            limits.append(f"It has the limits of what it was made from; the training counted here is {scale}.")
+        if tokens < FEW_TOKENS and not facts.base:
+            limits.append(f"With {scale} it is for experiments, not for use: its text is not sensible or true.")
+        limits.append(
+            f"It was trained on {results['data']} and measured on held-out text of the same kind, nothing else: there "
+            "was no test of its abilities, of bias or of safety."
+        )
+        limits.append(f"Sequences longer than {results['arguments']['seq_len']:,} tokens were not trained on.")
+    if facts.is_adapter:
+        limits.append("It goes with the weights of this base and no others.")
+        if results.get("method") == "qlora":
+            kind = results["arguments"]["quantization"]
+            limits.append(f"It was trained on the base quantised to {kind}; with the full base the results differ.")
+    if facts.needs_code:
+        limits.append(
+            "Its class is not part of transformers: loading needs `trust_remote_code=True`, which runs the code files "
+            "of its repository, or `import attnres` where that package is installed."
+        )
+    return limits
+
+
+def _snippet(facts: Facts) -> str:
+    name, code = json.dumps(facts.title, ensure_ascii=False), ", trust_remote_code=True" if facts.needs_code else ""
+    auto_class = f"AutoModel{facts.head}"
+    base = facts.base if facts.is_adapter else None
+    lines = ["from peft import PeftModel"] if facts.is_adapter else []
+    lines.append(f"from transformers import {auto_class}{', AutoTokenizer' if facts.has_tokenizer else ''}\n")
+    if facts.has_tokenizer:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({name})")
+    if facts.is_adapter:
+        lines.append(f"base = {auto_class}.from_pretrained({json.dumps(base, ensure_ascii=False)}{code})")
+        lines.append(f"model = PeftModel.from_pretrained(base, {name})")
+    else:
+        lines.append(f"model = {auto_class}.from_pretrained({name}{code})")
+    if facts.has_tokenizer:
+        lines.append('inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)')
+        if facts.head == "ForCausalLM":
+            lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))")
+        else:
+            lines.append("outputs = model(**inputs)")
+    return "\n".join(lines)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file, empty if there is none."""
     try:
-        donor = metadata_load(source.folder / CARD_NAME) or {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_metadata(folder: Path) -> dict:
+    """What is taken over from the card in a folder, if it has one that can be read."""
+    try:
+        found = metadata_load(folder / CARD_NAME) or {}
     except (OSError, ValueError, yaml.YAMLError):
-        donor = {}
-    metadata = {key: donor[key] for key in KEPT_METADATA if key in donor}
-    tags = metadata.get("tags") or []
-    metadata["tags"] = [*([tags] if isinstance(tags, str) else tags), "attention-residuals"]
-    metadata["library_name"] = "transformers"
-    if source.is_hub:
-        metadata["base_model"] = source.name
+        return {}
+    kept = {name: found[name] for name in KEPT_METADATA if found.get(name)}
+    bases = [base for base in _list(kept.pop("base_model", None)) if is_hub_id(base)]
+    if bases:
+        kept["base_model"] = bases if len(bases) > 1 else bases[0]
+    else:
+        kept.pop("base_model_relation", None)
+    kept["tags"] = [tag for tag in _list(kept.get("tags")) if not tag.startswith("base_model:")]
+    return kept
+
+
+def inherit(metadata: dict, hub_id: str | None, is_trained: bool = True) -> dict:
+    """The metadata for a model made from one with this `metadata`.
+
+    Args:
+        hub_id: of the model it was made from, if that is on the Hub; otherwise the nearest ancestor that is, stays.
+        is_trained: whether it was trained, or converted as it was.
+    """
+    metadata = dict(metadata)
+    if hub_id:
+        metadata["base_model"] = hub_id
+    if metadata.get("base_model") and (hub_id or is_trained or "base_model_relation" not in metadata):
+        metadata["base_model_relation"] = "finetune"
     return metadata
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether this can be a repository, and isn't a folder here."""
+    return bool(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not os.path.exists(
+        name
+    )
+
+
+def public_path(path: str | os.PathLike) -> str:
+    """A path without what is of this machine alone: relative to the working directory or, outside, its last part.
+
+    Anything else, such as a Hub id, stays as it is.
+    """
+    text = os.fspath(path)
+    if not text.startswith(("/", ".", "~")) and not os.path.isabs(text):
+        return text
+    absolute = os.path.abspath(os.path.expanduser(text))
+    for cwd in (os.getcwd(), os.path.realpath(os.getcwd())):
+        if absolute.startswith(cwd + os.sep):
+            return os.path.relpath(absolute, cwd)
+    return os.path.basename(absolute) or text
+
+
+def published(value):
+    """A JSON value in which no string is a path of this machine."""
+    if isinstance(value, dict):
+        return {name: published(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [published(inner) for inner in value]
+    if isinstance(value, (str, os.PathLike)):
+        return public_path(value)
+    return value
+
+
+def shell_command(words: list[str]) -> str:
+    return shlex.join(map(public_path, words))
+
+
+def renamed(text: str, name: str) -> str:
+    """A card under the name of its repository, if it is one of this module: heading, snippet and results."""
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    old = heading and json.dumps(heading[1], ensure_ascii=False)
+    if old is None or f"from_pretrained({old}" not in text and f"from_pretrained(base, {old}" not in text:
+        return text
+    text = text.replace(heading[0], f"# {name}", 1)
+    for before in ("from_pretrained(", "from_pretrained(base, "):
+        text = text.replace(before + old, before + json.dumps(name))
+    return re.sub(r"(?m)^- name: .*$", f"- name: {name}", text, count=1) if "\nmodel-index:\n" in text else text
+
+
+def shown(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
+
+
+def _eval_result(result: Result, pipeline_tag: str | None) -> EvalResult:
+    return EvalResult(
+        task_type=pipeline_tag or "text-generation",
+        dataset_type=result.dataset_id or "text",
+        dataset_name=result.dataset,
+        metric_type=result.type,
+        metric_name=result.metric,
+        metric_value=result.value if math.isfinite(result.value) else str(result.value),
+    )
+
+
+def _list(value) -> list:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _table(heading: tuple[str, ...], rows) -> str:
+    lines = [heading, ("---",) * len(heading), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _wrapped(command: str) -> str:
+    """Lines that end before options."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) >= COMMAND_WIDTH:
+            lines.append(f"  {part}")
+        else:
+            lines[-1] = f"{lines[-1]} {part}".strip() if len(lines) == 1 else f"{lines[-1]} {part}"
+    return " \\\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    """The file appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -4,6 +4,7 @@
 import copy
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from transformers import PreTrainedConfig
@@ -18,7 +20,7 @@ from transformers import PreTrainedConfig
 import configuration_attnres
 import modeling_attnres
 
-from .card import CARD_NAME, DONOR_CARD_NAME, CardFacts, write_card
+from .card import CARD_NAME, DONOR_CARD_NAME, FIGURE_NAME, RESULTS_NAME, folder_card, inherit, read_metadata, write_card
 from .checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -38,7 +40,9 @@ from .verification import Verification, quiet, reason_to_skip, verify
 
 MODES = ("block", "full")
 CODE_FILES = tuple(Path(module.__file__) for module in (modeling_attnres, configuration_attnres))
-NOT_COPIED = (CARD_NAME, DONOR_CARD_NAME, *(file.name for file in CODE_FILES))
+DONOR_FILES = {CARD_NAME: DONOR_CARD_NAME, RESULTS_NAME: f"DONOR_{RESULTS_NAME}"}  # and what they are beside our own
+FIGURE_NUMBERS = Path(FIGURE_NAME).with_suffix(".json").name
+NOT_COPIED = (*DONOR_FILES, *DONOR_FILES.values(), FIGURE_NUMBERS, *(file.name for file in CODE_FILES))
 SECOND_OF_TWO = "model-00002-of-00002.safetensors"
 DEPTH_SHARD_NAME = "model-depth-attention.safetensors"
 INITIAL_VALUES = {"depth_attention.query": torch.zeros, "depth_attention.key_norm": torch.ones}
@@ -119,8 +123,8 @@ def convert_checkpoint(
         with staged(dst, force) as folder:
             _write_attnres(plan, folder, link, progress)
             comparison, skipped = _verify(plan, source.folder, folder, verify)
-            options = f"{source.name} {dst.name}" + _options(plan, revision, link)
-            write_card(folder, source, _card_facts(plan, dst.name, f"attnres-convert {options}", comparison, skipped))
+            command = f"attnres-convert {source.name} {dst.name}" + _options(plan, revision, link)
+            _write_card(plan, folder, dst.name, command, comparison, skipped)
     return _result(plan, dst, comparison, skipped)
 
 
@@ -327,8 +331,9 @@ def _write_donor(plan: Plan, folder: Path, link: bool, progress: bool) -> None:
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in plan.depth}
         write_json(folder / INDEX_NAME, index)
     _copy_companions(plan, folder)
-    if (plan.source.folder / DONOR_CARD_NAME).is_file():
-        shutil.copyfile(plan.source.folder / DONOR_CARD_NAME, folder / CARD_NAME)
+    for name, donor_name in DONOR_FILES.items():
+        if (plan.source.folder / donor_name).is_file():
+            shutil.copyfile(plan.source.folder / donor_name, folder / name)
     write_json(folder / CONFIG_NAME, plan.new_config)
 
 
@@ -359,23 +364,30 @@ def _options(plan: Plan, revision: str | None, link: bool) -> str:
     return shape + (f" --revision {revision}" if revision else "") + (" --link" if link else "")
 
 
-def _card_facts(
-    plan: Plan, title: str, command: str, comparison: Verification | None, skipped: str | None
-) -> CardFacts:
-    config = plan.config
-    references = config.hub_classes().items()
-    return CardFacts(
-        title=title,
-        command=command,
-        mode="full" if config.attn_res_mode == "full" else f"block, {config.attn_res_block_size} decoder layers each",
-        added=_depth_size(plan, 1)["total_parameters"],
-        attnres_class=plan.attnres_class.__name__,
-        donor_class=donor_class(plan.attnres_class).__name__,
-        auto_class=next(auto for auto, name in references if name.endswith(f".{plan.attnres_class.__name__}")),
-        verification=f"skipped: {skipped}"
-        if comparison is None
-        else f"largest relative difference of the logits {comparison.relative_difference:.1e} ({comparison.dtype})",
-    )
+def _write_card(
+    plan: Plan, folder: Path, title: str, command: str, comparison: Verification | None, skipped: str | None
+) -> None:
+    """Writes `results.json` and the card; those of the donor come along under other names."""
+    source = plan.source
+    for name, donor_name in DONOR_FILES.items():
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / donor_name)
+    found = vars(comparison) if comparison is not None else {"verification_skipped": skipped}
+    added = _depth_size(plan, 1)["total_parameters"]
+    results = {
+        "command": command,
+        "base": source.name,
+        "revision": source.commit,
+        "conversion": {"donor_class": donor_class(plan.attnres_class).__name__, "parameters_added": added, **found},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    write_json(folder / RESULTS_NAME, results)
+    metadata = inherit(read_metadata(source.folder), source.name if source.is_hub else None, is_trained=False)
+    write_card(folder, folder_card(folder, title, metadata))
 
 
 def _result(plan: Plan, dst: Path, comparison: Verification | None, skipped: str | None) -> ConversionResult:

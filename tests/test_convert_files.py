@@ -72,7 +72,7 @@ def test_what_comes_along(full_donor, tmp_path):
         "additional_chat_templates/tools.jinja",
     }
     assert {name: after.get(name) for name in expected} == {name: before[name] for name in expected}
-    own = {"README.md", "DONOR_README.md", "config.json", "model.safetensors.index.json"}
+    own = {"README.md", "DONOR_README.md", "results.json", "config.json", "model.safetensors.index.json"}
     own |= {"modeling_attnres.py", "configuration_attnres.py"}
     own |= {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     assert after.keys() == expected | own
@@ -93,6 +93,7 @@ def test_the_card(full_donor, tmp_path):
         "language": ["en", "de"],
         "tags": ["donor-tag", "attention-residuals"],
         "base_model": "organisation/base",
+        "base_model_relation": "finetune",
         "pipeline_tag": "text-generation",
         "library_name": "transformers",
     }
