@@ -345,15 +345,15 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
         rows.append(("change of the logits by merging", f"{shown(results['merged_relative_error'])} of the largest"))
     if arguments:
         rows.append(("data", _data(results)))
-        tokens = f"{results['tokens']:,} in {results['steps']:,} steps"
-        rows.append(("tokens", tokens + f" of sequences of {arguments['seq_len']:,} at most"))
+        steps = f"{results['steps']:,} steps, in sequences of at most {arguments['seq_len']:,}"
+        rows.append(("tokens", f"{results['tokens']:,} in {steps}"))
         schedule = f"{arguments['optimizer']}, learning rate {arguments['learning_rate']:g}, {arguments['schedule']}"
         rows.append(("optimizer", f"{schedule}{', bfloat16' if arguments['bf16'] else ''}"))
         rows.append(("seed", str(arguments["seed"])))
     if results.get("held_out_loss_before") is not None:
         rows.append(("held-out loss before", shown(results["held_out_loss_before"])))
     if "device" in versions:
-        hardware = f"{versions['device']}, {versions['threads']} threads"
+        hardware = f"{versions['device']}, {versions['threads']} thread{'s' * (versions['threads'] != 1)}"
         if results.get("processes", 1) > 1:
             hardware = f"{results['processes']} processes{_sharded(results)}, each: {hardware}"
         rows.append(("hardware", hardware))

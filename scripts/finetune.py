@@ -57,11 +57,13 @@ from pretrain import (
     read_config,
     starting_point,
 )
+from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import DataError, ShuffledSequences, data_name, first_line
 from training_optim import is_depth_attention, new_optimizer
 from training_options import (
     add_training_options,
     check_training_options,
+    given_options,
     positive,
     run_arguments,
     set_intervals,
@@ -274,6 +276,7 @@ def finetune(args) -> dict:
     if steps not in losses(read_lines(args.output / METRICS_FILE), "held_out_loss"):
         trainer.evaluate()
     trainer.save_final_model(args.output / "model")
+    depth_weights = mean_depth_weights(trainer)
     merged_error = None
     if args.merge and args.method in ADAPTER_METHODS and trainer.is_world_process_zero():
         merged_error = save_merged(args, trainer, tokenizer)
@@ -287,6 +290,7 @@ def finetune(args) -> dict:
         "held_out_loss": held_out_losses[steps],
         "held_out_loss_before": held_out_losses[0],
         "steps": steps,
+        "tokens": steps * tokens_per_step,
         **amount,
         "tokens_per_second": tokens_per_second(metrics),
         "peak_memory_bytes": peak_memory(),
@@ -299,6 +303,12 @@ def finetune(args) -> dict:
     }
     if trainer.is_world_process_zero():
         plot_losses({results["method"]: metrics}, args.output / "loss.png", f"{args.output.name}: loss on answers")
+        beside_model = model_results("finetune", args, results, model.config, base and base["base"])
+        title = args.output.resolve().name
+        write_training_card(args.output / "model", args, beside_model, title, depth_weights, model.config)
+        if merged_error is not None:
+            merged, title = args.output / "merged", f"{title}-merged"
+            write_training_card(merged, args, beside_model, title, depth_weights, model.config)
         write_json(results_file, results)
     return results
 
@@ -357,6 +367,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_training_options(parser, "methods", "lora,dora,full,depth")
     parser.set_defaults(steps=None, weight_decay=0.0, learning_rate=None)
     args = parser.parse_args(argv)
+    args.command = given_options(parser, args)
     check_arguments(parser, args)
     return args
 

@@ -26,6 +26,7 @@ from accelerate import PartialState
 from attnres_convert import ConversionError, convert_checkpoint, convert_to_donor
 from comparison import compare, open_comparison
 from depth_callback import DepthCallback
+from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import (
     DataError,
     ShuffledSequences,
@@ -42,6 +43,7 @@ from training_optim import new_optimizer
 from training_options import (
     add_training_options,
     check_training_options,
+    given_options,
     positive,
     run_arguments,
     set_intervals,
@@ -303,6 +305,7 @@ def pretrain(args) -> dict:
     if args.steps not in losses(read_lines(args.output / METRICS_FILE), "held_out_loss"):
         trainer.evaluate()
     trainer.save_final_model(args.output / "model")
+    depth_weights = mean_depth_weights(trainer)
     metrics = read_lines(args.output / METRICS_FILE)
     held_out_losses = losses(metrics, "held_out_loss")
     results = {
@@ -323,6 +326,9 @@ def pretrain(args) -> dict:
     }
     if trainer.is_world_process_zero():
         plot_losses({results["mode"]: metrics}, args.output / "loss.png", f"{args.output.name}: loss")
+        beside_model = model_results("pretrain", args, results, model.config)
+        title = args.output.resolve().name
+        write_training_card(args.output / "model", args, beside_model, title, depth_weights, model.config)
         write_json(results_file, results)
     return results
 
@@ -376,6 +382,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="processes that read batches; default: 0")
     add_training_options(parser, "modes", "donor,block,full,denseformer")
     args = parser.parse_args(argv)
+    args.command = given_options(parser, args)
     check_arguments(parser, args)
     return args
 

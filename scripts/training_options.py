@@ -18,7 +18,7 @@ from training_run import end_without_a_word
 from transformers import TrainingArguments
 
 
-NOT_OF_A_RUN = ("output", "compare", "sweep", "set_options")
+NOT_OF_A_RUN = ("output", "compare", "sweep", "set_options", "command")
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
@@ -75,6 +75,19 @@ def check_training_options(parser: argparse.ArgumentParser, args: argparse.Names
         name, equals, values = sweep.partition("=")
         if name not in vars(args) or not values or name in ("output", "compare", "sweep", "set", "data"):
             parser.error(f"--sweep {sweep}: give an option and values, such as depth_lr_scale=0.1,1,10")
+
+
+def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The options that aren't at their defaults, as words of a command line."""
+    words = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or value in ("", []):
+            continue
+        words.append(action.option_strings[-1])
+        if action.nargs != 0:  # not a flag
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
 
 
 def set_intervals(args: argparse.Namespace):

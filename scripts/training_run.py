@@ -15,7 +15,7 @@ import shutil
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import accelerate
@@ -74,9 +74,17 @@ def launched() -> dict:
     return {"processes": PartialState().num_processes, "sharding": sharding[0] if sharding else None}
 
 
+def cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def versions() -> dict[str, str]:
     modules = (attnres, torch, transformers, accelerate, datasets, tokenizers, numpy)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in modules},
