@@ -35,6 +35,7 @@ KEPT_METADATA = (
     "pipeline_tag",
     "tags",
 )
+CONFIG_FACTS = ("architectures", "attn_res_mode", "attn_res_block_size", "num_hidden_layers", "hidden_size")
 PIPELINE_TAGS = {
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
@@ -245,8 +246,9 @@ class Facts:
     def __init__(self, folder: Path, title: str):
         self.title = title
         self.adapter = read_json(folder / "adapter_config.json")
-        self.results = read_json(folder / RESULTS_NAME)
-        self.config = read_json(folder / "config.json") or self.results.get("base_config", {})
+        results = read_json(folder / RESULTS_NAME)
+        self.results = results if isinstance(results.get("command"), str) else {}  # others have files of this name too
+        self.config = read_json(folder / "config.json") or self.results.get("model_config", {})
         self.is_adapter = bool(self.adapter)
         self.conversion = self.results.get("conversion", {})
         self.class_name = (self.config.get("architectures") or [""])[0]
@@ -299,7 +301,7 @@ def _summary(facts: Facts) -> str:
         return f"{name} with {kind}."
     if results.get("method"):
         what = {"depth": "its depth attention alone trained", "full": "fine-tuned"}
-        how = what.get(results["method"], f"fine-tuned with {results['method']}, whose adapter is merged into it")
+        how = what.get(results["method"], f"fine-tuned with {results['method']} (the adapter is merged into it)")
         return f"{_link(facts.base, results)}, {how} on {results['data']}: {name} with {kind}."
     if facts.base:
         return f"{_link(facts.base, results)}, trained on with {results['data']}: {name} with {kind}."
@@ -431,6 +433,11 @@ def _snippet(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def config_facts(config: dict) -> dict:
+    """What `results.json` repeats of a configuration: it is in no other file beside an adapter."""
+    return {name: config[name] for name in CONFIG_FACTS if name in config}
+
+
 def read_json(path: Path) -> dict:
     """The object in a file, empty if there is none."""
     try:
@@ -447,13 +454,21 @@ def read_metadata(folder: Path) -> dict:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     kept = {name: found[name] for name in KEPT_METADATA if found.get(name)}
-    bases = [base for base in _list(kept.pop("base_model", None)) if is_hub_id(base)]
-    if bases:
-        kept["base_model"] = bases if len(bases) > 1 else bases[0]
-    else:
-        kept.pop("base_model_relation", None)
+    kept = without_local_bases(kept)
     kept["tags"] = [tag for tag in _list(kept.get("tags")) if not tag.startswith("base_model:")]
     return kept
+
+
+def without_local_bases(metadata: dict) -> dict:
+    """Without base models that aren't on the Hub, which refuses such cards."""
+    bases = [base for base in _list(metadata.get("base_model")) if is_hub_id(base)]
+    if bases == _list(metadata.get("base_model")):
+        return metadata
+    metadata = {name: value for name, value in metadata.items() if name != "base_model"}
+    if bases:
+        return {**metadata, "base_model": bases}
+    metadata.pop("base_model_relation", None)
+    return metadata
 
 
 def inherit(metadata: dict, hub_id: str | None, is_trained: bool = True) -> dict:
@@ -508,16 +523,19 @@ def shell_command(words: list[str]) -> str:
     return shlex.join(map(public_path, words))
 
 
-def renamed(text: str, name: str) -> str:
-    """A card under the name of its repository, if it is one of this module: heading, snippet and results."""
+def renamed(text: str, repo_id: str) -> str:
+    """A card under the name of its repository, in heading, snippet and results, if it is one of this module."""
     heading = re.search(r"^# (.+)$", text, re.MULTILINE)
-    old = heading and json.dumps(heading[1], ensure_ascii=False)
-    if old is None or f"from_pretrained({old}" not in text and f"from_pretrained(base, {old}" not in text:
+    if heading is None:
         return text
+    owner_and_name = r'(?:[^"/]+/)?' + re.escape(json.dumps(heading[1], ensure_ascii=False)[1:-1])
+    loads = re.compile(rf'(\.from_pretrained\((?:base, )?)"{owner_and_name}"')
+    if not loads.search(text):
+        return text
+    name = repo_id.split("/")[-1]
     text = text.replace(heading[0], f"# {name}", 1)
-    for before in ("from_pretrained(", "from_pretrained(base, "):
-        text = text.replace(before + old, before + json.dumps(name))
-    return re.sub(r"(?m)^- name: .*$", f"- name: {name}", text, count=1) if "\nmodel-index:\n" in text else text
+    text = loads.sub(lambda match: match[1] + json.dumps(repo_id), text)
+    return re.sub(r"(?m)(^model-index:\n- name:) .*$", rf"\1 {json.dumps(name)}", text)
 
 
 def shown(value: float) -> str:

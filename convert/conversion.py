@@ -20,7 +20,17 @@ from transformers import PreTrainedConfig
 import configuration_attnres
 import modeling_attnres
 
-from .card import CARD_NAME, DONOR_CARD_NAME, FIGURE_NAME, RESULTS_NAME, folder_card, inherit, read_metadata, write_card
+from .card import (
+    CARD_NAME,
+    DONOR_CARD_NAME,
+    FIGURE_NAME,
+    RESULTS_NAME,
+    config_facts,
+    folder_card,
+    inherit,
+    read_metadata,
+    write_card,
+)
 from .checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -378,6 +388,7 @@ def _write_card(
         "command": command,
         "base": source.name,
         "revision": source.commit,
+        "model_config": config_facts(plan.new_config),
         "conversion": {"donor_class": donor_class(plan.attnres_class).__name__, "parameters_added": added, **found},
         "versions": {
             "python": platform.python_version(),

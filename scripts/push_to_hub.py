@@ -2,6 +2,7 @@
 """python scripts/push_to_hub.py outputs/run/model my-name/my-model --dry-run
 
 Publishes a model folder as a repository of the Hub: weights, configuration, both code files, tokenizer, card, results.
+A card is made from the folder's files if it has none. One that this project's scripts wrote gets the repository's name.
 
 Before anything is uploaded, the files that would go up are loaded in a process of their own as a stranger would load
 them, without this project, without a network and without your token, and generate a few tokens. All files appear in one
@@ -25,7 +26,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+import yaml
+from attnres_convert.card import CARD_NAME, folder_card, renamed, without_local_bases, write_card
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    metadata_load,
+    metadata_save,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -44,7 +54,6 @@ REQUIRED = {
     "config.json": "save the model with save_pretrained",
     "generation_config.json": "save the model with save_pretrained",
     "tokenizer_config.json": "save the tokenizer there with save_pretrained",
-    "README.md": "write a model card",
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("*.safetensors", f"*{INDEX.removeprefix('model')}")
@@ -114,6 +123,7 @@ class Package:
     files: dict[str, Path] = field(default_factory=dict)  # by path in the repository
     left: dict[str, str] = field(default_factory=dict)
     needs_code: bool = True
+    notes: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -249,6 +259,30 @@ def collect(folder: Path, token: str | None = None) -> Package:
     check_weights(package.files)
     check_code(package)
     return package
+
+
+def add_card(package: Package, repo_id: str, folder: Path):
+    """Makes a card if there is none, and gives it the name of the repository. What changes is written to `folder`."""
+    card = folder / CARD_NAME
+    if CARD_NAME in package.files:
+        card.write_bytes(package.files[CARD_NAME].read_bytes())
+    else:
+        write_card(folder, folder_card(package.folder, repo_id.split("/")[-1]))
+    before = card.read_bytes().decode("utf-8", "surrogateescape")
+    text = renamed(before, repo_id)
+    if text != before:
+        card.write_bytes(text.encode("utf-8", "surrogateescape"))
+    try:
+        metadata = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):  # the Hub says what is wrong
+        metadata = {}
+    if (kept := without_local_bases(metadata)) != metadata:
+        package.notes.append("the base model on the card is a folder, which the Hub refuses; it is left out there")
+        metadata_save(card, kept)
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and (name not in package.files or package.files[name].read_bytes() != path.read_bytes()):
+            package.files[name] = path
 
 
 def load_as_stranger(package: Package) -> str:
@@ -436,15 +470,18 @@ def publish(api: HfApi, package: Package, args: argparse.Namespace) -> dict:
 
 def push(args: argparse.Namespace) -> dict:
     package = collect(args.folder, get_token())
-    print(listing(package), flush=True)
-    api = HfApi()
+    api, repo_id = HfApi(), args.repo
     if not args.dry_run:
         with explained(args.repo):
-            api.whoami()  # a wrong token shows before a large model is loaded
-    print(f"loads without the project and generates {load_as_stranger(package)!r}", flush=True)
-    if args.dry_run:
-        return {"dry_run": True, "files": {name: path.stat().st_size for name, path in package.files.items()}}
-    result = publish(api, package, args)
+            user = api.whoami()["name"]  # a wrong token shows before a large model is loaded
+        repo_id = args.repo if "/" in args.repo else f"{user}/{args.repo}"
+    with tempfile.TemporaryDirectory(prefix="attnres-card-") as folder:
+        add_card(package, repo_id, Path(folder))
+        print(listing(package), flush=True)
+        print(f"loads without the project and generates {load_as_stranger(package)!r}", flush=True)
+        if args.dry_run:
+            return {"dry_run": True, "files": {name: path.stat().st_size for name, path in package.files.items()}}
+        result = publish(api, package, args)
     print(f"{result['url']}: {len(result['uploaded'])} of {len(package.files)} files uploaded")
     return result
 
@@ -454,6 +491,7 @@ def listing(package: Package) -> str:
     lines = [f"{name:{width}}  {path.stat().st_size:>13,}" for name, path in package.files.items()]
     lines.append(f"{'':{width}}  {package.size:>13,} bytes in {len(package.files)} files")
     lines += [f"stays here: {name} ({reason})" for name, reason in package.left.items()]
+    lines += [f"note: {note}" for note in package.notes]
     for name in CODE_FILES if package.needs_code else ():
         if package.files[name].read_bytes() != (ROOT / name).read_bytes():
             lines.append(f"note: {name} is of another version than this project's")

@@ -10,6 +10,7 @@ import numpy as np
 from attnres_convert.card import (
     FIGURE_NAME,
     RESULTS_NAME,
+    config_facts,
     folder_card,
     inherit,
     published,
@@ -28,7 +29,6 @@ STDLIB_NAMES = {
     ("finetune", STDLIB): "functions of the standard library of Python {python}",
     ("finetune", f"{STDLIB}-chat"): "functions of the standard library of Python {python}, as chats",
 }
-CONFIG_FIELDS = ("architectures", "attn_res_mode", "attn_res_block_size", "num_hidden_layers", "hidden_size")
 
 
 def mean_depth_weights(trainer) -> list[np.ndarray] | None:
@@ -64,7 +64,6 @@ def draw_depth_weights(folder: Path, weights: list[np.ndarray], config, title: s
         numbers["weights"] = [read.tolist() for read in weights]
         save_figure(figure, folder / FIGURE_NAME, numbers)
     except Exception as error:  # of matplotlib, its fonts, the disk
-        (folder / FIGURE_NAME).unlink(missing_ok=True)
         no_figure(error)
 
 
@@ -101,7 +100,7 @@ def model_results(script: str, args, results: dict, config, base: str | None = N
         "base": base,
         "base_is_hub": bool(base) and not Path(base).exists(),
         "converted": (args.output / "converted").exists(),
-        "base_config": {name: value for name, value in config.to_dict().items() if name in CONFIG_FIELDS},
+        "model_config": config_facts(config.to_dict()),
         "data": ", ".join(names if stdlib else [f"`{name}`" for name in names]),
         "datasets": args.data if on_hub else [],
         "language": "en" if stdlib else None,  # of names and comments

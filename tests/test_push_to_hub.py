@@ -390,7 +390,7 @@ def no_auto_map(folder):
         (no_auto_map, "no auto_map"),
         *(
             (lambda folder, name=name: (folder / name).unlink(), f"{name} is missing")
-            for name in (*CODE_FILES, "config.json", "generation_config.json", "tokenizer_config.json", "README.md")
+            for name in (*CODE_FILES, "config.json", "generation_config.json", "tokenizer_config.json")
         ),
     ],
 )
