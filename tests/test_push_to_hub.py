@@ -13,10 +13,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from attnres_convert.card import folder_card
 from convert_models import edit_json
 from families import tiny_model
 from hub_server import Fault, serve_hub
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import push_to_hub  # noqa: E402
-from push_to_hub import CODE_FILES, PushError, collect, load_as_stranger, parse_arguments, publish  # noqa: E402
+from push_to_hub import CODE_FILES, PushError, add_card, collect, load_as_stranger, parse_arguments, publish  # noqa: E402
 from training_data import train_tokenizer  # noqa: E402
 
 
@@ -270,6 +271,46 @@ def test_concurrent_change(hub, api, folder, monkeypatch):
     with pytest.raises(PushError, match="was changed meanwhile"):
         publish(api, collect(folder), arguments(folder))
     assert published(hub) == {"README.md": b"newer"}
+
+
+def test_card_is_made(hub, api, folder, tmp_path):
+    """A folder without a card gets one, under the repository's name; the folder stays as it is."""
+    (folder / "README.md").unlink()
+    before = contents(folder)
+    (tmp_path / "card").mkdir()
+    package = collect(folder)
+    add_card(package, "me/some-model", tmp_path / "card")
+    publish(api, package, arguments(folder, repo="me/some-model"))
+    files = published(hub, "me/some-model")
+    card = files.pop("README.md").decode()
+    assert files == before == contents(folder)
+    assert "# some-model\n" in card and 'from_pretrained("me/some-model", trust_remote_code=True)' in card
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag, data.tags) == (
+        "transformers",
+        "text-generation",
+        ["attention-residuals"],
+    )
+    assert data.license is None and data.base_model is None
+
+
+def test_card_takes_the_name_of_the_repository(hub, folder, tmp_path):
+    """By the whole command; the folder that the card names as its base stays out of the metadata."""
+    text = (
+        folder_card(folder, "model", {"license": "mit"})
+        .text()
+        .replace("license: mit", "license: mit\nbase_model: a/b/c")
+    )
+    (folder / "README.md").write_text(text)
+    done = run_script(hub, tmp_path / "home", folder, "new-name")
+    assert done.returncode == 0 and "note: the base model on the card is a folder" in done.stdout, done.stderr
+    files = published(hub, "me/new-name")
+    card = files["README.md"].decode()
+    assert "# new-name\n" in card and '"me/new-name"' in card and '"model"' not in card and "a/b/c" not in card
+    assert card.split("---\n")[2].count("\n") == text.split("---\n")[2].count("\n")
+    assert (folder / "README.md").read_text() == text
+    again = run_script(hub, tmp_path / "home", folder, "me/new-name")
+    assert json.loads(again.stdout.splitlines()[-1])["uploaded"] == []
 
 
 def test_card_that_the_hub_refuses(hub, api, folder):
