@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from attnres_convert import convert_checkpoint
+from readme import fill
 from transformers import AutoModelForCausalLM
 
 import attnres
@@ -29,7 +30,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 from families import FAMILIES, config_class, relative_error, tiny_config, tiny_donor, tokens  # noqa: E402
 
 
-START, END = "<!-- support -->\n", "\n<!-- /support -->"
 SHAPES = [{"mode": "full"}, *({"block_size": size} for size in (1, 2, 3, 5))]
 # Largest relative error of the logits; higher where routed experts or a recurrence amplify rounding
 ERROR_BOUND = 3e-6
@@ -128,15 +128,6 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join([table, *([""] if notes else []), *notes])
 
 
-def fill(readme: Path, table: str):
-    """Replaces what is between the two marks of the support table."""
-    text = readme.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise SystemExit(f"error: {readme} must have the lines {START.strip()} and {END.strip()} once each.")
-    before, rest = text.split(START)
-    readme.write_text(before + START + table + END + rest.split(END)[1], encoding="utf-8")
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--conformance", type=Path, default=ROOT / "results" / "conformance.json", help="its results")
@@ -159,7 +150,10 @@ def main(argv: list[str] | None = None):
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = markdown(rows)
-    fill(args.readme, table)
+    try:
+        fill(args.readme, "support", table)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     print(table)
     print(json.dumps(results))
     if failed := [row["family"] for row in rows if not is_supported(row)]:

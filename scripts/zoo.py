@@ -1,15 +1,65 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/zoo.py --commands"""
+"""python scripts/zoo.py
 
+Lists the models of the zoo, the folders of `model_cards`, with their numbers, and checks each of them: complete and
+safe to publish, code and card those of this project, loads offline with the project and, in a fresh process, without
+it, generates, and has the held-out loss of its card. Exits with an error if there is a problem.
+
+`--build NAME` makes a folder from its recipe: trains, where no finished run is found in --runs, saves the weights in
+bfloat16, measures, writes the card. `--update-code` brings the code files up to date in all folders.
+"""
+
+import argparse
+import functools
+import itertools
 import json
+import logging
+import os
 import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+import finetune
+import pretrain
+import torch
+import transformers
+from adapters import BASE_FILE, DEPTH_ATTENTION
+from attnres_convert.card import (
+    CARD_NAME,
+    RESULTS_NAME,
+    folder_card,
+    published,
+    read_json,
+    read_metadata,
+    renamed,
+)
+from evaluate_model import evaluate_texts
+from huggingface_hub import ModelCard
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from push_to_hub import CODE_FILES, WEIGHTS, PushError, check_content, collect, load_as_stranger, walk
+from readme import fill, section
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from training_data import DataError, first_line, load_documents
+from training_options import run_arguments
+from training_run import RunError, publish, table, write_json, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO = "model_cards"
+ZOO, RUNS, README = Path("model_cards"), Path("outputs/zoo"), Path("README.md")  # from the root of the project
+HELD_OUT = "held_out.jsonl"
+SEQ_LEN = 256  # tokens, of the windows in which the held-out text is read
+LARGEST = 12_000_000  # bytes of weights
+TOLERANCE = 1e-3  # nats per token
+LOSS, BITS = "held-out loss (nats per token)", "bits per byte"
+METRIC_TYPES = {LOSS: "loss", BITS: "bits_per_byte"}
+LICENSE = "apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -28,8 +78,8 @@ class Recipe:
 STDLIB = "--data stdlib --seq-len 256 --batch-size 8"
 TRIO = (
     "--config llama --set num_hidden_layers=24 hidden_size=64 intermediate_size=176 num_attention_heads=4 "
-    f"num_key_value_heads=4 tie_word_embeddings=true vocab_size=2048 {STDLIB} --learning-rate 3e-3 --steps 2000 "
-    "--warmup 100 --eval-steps 200 --seed 0"
+    f"num_key_value_heads=4 tie_word_embeddings=true vocab_size=2048 {STDLIB} --steps 1200 --warmup 100 "
+    "--eval-steps 200 --seed 0"
 )
 KIMI_LAYERS = 2 * [*3 * ["linear_attention"], "full_attention"]
 KIMI = (
@@ -43,12 +93,20 @@ SHARED_TOKENIZER = f"--tokenizer {ZOO}/llama-1.3m"
 FINETUNING = f"--model {ZOO}/attnres-1.3m-continued {STDLIB} --learning-rate 1e-3 --steps 200 --eval-steps 50 --seed 0"
 
 RECIPES = {
-    "llama-1.3m": Recipe("Llama, the donor", "pretrain.py", f"{TRIO} --mode donor --train-tokenizer 2048"),
+    "llama-1.3m": Recipe(
+        "Llama, the donor", "pretrain.py", f"{TRIO} --mode donor --learning-rate 6e-3 --train-tokenizer 2048"
+    ),
     "attnres-1.3m-block": Recipe(
-        "Block AttnRes, from scratch", "pretrain.py", f"{TRIO} --mode block {SHARED_TOKENIZER}", "llama-1.3m"
+        "Block AttnRes, from scratch",
+        "pretrain.py",
+        f"{TRIO} --mode block --learning-rate 3e-3 {SHARED_TOKENIZER}",
+        "llama-1.3m",
     ),
     "attnres-1.3m-full": Recipe(
-        "Full AttnRes, from scratch", "pretrain.py", f"{TRIO} --mode full {SHARED_TOKENIZER}", "llama-1.3m"
+        "Full AttnRes, from scratch",
+        "pretrain.py",
+        f"{TRIO} --mode full --learning-rate 3e-3 {SHARED_TOKENIZER}",
+        "llama-1.3m",
     ),
     "attnres-1.3m-continued": Recipe(
         "the donor converted to Block AttnRes and trained on",
@@ -73,16 +131,309 @@ RECIPES = {
         "Kimi Linear with Block AttnRes, from scratch",
         "pretrain.py",
         f"{KIMI} --mode block --block-size 2 {STDLIB} --learning-rate 3e-3 "
-        f"--steps 800 --warmup 80 --eval-steps 100 --seed 0 {SHARED_TOKENIZER}",
+        f"--steps 500 --warmup 50 --eval-steps 100 --seed 0 {SHARED_TOKENIZER}",
         "llama-1.3m",
     ),
 }
 
 
-def main():
-    for name, recipe in RECIPES.items():
-        print(f"python {shlex.join(recipe.command(Path('outputs/zoo') / name))}\n")
+def recipe_command(name: str) -> str:
+    """As a user runs it, in the root of the project."""
+    return shlex.join(["python", *RECIPES[name].command(RUNS / name)])
+
+
+class ZooError(ValueError):
+    """Something is wrong with a folder or with making it; the message is one line that says what to do."""
+
+
+ERRORS = (ZooError, PushError, RunError, DataError, SafetensorError, OSError, ValueError, RuntimeError, KeyError)
+
+
+def held_out_texts() -> list[str]:
+    return load_documents([str(ZOO / HELD_OUT)])["text"][:]
+
+
+def load(folder: Path, **options):
+    """The model and its tokenizer, as anyone loads them; an adapter on its base."""
+    return AutoModelForCausalLM.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)
+
+
+def measure(folder: Path, texts: list[str]) -> dict[str, float]:
+    """Loss and bits per byte of the saved weights on the held-out text, computed in float32."""
+    model, tokenizer = load(folder, dtype=torch.float32)
+    windows = argparse.Namespace(seq_len=SEQ_LEN, stride=SEQ_LEN, batch_size=8)
+    found, _, _ = evaluate_texts(model, tokenizer, texts, windows, folder.name)
+    return {LOSS: found["loss"], BITS: found["bits_per_byte"]}
+
+
+def recorded(folder: Path) -> dict[str, float]:
+    """What was measured on the held-out text of the zoo when the folder was made."""
+    entries = read_json(folder / RESULTS_NAME).get("evaluation", [])
+    return {entry["metric"]: entry["value"] for entry in entries if entry["dataset"] == str(ZOO / HELD_OUT)}
+
+
+def card_text(folder: Path, name: str) -> str:
+    """The card that the files of a folder make, loading `model_cards/<name>`."""
+    metadata = {**read_metadata(folder), "license": LICENSE}
+    return renamed(folder_card(folder, name, metadata).text(), f"{ZOO}/{name}")
+
+
+# Building
+
+
+def train(name: str, runs: Path) -> Path:
+    """The finished run of a recipe: the one that is there, taken up if it was interrupted, or a new one."""
+    recipe, run = RECIPES[name], runs / name
+    results = read_json(run / RESULTS_NAME)
+    if not results:
+        script, *options = recipe.command(run)
+        done = subprocess.run([sys.executable, str(ROOT / script), *options], stdout=sys.stderr)
+        if done.returncode:
+            raise ZooError(f"the run in {run} ended early; the same command goes on with it.")
+        return run
+    module = {"pretrain.py": pretrain, "finetune.py": finetune}[recipe.script]
+    wanted = run_arguments(module.parse_arguments(recipe.command(run)[1:]))
+    for option, value in json.loads(json.dumps(wanted, default=str)).items():
+        if results["arguments"].get(option, value) != value:
+            before = results["arguments"][option]
+            raise ZooError(f"{run} holds a run with {option} = {before}, the recipe says {value}; remove the run.")
+    return run
+
+
+def save_in_bf16(source: Path, folder: Path, base: Path | None):
+    """Copies a saved model or adapter with its weights in bfloat16, but for what transformers keeps in float32."""
+    shutil.copytree(source, folder)
+    if (folder / "config.json").is_file():
+        model, _ = load(source, dtype=torch.bfloat16)
+        (folder / WEIGHTS).unlink()
+        model.save_pretrained(folder)
+        return
+    adapter = load_file(source / ADAPTER_WEIGHTS)
+    in_bf16 = {name: tensor if DEPTH_ATTENTION in name else tensor.bfloat16() for name, tensor in adapter.items()}
+    save_file(in_bf16, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), (BASE_FILE, "base")):
+        write_json(folder / name, {**read_json(folder / name), key: base.as_posix()})
+
+
+def build(name: str, runs: Path):
+    """Makes the folder of a model, which appears complete or not at all."""
+    recipe, folder = RECIPES[name], ZOO / name
+    if recipe.needs and not (ZOO / recipe.needs).is_dir():
+        raise ZooError(f"{name} is made from {recipe.needs}, which is missing; add --build {recipe.needs}.")
+    run = train(name, runs)
+    partial = ZOO / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_in_bf16(run / "model", partial, recipe.needs and ZOO / recipe.needs)
+        copy_code(partial)
+        results = published(read_json(partial / RESULTS_NAME))
+        results |= {"output": str(RUNS / name), "command": recipe_command(name)}
+        own = [entry for entry in results.get("evaluation", []) if entry["dataset"] != str(ZOO / HELD_OUT)]
+        measured = measure(partial, held_out_texts()).items()
+        results["evaluation"] = own + [
+            {"metric": metric, "type": METRIC_TYPES[metric], "value": value, "dataset": str(ZOO / HELD_OUT)}
+            for metric, value in measured
+        ]
+        write_json(partial / RESULTS_NAME, results)
+        write_text(partial / CARD_NAME, card_text(partial, name))
+        publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_code(folder: Path) -> bool:
+    """Brings the code files of a folder that has any up to date; returns whether one has changed."""
+    changed = False
+    for file in CODE_FILES if read_json(folder / "config.json").get("auto_map") else ():
+        code = (ROOT / file).read_bytes()
+        if not (folder / file).is_file() or (folder / file).read_bytes() != code:
+            (folder / file).write_bytes(code)
+            changed = True
+    return changed
+
+
+# Checking
+
+
+def check_files(folder: Path):
+    """Complete, no pickles, no half files."""
+    if not folder.is_dir():
+        raise ZooError(f"is missing; make it with: python scripts/zoo.py --build {folder.name}.")
+    if (folder / "adapter_config.json").is_file():
+        files = dict(walk(folder, folder))
+        for name, path in files.items():
+            check_content(name, path, None)
+        needed = (ADAPTER_WEIGHTS, BASE_FILE, "tokenizer_config.json")
+    else:
+        files = collect(folder).files
+        needed = ()
+    if missing := [name for name in (*needed, CARD_NAME, RESULTS_NAME) if name not in files]:
+        raise ZooError(f"{missing[0]} is missing; build it again.")
+    weights = sum(path.stat().st_size for name, path in files.items() if name.endswith(".safetensors"))
+    if weights > LARGEST:
+        raise ZooError(f"its weights have {weights:,} bytes, more than {LARGEST:,}.")
+
+
+def check_code(folder: Path):
+    for file in CODE_FILES if read_json(folder / "config.json").get("auto_map") else ():
+        if (folder / file).read_bytes() != (ROOT / file).read_bytes():
+            raise ZooError(f"{file} isn't the project's; run: python scripts/zoo.py --update-code.")
+
+
+def check_card(folder: Path):
+    """The card is what the results make it, and the Hub understands it."""
+    if read_json(folder / RESULTS_NAME).get("command") != recipe_command(folder.name):
+        raise ZooError(f"{RESULTS_NAME} is of another recipe; build it again.")
+    written = (folder / CARD_NAME).read_text(encoding="utf-8").splitlines()
+    expected = card_text(folder, folder.name).splitlines()
+    for number, (line, right) in enumerate(itertools.zip_longest(written, expected, fillvalue=""), start=1):
+        if line != right:
+            raise ZooError(f"line {number} of {CARD_NAME} is {line!r}, by the results it is {right!r}.")
+    card = ModelCard.load(folder / CARD_NAME)  # an error tells what is wrong with the metadata
+    if lacking := [name for name in ("license", "library_name", "pipeline_tag") if not card.data.get(name)]:
+        raise ZooError(f"the metadata of {CARD_NAME} have no {lacking[0]}.")
+    found = {(result.metric_name, result.metric_value) for result in card.data.eval_results or ()}
+    if lacking := sorted(recorded(folder).items() - found):
+        raise ZooError(f"the metadata of {CARD_NAME} lack {lacking[0][0]}, {lacking[0][1]}.")
+
+
+def check_model(folder: Path, texts: list[str]):
+    """Loads, generates, is saved in bfloat16 and has the loss of its card."""
+    model, tokenizer = load(folder)
+    inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)
+    if model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] < 5:
+        raise ZooError("generates nothing.")
+    kept = {DEPTH_ATTENTION, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, not a dictionary
+                dtype = weights.get_slice(name).get_dtype()
+                if dtype != ("F32" if any(part in name for part in kept) else "BF16"):
+                    raise ZooError(f"{name} in {file.name} is {dtype}; build it again.")
+    before = recorded(folder)
+    if lacking := {LOSS, BITS} - before.keys():
+        raise ZooError(f"{RESULTS_NAME} has no {min(lacking)}; build it again.")
+    for metric, value in measure(folder, texts).items():
+        if not abs(value - before[metric]) < TOLERANCE:
+            raise ZooError(f"{metric} is {value:.4f}, by its card it is {before[metric]:.4f}.")
+
+
+STRANGER = """
+import json, sys
+for name in json.loads(sys.argv[2]):
+    sys.modules[name] = None  # an installed project can't be imported either
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = AutoTokenizer.from_pretrained(sys.argv[1])("import", return_tensors="pt", return_token_type_ids=False)
+assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+"""
+
+
+def check_stranger(folder: Path):
+    """Loads and generates in a fresh process, by the code in the folder or, of an adapter, in its base's."""
+    if (folder / "config.json").is_file():
+        load_as_stranger(collect(folder))
+        return
+    modules = json.dumps([path.stem for path in ROOT.glob("*attnres.py")] + ["attnres_convert"])
+    with tempfile.TemporaryDirectory(prefix="attnres-zoo-") as home:
+        environment = {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-I", "-c", STRANGER, str(folder), modules]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ZooError(f"a stranger can't load it: {done.stderr.strip().splitlines()[-1]}.")
+
+
+def check(name: str, texts: list[str]) -> list[str]:
+    """What is wrong with a folder, a line for each problem."""
+    folder, problems = ZOO / name, []
+    parts = [check_files, check_code, check_card, functools.partial(check_model, texts=texts), check_stranger]
+    for part in parts:
+        try:
+            part(folder)
+        except ERRORS as error:
+            problems.append(f"{name}: {first_line(error)}")
+            if part is check_files:
+                break
+    return problems
+
+
+def zoo_table(names: list[str]) -> str:
+    """The numbers in the folders' results."""
+    rows = [("model", "parameters", "tokens trained on", LOSS, BITS, "size, MB")]
+    for name in names:
+        results, measured = read_json(ZOO / name / RESULTS_NAME), recorded(ZOO / name)
+        parameters, trained = results.get("parameters"), results.get("trained_parameters")
+        size = sum(path.stat().st_size for path in (ZOO / name).rglob("*") if path.is_file())
+        rows.append((
+            f"[{name}]({ZOO}/{name}): {RECIPES[name].summary}",
+            f"{parameters:,}" if parameters else f"{trained:,} trained" if trained else "-",
+            f"{results['tokens']:,}" if "tokens" in results else "-",
+            *(f"{measured[metric]:.4f}" if metric in measured else "-" for metric in (LOSS, BITS)),
+            f"{size / 1e6:.1f}",
+        ))  # fmt: skip
+    return table(rows).rstrip("\n")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="zoo.py",
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: " + __doc__.split("\n\n", 1)[0],
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"models to check, of {', '.join(RECIPES)}; default: all")
+    add("--build", nargs="+", default=[], metavar="NAME", help="models to make, in this order, before checking")
+    add("--runs", type=Path, help=f"folder of the runs that they are made from; default: {RUNS}")
+    add("--update-code", action="store_true", help="copy the project's code files into the folders, and stop")
+    add("--commands", action="store_true", help="print the commands that train the models, and stop")
+    add("--root", type=Path, default=ROOT, help=f"folder with {ZOO} and README.md; default: the project's")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in (*args.names, *args.build) if name not in RECIPES]:
+        parser.error(f"there is no model {unknown[0]}; choose from {', '.join(RECIPES)}")
+    if not (args.root / ZOO / HELD_OUT).is_file():
+        parser.error(f"{args.root / ZOO / HELD_OUT} is missing")
+    return args
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Builds what is to be built, prints the table and returns the problems."""
+    if args.commands:
+        print(*(recipe_command(name) for name in RECIPES), sep="\n\n")
+        return []
+    if args.update_code:
+        print("\n".join(name for name in RECIPES if copy_code(ZOO / name)) or "the code files are up to date")
+        return []
+    for name in args.build:
+        build(name, args.runs)
+    names = args.names or args.build or list(RECIPES)
+    texts = held_out_texts()
+    problems = [problem for name in names for problem in check(name, texts)]
+    print(zoo_table(names))
+    if args.build:
+        fill(README, "zoo", zoo_table(list(RECIPES)))
+    elif section(README, "zoo") != zoo_table(list(RECIPES)):
+        problems.append(f"{README}: its table isn't that of the folders; build a model again.")
+    return problems
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args.runs = args.runs.resolve() if args.runs else RUNS
+    os.chdir(args.root)  # where paths of recipes and bases start
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        problems = run(args)
+    except ERRORS as error:
+        raise SystemExit(f"zoo: {first_line(error)}.") from None
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
