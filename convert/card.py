@@ -220,7 +220,7 @@ def folder_card(folder: Path, title: str | None = None, inherited: dict | None =
         about=ABOUT[facts.mode].format(block_size=facts.block_size),
         snippet=_snippet(facts),
         library_name="peft" if facts.is_adapter else "transformers",
-        pipeline_tag=metadata.get("pipeline_tag") or PIPELINE_TAGS.get(facts.head),
+        pipeline_tag=PIPELINE_TAGS[facts.head] if facts.head else metadata.get("pipeline_tag", PIPELINE_TAGS[""]),
         base_model=base_model,
         base_model_relation="adapter" if base_model and facts.is_adapter else relation,
         datasets=datasets or None,
@@ -455,7 +455,7 @@ def read_metadata(folder: Path) -> dict:
         return {}
     kept = {name: found[name] for name in KEPT_METADATA if found.get(name)}
     kept = without_local_bases(kept)
-    kept["tags"] = [tag for tag in _list(kept.get("tags")) if not tag.startswith("base_model:")]
+    kept["tags"] = [tag for tag in map(str, _list(kept.get("tags"))) if not tag.startswith("base_model:")]
     return kept
 
 

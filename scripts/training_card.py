@@ -3,6 +3,8 @@
 
 import json
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from transformers.utils import cached_file
 
 
 FIGURE_SEQUENCES = 8
+LICENCE_FILES = re.compile("licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
 STDLIB_NAMES = {
     ("pretrain", STDLIB): "the source of the standard library of Python {python}",
     ("finetune", STDLIB): "functions of the standard library of Python {python}",
@@ -110,14 +113,19 @@ def model_results(script: str, args, results: dict, config, base: str | None = N
     return published({**results, **about})
 
 
+def parent_folder(args) -> Path | None:
+    """What was trained on, if that is a folder: `--model`, or what conversion has made of it."""
+    converted = args.output / "converted"
+    folder = converted if converted.exists() or args.model is None else Path(args.model)
+    return folder if folder.is_dir() else None
+
+
 def parent_metadata(args) -> dict:
-    """What is taken over from the card of `--model`, or of what conversion has made of it."""
+    """What is taken over from the card of what was trained on."""
     if args.model is None:
         return {}
-    parent = args.output / "converted"
-    parent = parent if parent.exists() else Path(args.model)
-    if parent.is_dir():
-        return inherit(read_metadata(parent), None)
+    if (folder := parent_folder(args)) is not None:
+        return inherit(read_metadata(folder), None)
     try:
         card = cached_file(args.model, "README.md", _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
@@ -126,12 +134,16 @@ def parent_metadata(args) -> dict:
 
 
 def write_training_card(folder: Path, args, results: dict, title: str, weights, config):
-    """`results.json`, the figure and the card of a model or an adapter. For the main process.
+    """`results.json`, the figure and the card of a model or an adapter, and the licence of what was trained on. For the
+    main process.
 
     Args:
         results: of [`model_results`].
         weights: of [`mean_depth_weights`].
     """
+    for path in parent_folder(args).iterdir() if parent_folder(args) else ():
+        if path.is_file() and LICENCE_FILES.match(path.name):
+            shutil.copyfile(path, folder / path.name)
     write_json(folder / RESULTS_NAME, json.loads(json.dumps(results, default=str)))
     if weights is not None:
         draw_depth_weights(folder, weights, config, title)

@@ -82,6 +82,7 @@ def models(server) -> dict[str, Path]:
     card = repository / "snapshots" / ("a" * 40) / "README.md"
     huggingface_hub.metadata_save(card, {**metadata_load(card), **OF_THE_DONOR})
 
+    (card.parent / "LICENSE").write_text("Some license.")
     server.run("--model", HUB_ID, *data, "--seed=7", "--output", folder / "out" / "continued")
     server.script = "finetune"
     lora = ["--model", "out/continued/model", "--data", folder / "pairs.jsonl", "--seq-len=48", "--held-out=0.2"]
@@ -138,6 +139,12 @@ def test_metadata(models):
         assert metadata["base_model"] == HUB_ID
         expected = ["small", "attention-residuals", *(["lora"] if name == "lora" else [])]
         assert {key: metadata[key] for key in OF_THE_DONOR} == {**OF_THE_DONOR, "tags": expected}
+
+
+def test_licence(models):
+    """The text of the licence comes along with its name."""
+    for name, folder in models.items():
+        assert name == "donor" or (folder / "LICENSE").read_text() == "Some license."
 
 
 def test_evaluation_results(models):
@@ -291,6 +298,7 @@ def test_other_heads(tmp_path):
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=99
     )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    (tmp_path / "classifier" / "README.md").write_text("---\npipeline_tag: text-generation\ntags: [1]\n---\n")
     convert_checkpoint(tmp_path / "classifier", tmp_path / "converted")
     assert metadata_load(tmp_path / "converted" / "README.md")["pipeline_tag"] == "text-classification"
     assert (
