@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup quickstart test lint exactness support pretrain finetune evaluate plot-depth bench conformance clean
+.PHONY: help setup quickstart test lint exactness support zoo pretrain finetune evaluate plot-depth bench conformance clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -17,7 +17,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,trl,lm-eval,test,lint]'
 	@touch $@
 
-quickstart: $(READY) ## train, convert, continue, adapt and compare a small model; writes outputs/quickstart
+quickstart: $(READY) ## convert, train on, adapt and compare a small model; writes outputs/quickstart
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
@@ -32,6 +32,9 @@ exactness: $(READY) ## measure how exact conversion is, the numbers in the READM
 
 support: $(READY) ## measure every family and fill the table of supported families in the README
 	$(BIN)/python scripts/support_table.py $(ARGS)
+
+zoo: $(READY) ## list the models of the zoo with their numbers and check their folders
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/zoo.py $(ARGS)
 
 pretrain: $(READY) ## pretrain a model; ARGS="--help" lists the options
 	$(BIN)/python scripts/pretrain.py $(ARGS)

@@ -1,13 +1,13 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """python scripts/quickstart.py --output outputs/quickstart
 
-The whole story on a small scale, told by the other scripts: pretrain.py trains a Llama of transformers, attnres-convert
-converts it, pretrain.py trains both on with the same batches, finetune.py adds LoRA, each model generates,
+The whole story on a small scale, told by the other scripts: attnres-convert converts a small Llama of transformers, the
+one in `model_cards`, pretrain.py trains both on with the same batches, finetune.py adds LoRA, each model generates,
 plot_depth_attention.py draws what depth attention has learned, and evaluate_model.py compares all models.
 
-The text is the Python standard library's own source, so nothing is downloaded, and takes five to ten minutes on two CPU
-cores. `--model` and `--text` put one's own checkpoint and text in its place. The output folder appears when all is
-done. The last line of the output is JSON.
+The text is the Python standard library's own source, so nothing is downloaded, and it takes two or three minutes on two
+CPU cores. `--model` and `--text` put one's own checkpoint and text in its place; `--train-donor` has pretrain.py train
+a Llama first. The output folder appears when all is done. The last line of the output is JSON.
 """
 
 import argparse
@@ -48,7 +48,11 @@ from training_run import (
 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
+ZOO_DONOR = Path("model_cards/llama-1.3m")
 SMALLEST_VOCABULARY = 259  # bytes and special tokens
+# Of a new donor
+DEFAULTS = {"donor_steps": 360, "layers": 12, "hidden_size": 128, "vocab_size": 4096, "learning_rate": 2e-3}
 
 
 def step(number: int, title: str, explanation: str):
@@ -65,7 +69,8 @@ def shared_options(args) -> dict[str, list[str]]:
     return {
         "pretrain": [*run, *reading, "--data", *args.text, "--keep-checkpoints", 1],
         "finetune": [*run, *tokenizer, "--data", *args.examples, "--keep-checkpoints", 1],
-        "evaluate": [*lengths, *split, *reading, *tokenizer, "--data", *args.text, "--stride", args.seq_len],
+        "evaluate": [*lengths, *split, *reading, *tokenizer, "--data", *args.text, "--stride", args.seq_len]
+        + ["--dtype", args.dtype],
         "plot": ["--seq-len", args.seq_len, *reading, *tokenizer, "--text", *args.text],
         "tokenizer": tokenizer,
     }
@@ -121,7 +126,7 @@ def train_on(name: str, model: Path, mode: str, args) -> dict:
 def train_lora(model: Path, args) -> dict:
     options = [*shared_options(args)["finetune"], "--model", model, "--method", "lora", "--merge"]
     options += [*length(args.steps), "--lora-rank", args.lora_rank]
-    if args.model is None:  # the new model is small and takes more than others
+    if args.model is None:  # a small model takes more than others
         options += ["--learning-rate", args.continue_learning_rate]
     options += ["--seed", args.seed + 2, "--output", args.partial / "attnres-lora"]
     return describe_run("attnres-lora, on answers", finetune(finetuning_arguments(list(map(str, options)))))
@@ -146,7 +151,7 @@ def convert(source: Path, args) -> dict:
 def generate(path: Path, args) -> str:
     """Samples a continuation of the prompt, with the same random numbers for every model."""
     checkpoint = open_checkpoint(str(path), tokenizer=args.tokenizer)
-    model, tokenizer = load_checkpoint(checkpoint), checkpoint.tokenizer
+    model, tokenizer = load_checkpoint(checkpoint, args.dtype), checkpoint.tokenizer
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     torch.manual_seed(args.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -191,8 +196,9 @@ def check_input(args):
     """Refuses what a later step would, before minutes of training."""
     load_documents(args.text, args.column, sample_by=args.sample_by)
     load_examples(args.examples)
-    if args.model is not None:
-        check_context(open_checkpoint(str(args.model), tokenizer=args.tokenizer).config, args.seq_len)
+    if not args.train_donor:
+        model = ROOT / ZOO_DONOR if args.model is None else args.model
+        check_context(open_checkpoint(str(model), tokenizer=args.tokenizer).config, args.seq_len)
 
 
 def quickstart(args) -> dict:
@@ -204,10 +210,12 @@ def quickstart(args) -> dict:
     check_input(args)
     runs, folder = {}, args.partial
     step(1, "A donor", "A decoder of transformers, with the residual stream that all of them have.")
-    donor = args.model
-    if donor is None:
+    donor = args.model or folder / "donor" / "model"
+    if args.train_donor:
         runs["donor"] = train_donor(args)
-        donor = folder / "donor" / "model"
+    elif args.model is None:
+        shutil.copytree(ROOT / ZOO_DONOR, donor)
+        print(f"  {ZOO_DONOR}, a small Llama that was trained on Python's library; its card tells how.", flush=True)
 
     step(2, "Conversion", "Every sublayer now reads a softmax over depth, at first uniform: the same function.")
     conversion = convert(donor, args)
@@ -259,8 +267,8 @@ def finish(partial: Path, output: Path):
             shutil.rmtree(checkpoint)
     for file in [*partial.rglob("*.json"), *partial.rglob("*.md")]:
         text = file.read_text(encoding="utf-8")
-        if str(partial) in text:
-            file.write_text(text.replace(str(partial), str(output)), encoding="utf-8")
+        if partial.name in text:
+            file.write_text(text.replace(partial.name, output.name), encoding="utf-8")
     publish(partial, output)
 
 
@@ -274,7 +282,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, default=Path("outputs/quickstart"), help="folder for models and results; default: "
         "outputs/quickstart")  # fmt: skip
-    add("--model", type=Path, help="checkpoint folder of a supported family, instead of a new donor")
+    add("--model", type=Path, help=f"checkpoint folder of a supported family, instead of {ZOO_DONOR}")
     add("--tokenizer", help="folder or Hub id; default: that of --model")
     add("--text", nargs="+", default=["stdlib"], help="files or folders of text, JSON lines or Parquet, or a Hub id, "
         "instead of Python's library")  # fmt: skip
@@ -288,23 +296,38 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--new-tokens", type=positive, default=80, help="how far they continue it; default: 80")
     add("--mode", choices=("block", "full"), default="block", help="kind of Attention Residuals; default: block")
     add("--block-size", type=positive, help="decoder layers per block; default: an eighth of the layers")
-    add("--donor-steps", type=positive, default=360, help="training steps of the new donor; default: 360")
-    add("--steps", type=positive, default=90, help="steps of each of the three runs that follow; default: 90")
+    add("--steps", type=positive, default=90, help="steps of each of the three runs; default: 90")
     add("--batch-size", type=positive, default=4, help="sequences per step; default: 4")
     add("--seq-len", type=positive, default=256, help="tokens per sequence; default: 256")
     add("--eval-sequences", type=positive, default=32, help="held-out sequences to evaluate at most; default: 32")
     add("--eval-documents", type=positive, default=8, help="held-out documents in the last comparison; default: 8")
-    add("--layers", type=positive, default=12, help="decoder layers of the new donor; default: 12")
-    add("--hidden-size", type=positive, default=128, help="of the new donor, a multiple of 32; default: 128")
-    add("--vocab-size", type=positive, default=4096, help="tokens of the new donor's tokenizer; default: 4096")
-    add("--learning-rate", type=float, default=2e-3, help="of the new donor; default: 0.002")
-    add("--continue-learning-rate", type=float, help="of the runs that follow; default: as before, or 5e-5 with "
-        "--model, and that of finetune.py for LoRA")  # fmt: skip
+    add("--continue-learning-rate", type=float, help="of the three runs; default: 0.001, with --train-donor "
+        "as before, with --model 5e-5 and that of finetune.py for LoRA")  # fmt: skip
     add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
         f"multiple; default: {DEPTH_LR_SCALE:g}")  # fmt: skip
     add("--lora-rank", type=positive, default=8, help="rank of the adapters; default: 8")
     add("--seed", type=int, default=0)
+    add = parser.add_argument_group("a new donor").add_argument
+    add("--train-donor", action="store_true", help="train one; the options below are for it, and some minutes more")
+    add("--donor-steps", type=positive, help="training steps; default: 360")
+    add("--layers", type=positive, help="decoder layers; default: 12")
+    add("--hidden-size", type=positive, help="a multiple of 32; default: 128")
+    add("--vocab-size", type=positive, help="tokens of its tokenizer; default: 4096")
+    add("--learning-rate", type=float, help="default: 0.002")
     args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Refuses what can't work, and fills in what depends on other options."""
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.train_donor:
+            parser.error(f"--{name.replace('_', '-')} is of a new donor and goes with --train-donor")
+    if args.train_donor and args.model is not None:
+        parser.error("give either --model or --train-donor")
     if args.hidden_size % 32:
         parser.error(f"--hidden-size {args.hidden_size} is not a multiple of 32")
     if args.vocab_size < SMALLEST_VOCABULARY:
@@ -313,13 +336,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("--held-out is a share of the documents, between 0 and 1")
     if args.mode == "full" and args.block_size is not None:
         parser.error("--block-size goes with --mode block only")
-    if args.model is None and args.block_size is not None and args.block_size > args.layers:
+    if args.train_donor and args.block_size is not None and args.block_size > args.layers:
         parser.error(f"--block-size {args.block_size} must be at most --layers {args.layers}")
     if args.model is None and args.tokenizer is not None:
-        parser.error("--tokenizer goes with --model; a new donor gets one of its own")
+        parser.error("--tokenizer goes with --model; the other donors have their own")
     if args.continue_learning_rate is None:
-        args.continue_learning_rate = args.learning_rate if args.model is None else 5e-5
-    return args
+        args.continue_learning_rate = args.learning_rate if args.train_donor else 1e-3 if args.model is None else 5e-5
+    args.dtype = "auto" if args.model else "float32"  # also shows exact conversion of a donor that is saved in bfloat16
 
 
 def main(argv: list[str] | None = None):
@@ -331,6 +354,10 @@ def main(argv: list[str] | None = None):
             raise RunError("it runs in one process; start it without accelerate launch.")
         if args.model is not None and not (args.model / "config.json").is_file():
             raise RunError(f"--model {args.model} is not a checkpoint folder, it has no config.json.")
+        if args.model is None and not args.train_donor and not (ROOT / ZOO_DONOR / "config.json").is_file():
+            raise RunError(
+                f"{ZOO_DONOR} isn't here, as it is in a clone of the project; give --model or --train-donor."
+            )
         check_output(args.output)
         args.output = args.output.resolve()
         args.model = args.model and args.model.resolve()

@@ -187,9 +187,9 @@ def train(name: str, runs: Path) -> Path:
     results = read_json(run / RESULTS_NAME)
     if not results:
         script, *options = recipe.command(run)
-        done = subprocess.run([sys.executable, str(ROOT / script), *options], stdout=sys.stderr)
+        done = subprocess.run([sys.executable, str(ROOT / script), *options], stdout=subprocess.DEVNULL)
         if done.returncode:
-            raise ZooError(f"the run in {run} ended early; the same command goes on with it.")
+            raise ZooError(f"the run in {run} ended early; see above, the same command goes on with it.")
         return run
     module = {"pretrain.py": pretrain, "finetune.py": finetune}[recipe.script]
     wanted = run_arguments(module.parse_arguments(recipe.command(run)[1:]))

@@ -23,10 +23,10 @@ import quickstart  # noqa: E402
 from training_data import stdlib_files  # noqa: E402
 
 
-SIZES = {"layers": 3, "hidden-size": 32, "vocab-size": 400, "seq-len": 32, "batch-size": 4, "eval-documents": 2}
-LENGTHS = {"donor-steps": 8, "steps": 4, "eval-sequences": 8, "new-tokens": 4, "learning-rate": 0.01}
-LENGTHS["continue-learning-rate"] = 0.002
-TINY = [f"--{name}={value}" for name, value in {**SIZES, **LENGTHS}.items()]
+SIZES = {"seq-len": 32, "batch-size": 4, "eval-documents": 2, "steps": 4, "eval-sequences": 8, "new-tokens": 4}
+TINY = [f"--{name}={value}" for name, value in SIZES.items()] + ["--continue-learning-rate=0.002"]
+DONOR_SIZES = {"layers": 3, "hidden-size": 32, "vocab-size": 400, "donor-steps": 8, "learning-rate": 0.01}
+TINY_DONOR = ["--train-donor", *(f"--{name}={value}" for name, value in DONOR_SIZES.items())]
 RUNS = {"donor", "donor-continued", "attnres-continued", "attnres-lora"}
 
 
@@ -54,9 +54,9 @@ def own(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(own, tmp_path_factory) -> tuple[Path, str]:
-    """A small quickstart's output folder and what it printed."""
+    """The output folder of a small quickstart with a donor of its own, and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    run = run_script("quickstart.py", "--output", "out", *TINY, *own, "--block-size", "2", folder=folder)
+    run = run_script("quickstart.py", "--output", "out", *TINY, *TINY_DONOR, *own, "--block-size", "2", folder=folder)
     return folder / "out", run.stdout
 
 
@@ -135,8 +135,24 @@ def test_quickstart_runs_are_those_of_the_scripts(finished, own):
     assert folders == [str(finished[0] / "donor" / "model"), str(finished[0] / "attnres")]
 
 
+def test_quickstart_with_the_donor_of_the_zoo(own, tmp_path):
+    """Without options it starts from the zoo's Llama, in float32, so that conversion and the first losses are exact."""
+    run = run_script("quickstart.py", "--output", "out", *TINY, *own, folder=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["runs"]) == RUNS - {"donor"} and "model_cards/llama-1.3m" in run.stdout
+    for file in (SCRIPTS.parent / "model_cards" / "llama-1.3m").iterdir():
+        assert (tmp_path / "out" / "donor" / "model" / file.name).read_bytes() == file.read_bytes()
+    assert results["conversion"]["relative_error"] < 3e-6
+    assert results["generated"]["donor"] == results["generated"]["attnres"]
+    evaluation = results["evaluation"]
+    assert {result["dtype"] for result in evaluation.values()} == {"float32"}
+    losses = [result["metrics"]["loss"]["value"] for result in evaluation.values()]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[0] < 5.5  # it has been trained on such text
+
+
 def test_quickstart_with_own_checkpoint(finished, own, tmp_path):
-    """`--model` takes the place of the new donor, `--text` may be a file, and an earlier output is replaced."""
+    """`--model` takes the place of the zoo's, `--text` may be a file, and an earlier output is replaced."""
     text = tmp_path / "mine.txt"
     text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 2, encoding="utf-8")
     output = tmp_path / "out"
@@ -151,6 +167,8 @@ def test_quickstart_with_own_checkpoint(finished, own, tmp_path):
     reads = json.loads((output / "figures" / "attnres-continued-reads.json").read_text())["weights"]
     assert [len(read) for read in reads] == [1, 2, 3, 4, 5, 6, 7]
     assert not (output / "old.txt").exists() and not (output / "donor").exists()
+    for file in [*output.rglob("*.json"), *output.rglob("*.md")]:
+        assert ".out.partial" not in file.read_text(), file
 
 
 def missing_text(folder):
@@ -218,7 +236,8 @@ def test_quickstart_refuses(case, own, tmp_path, capsys):
     arguments, message = case(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit:
-        quickstart.main([*TINY, *own, "--output", str(tmp_path / "out"), *map(str, arguments)])
+        donor = [] if "--model" in arguments else TINY_DONOR
+        quickstart.main([*TINY, *donor, *own, "--output", str(tmp_path / "out"), *map(str, arguments)])
     assert exit.value.code.startswith("quickstart: ") and "\n" not in exit.value.code
     assert message in exit.value.code
     assert sorted(tmp_path.rglob("*")) == before
@@ -234,13 +253,15 @@ def test_quickstart_ends_without_traceback(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--hidden-size 33",
+        "--train-donor --hidden-size 33",
         "--steps 0",
         "--mode full --block-size 2",
-        "--block-size 13",
-        "--learning-rate x",
-        "--vocab-size 100",
+        "--train-donor --block-size 13",
+        "--continue-learning-rate x",
+        "--train-donor --vocab-size 100",
         "--tokenizer x",
+        "--layers 3",
+        "--train-donor --model x",
     ],
 )
 def test_quickstart_checks_options(arguments, capsys):

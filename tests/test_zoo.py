@@ -1,9 +1,11 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The zoo: a tiny one is built and checked, its folders spoiled in several ways, and the committed one looked through."""
+"""The zoo: a tiny one is built, checked and spoiled in several ways; of the committed one, what is cheap to check."""
 
+import dataclasses
+import importlib
 import json
+import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,27 +23,18 @@ from readme import section  # noqa: E402
 from training_data import is_held_out, stdlib_files, text_hash  # noqa: E402
 
 
-SHORT = "--seq-len 32 --batch-size 4 --steps 3 --warmup 0 --eval-steps 3 --eval-sequences 4 --depth-every 0"
+COMMITTED = zoo.RECIPES
+SHORT = "--held-out 0.2 --seq-len 32 --batch-size 4 --steps 3 --eval-steps 3 --eval-sequences 4 --depth-every 0"
 FIELDS = "num_hidden_layers=3 hidden_size=32 intermediate_size=64 num_attention_heads=2 num_key_value_heads=2"
 RECIPES = {
-    "donor": zoo.Recipe(
-        "the donor",
+    "block": zoo.Recipe(
+        "a model",
         "pretrain.py",
-        f"--config llama --set {FIELDS} --mode donor --data text --held-out 0.2 --train-tokenizer 300 {SHORT}",
+        f"--config llama --set {FIELDS} --block-size 2 --data text --train-tokenizer 300 {SHORT}",
     ),
-    "continued": zoo.Recipe(
-        "trained on",
-        "pretrain.py",
-        f"--model model_cards/donor --block-size 2 --data text --held-out 0.2 {SHORT}",
-        "donor",
-    ),
-    "adapter": zoo.Recipe(
-        "an adapter",
-        "finetune.py",
-        f"--model model_cards/continued --data sums.jsonl --held-out 0.2 {SHORT}",
-        "continued",
-    ),
+    "adapter": zoo.Recipe("an adapter", "finetune.py", f"--model model_cards/block --data sums.jsonl {SHORT}", "block"),
 }
+LOSS, BITS = "held-out loss (nats per token)", "bits per byte"
 
 
 @pytest.fixture(autouse=True)
@@ -73,37 +66,244 @@ def built(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def root(built, tmp_path) -> Path:
-    """A copy to spoil."""
-    for name in ("model_cards", "README.md"):
-        source = built / name
-        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path)
-    return tmp_path
+def root(built, tmp_path, monkeypatch) -> Path:
+    """A copy to spoil, in which the test runs."""
+    shutil.copytree(built, tmp_path / "root", ignore=shutil.ignore_patterns("checkpoint-*", "text"))
+    monkeypatch.chdir(tmp_path / "root")
+    return tmp_path / "root"
 
 
-def problems(root: Path, capsys, *arguments: str) -> list[str]:
-    with pytest.raises(SystemExit) as exit:
-        zoo.main(["--root", str(root), *arguments])
-    assert exit.value.code == 1
-    return capsys.readouterr().err.splitlines()
+def edit_results(folder: Path, edit):
+    results = json.loads((folder / "results.json").read_text())
+    edit(results)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def test_build_writes_complete_folders(built):
-    """Weights in bfloat16 but for depth attention, results of the held-out text, the table; no path of this machine."""
+    """Weights in bfloat16 but for depth attention, results on the zoo's text, the table; no path of this machine."""
+    assert sorted(path.name for path in (built / "model_cards").iterdir()) == ["adapter", "block", "held_out.jsonl"]
     for name in RECIPES:
         folder = built / "model_cards" / name
         results = json.loads((folder / "results.json").read_text())
         assert results["output"] == f"outputs/zoo/{name}"
-        assert {"held-out loss (nats per token)", "bits per byte"} == {
-            entry["metric"] for entry in results["evaluation"] if entry["dataset"] == "model_cards/held_out.jsonl"
-        }
+        measured = [entry for entry in results["evaluation"] if entry["dataset"] == "model_cards/held_out.jsonl"]
+        assert [entry["metric"] for entry in measured] == [LOSS, BITS]
+        assert (
+            f"| {LOSS} | {measured[0]['value']:.4f} | model_cards/held_out.jsonl |"
+            in (folder / "README.md").read_text()
+        )
         for file in folder.rglob("*"):
             assert file.suffix in (".safetensors", ".png") or str(built) not in file.read_text(), file
-    weights = load_file(built / "model_cards" / "continued" / "model.safetensors")
-    trained = load_file(built / "outputs" / "zoo" / "continued" / "model" / "model.safetensors")
-    assert {name for name, tensor in weights.items() if tensor.dtype == torch.float32} == {
-        name for name in trained if "depth_attention" in name
-    }
+    weights = load_file(built / "model_cards" / "block" / "model.safetensors")
+    trained = load_file(built / "outputs" / "zoo" / "block" / "model" / "model.safetensors")
+    in_float32 = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
+    assert in_float32 == {name for name in trained if "depth_attention" in name}
     assert all(torch.equal(tensor, trained[name].to(tensor.dtype)) for name, tensor in weights.items())
     table = section(built / "README.md", "zoo")
-    assert [line.split("]")[0] for line in table.splitlines()[2:]] == [f"| [{name}" for name in RECIPES]
+    assert [line.split("]")[0] for line in table.splitlines()[2:]] == ["| [block", "| [adapter"]
+    assert (built / "README.md").read_text().endswith("<!-- /zoo -->\nafter\n")
+
+
+def test_adapter_finds_its_base(built, monkeypatch):
+    """From the root, transformers alone loads the adapter with its base, and that is what was measured."""
+    monkeypatch.chdir(built)
+    model = AutoModelForCausalLM.from_pretrained("model_cards/adapter", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained("model_cards/block", dtype=torch.float32)
+    saved = load_file("model_cards/adapter/adapter_model.safetensors")
+    assert {name for name, tensor in saved.items() if tensor.dtype == torch.bfloat16} == {
+        name for name in saved if "depth_attention" not in name
+    }
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(tokens).logits, base(tokens).logits)
+
+
+def test_check_finds_nothing_then_everything(root, capsys):
+    """A good zoo passes; each thing that is wrong with a bad one is a line, and the exit code is 1."""
+    zoo.main(["--root", str(root)])
+    printed = capsys.readouterr()
+    assert printed.out.rstrip("\n") == section(root / "README.md", "zoo") and not printed.err
+    weights = root / "model_cards" / "block" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (root / "model_cards" / "block" / "modeling_attnres.py").write_text("raise ValueError('no code')")
+    adapter = root / "model_cards" / "adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    (root / "README.md").write_text((root / "README.md").read_text().replace("| [block", "| [black"))
+    with pytest.raises(SystemExit) as exit:
+        zoo.main(["--root", str(root)])
+    assert exit.value.code == 1
+    code, loss, stranger, cut, table = capsys.readouterr().err.splitlines()
+    assert code == "block: modeling_attnres.py isn't the project's; run: python scripts/zoo.py --update-code"
+    assert re.fullmatch(r"block: held-out loss \(nats per token\) is \d\.\d{4}, by its card it is \d\.\d{4}", loss)
+    assert stranger.startswith("block: a stranger can't load it") and "no code" in stranger
+    assert cut == "adapter: adapter_model.safetensors is no complete safetensors file; save the model again"
+    assert table.startswith("README.md: its table isn't that of the folders")
+
+
+def missing(folder):
+    shutil.rmtree(folder)
+    return "is missing; make it with: python scripts/zoo.py --build block"
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return "model.safetensors is no complete safetensors file"
+
+
+def pickled(folder):
+    torch.save({}, folder / "extra.json")
+    return "extra.json is a pickle"
+
+
+def without_results(folder):
+    (folder / "results.json").unlink()
+    return "results.json is missing"
+
+
+def without_code(folder):
+    (folder / "configuration_attnres.py").unlink()
+    return "configuration_attnres.py is missing"
+
+
+def other_code(folder):
+    with open(folder / "configuration_attnres.py", "a") as file:
+        file.write("\n")
+    return "configuration_attnres.py isn't the project's"
+
+
+def number_on_the_card(folder):
+    card = folder / "README.md"
+    value = zoo.recorded(folder)[BITS]
+    card.write_text(card.read_text().replace(f"| {value:.4f} |", "| 0.1234 |"))
+    return "0.1234"
+
+
+def number_in_the_metadata(folder):
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace(str(zoo.recorded(folder)[LOSS]), "1.5"))
+    return "value: 1.5"
+
+
+def other_license(folder):
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("license: apache-2.0", "license: mit"))
+    return "license: mit"
+
+
+def other_recipe(folder):
+    edit_results(folder, lambda results: results.update(command=results["command"] + " --seed 1"))
+    return "results.json is of another recipe"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        missing,
+        truncated,
+        pickled,
+        without_results,
+        without_code,
+        other_code,
+        number_on_the_card,
+        number_in_the_metadata,
+        other_license,
+        other_recipe,
+    ],
+)
+def test_cheap_checks(spoil, root):
+    """What is wrong with files, code and card is told in one line."""
+    folder = Path("model_cards/block")
+    cheap = (zoo.check_files, zoo.check_code, zoo.check_card)
+    for check in cheap:
+        check(folder)
+    message = spoil(folder)
+    with pytest.raises(zoo.ERRORS) as error:
+        for check in cheap:
+            check(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_in_float32_are_found(root):
+    """As is a recorded loss that the weights don't have."""
+    folder, texts = Path("model_cards/block"), zoo.held_out_texts()
+    edit_results(folder, lambda results: results["evaluation"][-2].update(value=1.5))
+    with pytest.raises(zoo.ZooError, match="by its card it is 1.5000"):
+        zoo.check_model(folder, texts)
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(zoo.ZooError, match="model.safetensors is F32"):
+        zoo.check_model(folder, texts)
+
+
+def test_code_is_brought_up_to_date(root, capsys):
+    """In one quick command, which names what it has changed."""
+    other_code(root / "model_cards" / "block")
+    zoo.main(["--root", str(root), "--update-code"])
+    assert capsys.readouterr().out == "block\n"
+    zoo.check_code(Path("model_cards/block"))
+    zoo.main(["--root", str(root), "--update-code"])
+    assert capsys.readouterr().out == "the code files are up to date\n"
+
+
+def test_build_refuses(root, monkeypatch, capsys):
+    """A run of other options, a missing base, a failing run: one line, and the folders stay as they are."""
+    before = sorted(root.glob("model_cards/**/*"))
+    longer = dataclasses.replace(RECIPES["block"], options=RECIPES["block"].options.replace("--steps 3", "--steps 4"))
+    lonely = dataclasses.replace(RECIPES["adapter"], needs="absent")
+    broken = dataclasses.replace(RECIPES["block"], options="--config llama --data ./absent")
+    monkeypatch.setattr(zoo, "RECIPES", {"block": longer, "adapter": lonely, "broken": broken})
+    for name, message in {
+        "block": "outputs/zoo/block holds a run with steps = 3, the recipe says 4; remove the run",
+        "adapter": "adapter is made from absent, which is missing; add --build absent",
+        "broken": "the run in outputs/zoo/broken ended early; see above, the same command goes on with it",
+    }.items():
+        with pytest.raises(SystemExit) as exit:
+            zoo.main(["--root", str(root), "--build", name])
+        assert exit.value.code == f"zoo: {message}."
+    assert sorted(root.glob("model_cards/**/*")) == before
+    with pytest.raises(SystemExit) as exit:
+        zoo.main(["--build", "unknown"])
+    assert exit.value.code == 2 and "choose from" in capsys.readouterr().err
+
+
+# The committed zoo
+
+
+def test_recipes_are_options_of_the_scripts():
+    """Each command that a card shows is one that its script takes."""
+    for name, recipe in COMMITTED.items():
+        script, *options = recipe.command(Path("outputs/zoo") / name)
+        args = importlib.import_module(Path(script).stem).parse_arguments(options)
+        assert str(args.output) == f"outputs/zoo/{name}"
+        assert recipe.needs is None or recipe.needs in COMMITTED
+
+
+@pytest.mark.parametrize("name", zoo.RECIPES)
+def test_committed_folder(name, monkeypatch):
+    """Complete, with this project's code and a card made from its results. `make zoo` checks the rest."""
+    monkeypatch.setattr(zoo, "RECIPES", COMMITTED)
+    monkeypatch.chdir(ROOT)
+    folder = Path("model_cards") / name
+    for check in (zoo.check_files, zoo.check_code, zoo.check_card):
+        check(folder)
+    for file in folder.rglob("*"):
+        if file.suffix not in (".safetensors", ".png"):
+            assert not re.search(r"/(work|tmp|home|root)/", file.read_text(encoding="utf-8")), file
+
+
+def test_table_of_the_readme(monkeypatch):
+    """The README shows the numbers in the folders' results."""
+    monkeypatch.setattr(zoo, "RECIPES", COMMITTED)
+    monkeypatch.chdir(ROOT)
+    assert section(ROOT / "README.md", "zoo") == zoo.zoo_table(list(COMMITTED))
+
+
+def test_held_out_text_is_held_out():
+    """No model has been trained on it: it is on that side of the split, whose share is pretrain.py's default."""
+    rows = [json.loads(line) for line in (ROOT / "model_cards" / "held_out.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) > 10 and sum(len(row["text"]) for row in rows) > 80_000
+    assert all(is_held_out(text_hash(row["text"]), 0.05) and row["license"] == "PSF-2.0" for row in rows)
+    assert not any("--held-out" in recipe.options for recipe in COMMITTED.values())
