@@ -2,8 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
+# What proves the code files; the deselected test asks for what the models of that transformers can't do themselves.
+# Compilation and gradients in double precision depend on torch, which is the same.
+OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests/test_convert_exact.py \
+	tests/test_modeling_attnres.py -k "not compiled and not flex and not gradcheck and not selected_hidden_states"
 
-.PHONY: help setup quickstart test lint exactness support zoo pretrain finetune evaluate plot-depth bench conformance clean
+.PHONY: help setup quickstart test test-oldest lint exactness support zoo pretrain finetune evaluate plot-depth bench conformance clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -22,6 +28,15 @@ quickstart: $(READY) ## convert, train on, adapt and compare a small model; writ
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+test-oldest: $(OLDEST_READY) ## run the tests of the code files on the oldest transformers that setup.py allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses 2 $(OLDEST_TESTS) $(ARGS)
+
+$(OLDEST_READY): setup.py pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]' \
+		accelerate peft
+	@touch $@
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
@@ -54,6 +69,6 @@ bench: $(READY) ## measure speed and memory against stock models; writes outputs
 conformance: $(READY) ## run the model tests of transformers on every family
 	$(BIN)/python scripts/conformance.py $(ARGS)
 
-clean: ## remove .venv, outputs and caches
-	rm -rf .venv .cache outputs build dist *.egg-info .pytest_cache .ruff_cache
+clean: ## remove environments, outputs and caches
+	rm -rf .venv $(OLDEST) .cache outputs build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         "train": [
-            "accelerate>=1.1",
+            "accelerate>=1.6",
             "datasets>=3.0",
             "evaluate>=0.4",
             "peft>=0.20",  # before, a module in `modules_to_save` had to take an argument

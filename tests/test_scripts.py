@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,6 +38,14 @@ def run_script(script: str, *arguments, folder: Path, exit_code: int = 0) -> sub
     result = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
     assert result.returncode == exit_code, result.stdout + result.stderr
     return result
+
+
+@pytest.fixture(autouse=True)
+def same_verbosity():
+    """A script that runs in this process leaves what is logged as it was."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -39,9 +40,12 @@ LOSS, BITS = "held-out loss (nats per token)", "bits per byte"
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """Another list of recipes, and the working directory as it was."""
+    """Another list of recipes; afterwards the working directory and what is logged are as they were."""
+    verbosity = transformers.utils.logging.get_verbosity()
     monkeypatch.setattr(zoo, "RECIPES", RECIPES)
     monkeypatch.chdir(Path.cwd())
+    yield
+    transformers.utils.logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="module")
