@@ -10,8 +10,9 @@ import inspect
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
+    LlamaRMSNorm,
 )
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM, MixtralModel
@@ -219,6 +221,55 @@ class ClosedDepthRead:
         return ClosedDepthRead(mixed, lse, weights, self.num_sources)
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """Llama's RMSNorm, in fewer passes over memory and with less to save than its formula in PyTorch."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, eps):
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
+        inverse_rms = norms.square_().div_(hidden_states.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden_states, weight, inverse_rms)
+        normed = (hidden_states * inverse_rms).to(hidden_states.dtype)
+        return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden_states, weight, inverse_rms = ctx.saved_tensors
+        hidden, dtype = hidden_states.shape[-1], inverse_rms.dtype
+        grad = grad.to(dtype)
+        normed = hidden_states * inverse_rms
+        products = (grad * normed).view(-1, hidden)
+        weight_grad = products.sum(0).to(weight.dtype)
+        projection = torch.mv(products, weight.to(dtype)).view(inverse_rms.shape).div_(hidden)
+        input_grad = (grad * weight).addcmul_(normed, projection, value=-1).mul_(inverse_rms)
+        return input_grad.to(hidden_states.dtype), weight_grad, None
+
+
+@cache
+def is_plain_rms_norm(norm_class: type) -> bool:
+    """Whether a class has the code of Llama's RMSNorm, as many families have under a name of their own."""
+    code, plain = norm_class.forward.__code__, LlamaRMSNorm.forward.__code__
+    return (code.co_code, code.co_consts, code.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
+
+
+def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`norm(hidden_states)`, faster where the norm is as in Llama and neither replaced nor watched by hooks."""
+    changed = "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks
+    changed = changed or norm._backward_hooks or norm._backward_pre_hooks
+    # in float64, Llama's norm rounds to float32
+    if changed or hidden_states.dtype == torch.float64 or not is_plain_rms_norm(type(norm)):
+        return norm(hidden_states)
+    if torch.compiler.is_compiling():  # which fuses the formula with what is around it
+        return norm(hidden_states)
+    if hidden_states.shape[:-1].numel() > TwoPhaseDepthAttention.few_tokens:
+        return RMSNormFunction.apply(hidden_states, norm.weight, norm.variance_epsilon)
+    if hidden_states.dtype == norm.weight.dtype == torch.float32:
+        return nn.functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return norm(hidden_states)
+
+
 class TwoPhaseDepthAttention:
     """The two phases of Attention Residuals (Kimi Team, arXiv 2603.15031), in PyTorch alone.
 
@@ -232,7 +283,10 @@ class TwoPhaseDepthAttention:
 
     def __call__(self, sources, product, eps, scale):
         """[`eager_depth_attention`], with its arguments and result."""
-        if sources[0].shape[:-1].numel() <= self.few_tokens:
+        num_tokens = sources[0].shape[:-1].numel()
+        if num_tokens == 1:
+            return one_token_depth_attention(sources, product, eps, scale)
+        if num_tokens <= self.few_tokens:
             return stacked_depth_attention(sources, product, eps, scale)
         return self.read(None, sources, product, eps, scale)
 
@@ -256,7 +310,8 @@ class TwoPhaseDepthAttention:
         if closed_read is not None:
             before, new_sources = (closed_read.mixed, closed_read.lse), sources[closed_read.num_sources :]
             if not new_sources:
-                return (closed_read.mixed * scale).to(sources[0].dtype), closed_read.weights
+                mixed = closed_read.mixed if scale == 1 else closed_read.mixed * scale
+                return mixed.to(sources[0].dtype), closed_read.weights
         _, weights, mixed = DepthAttentionFunction.apply(product, eps, scale, *before, *new_sources)
         weights = weights[0].transpose(0, 1)
         if closed_read is None:
@@ -274,6 +329,24 @@ def stacked_depth_attention(sources, product, eps, scale):
     weights = scores.softmax(0)  # (num_sources, batch, seq)
     mixed = (values * (weights * scale).unsqueeze(-1)).sum(0)
     return mixed.to(sources[0].dtype), weights.transpose(0, 1).contiguous()
+
+
+def one_token_depth_attention(sources, product, eps, scale):
+    """[`eager_depth_attention`], with its arguments and result, in the fewest operations for a single token."""
+    hidden, dtype = sources[0].shape[-1], torch.promote_types(sources[0].dtype, torch.float32)
+    device = sources[0].device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        values = torch.cat(sources, dim=1)[0].to(dtype)  # (num_sources, hidden)
+        # sqrt(hidden) times the root mean square with its epsilon
+        norms = torch.hypot(
+            torch.linalg.vector_norm(values, dim=-1), torch.scalar_tensor((hidden * eps) ** 0.5, dtype=dtype)
+        )
+        scores = torch.addmv(norms, values, product.to(dtype), beta=0, alpha=hidden**0.5) / norms
+        weights = scores.softmax(0)
+        mixed = weights @ values
+    if scale != 1:
+        mixed = mixed * scale
+    return mixed.to(sources[0].dtype)[None, None], weights[None, :, None]
 
 
 def fixed_depth_mix(
@@ -354,13 +427,27 @@ class DepthScalars(DepthParameters):
         return self.weight.clone()
 
 
-class DepthRead(nn.Module):
-    """A read with the implementation that the configuration names. Holds no parameters."""
+def write(sources: tuple[torch.Tensor, ...], output: torch.Tensor | None, extends: bool) -> tuple[torch.Tensor, ...]:
+    """The sources after a sublayer's `output` has joined them, which extends the open block or opens a new one."""
+    if output is None:
+        return sources
+    if extends:
+        # in the dtype of the embedding, as a residual stream under autocast
+        return *sources[:-1], sources[-1].to(sources[0].dtype) + output
+    return *sources, output
 
-    def __init__(self, config):
+
+class DepthRead(nn.Module):
+    """Everything between two sublayers: the read of `row`, in the place that it has in a model. Holds no parameters.
+
+    What the sublayer before has put out is handed over as it is, and joins the sources here.
+    """
+
+    def __init__(self, config, row: int):
         super().__init__()
+        self.extends = row > 0 and config.extends_open_depth_source(row - 1)
         self.eps = config.attn_res_norm_eps
-        self.sum_scale = config.attn_res_sum_scale
+        self.scale = config.num_depth_sources(row) if config.attn_res_sum_scale else 1
         self.set_implementation(config)
 
     def set_implementation(self, config):
@@ -368,14 +455,34 @@ class DepthRead(nn.Module):
             self.depth_attention = fixed_depth_mix
         else:
             self.depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
+        self.fuses_norm = isinstance(self.depth_attention, TwoPhaseDepthAttention)
 
     def forward(
-        self, product: torch.Tensor, sources: tuple[torch.Tensor, ...], closed_read: ClosedDepthRead | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = len(sources) if self.sum_scale else 1
+        self,
+        product: torch.Tensor,
+        sources: tuple[torch.Tensor, ...],
+        output: torch.Tensor | None,
+        norm: nn.Module,
+        closed_read: ClosedDepthRead | None = None,
+    ) -> tuple:
+        """
+        Args:
+            product: `(hidden,)`, the read's query times its key norm gain.
+            sources: tensors `(batch, seq, hidden)`.
+            output: `(batch, seq, hidden)`, which the sublayer before has put out, or None if it is in the sources.
+            norm: what is applied to the result before the sublayer gets it.
+            closed_read: what the read has got from the first sources, if anything.
+
+        Returns:
+            The read and its weights `(batch, num_sources, seq)`; the read after the norm; the sources with `output`.
+        """
+        sources = write(sources, output, self.extends)
         if closed_read is None:
-            return self.depth_attention(sources, product, self.eps, scale)
-        return self.depth_attention.read(closed_read, sources, product, self.eps, scale)
+            mixed, weights = self.depth_attention(sources, product, self.eps, self.scale)
+        else:
+            mixed, weights = self.depth_attention.read(closed_read, sources, product, self.eps, self.scale)
+        normed = fused_rms_norm(norm, mixed) if self.fuses_norm else norm(mixed)
+        return mixed, weights, normed, sources
 
 
 class HiddenStateRecorded:
@@ -393,55 +500,63 @@ class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
     the end, the sum of the open block where there is one.
     """
 
+    @property
+    def attention_norm(self) -> nn.Module:
+        return self.input_layernorm
+
+    @property
+    def mlp_norm(self) -> nn.Module:
+        return self.post_attention_layernorm
+
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What attention, with the donor's norms around it, adds to the residual stream."""
-        attn_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        """What attention of a normalised read, with the donor's norms after it, adds to the residual stream."""
+        attn_output, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
         return attn_output
 
     def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the MLP, with the donor's norms around it, adds to the residual stream."""
-        return self.mlp(self.post_attention_layernorm(hidden_states))
+        """What the MLP of a normalised read, with the donor's norms after it, adds to the residual stream."""
+        return self.mlp(hidden_states)
 
     def set_place(self, config, layer_idx: int):
         """Tells the layer which of the model it is. What it needs at each call is looked up once."""
         self.layer_idx = layer_idx
-        self.depth_read = DepthRead(config)
-        self.num_closed_sources = config.num_closed_depth_sources(2 * layer_idx)
-        self.attention_extends = config.extends_open_depth_source(2 * layer_idx)
-        self.mlp_extends = config.extends_open_depth_source(2 * layer_idx + 1)
-
-    def write(self, sources: tuple[torch.Tensor, ...], output: torch.Tensor, extends: bool) -> tuple[torch.Tensor, ...]:
-        """The sources after a sublayer's `output` has joined them, which extends the open block or opens a new one."""
-        if extends:
-            # in the dtype of the embedding, as a residual stream under autocast
-            return *sources[:-1], sources[-1].to(sources[0].dtype) + output
-        return *sources, output
+        self.attention_read = DepthRead(config, 2 * layer_idx)
+        self.mlp_read = DepthRead(config, 2 * layer_idx + 1)
+        self.output_extends = config.extends_open_depth_source(2 * layer_idx + 1)
+        # those that neither this layer changes nor, inside a block, the output of the layer before
+        opens_block = layer_idx % config.attn_res_block_size == 0
+        self.num_closed_sources = config.num_closed_depth_sources(2 * layer_idx - (not opens_block))
 
     def forward(
         self,
-        *sources_and_products: torch.Tensor,
+        *sources_and_products: torch.Tensor | None,
         closed_reads: tuple[ClosedDepthRead | None, ...] = (None, None),
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple:
         """
         Args:
-            sources_and_products: what there is to read and, last, `(2, hidden)`, the products of this layer's two
-                reads. Positional, as re-entrant checkpointing sees only positional tensors.
+            sources_and_products: the sources; the output of the layer before, or None if it is among them; the products
+                `(hidden,)` of this layer's two reads. Positional, as re-entrant checkpointing sees only positional
+                tensors.
             closed_reads: what the two reads have got from the sources before this layer's block, if anything.
             kwargs: what the donor's attention takes.
 
         Returns:
             What attention reads, or None in the first layer, where it is the first source; the depth weights of the two
-            reads `(batch, num_sources, seq)`; then the sources that are new or changed: all but those that were closed
-            before this layer.
+            reads `(batch, num_sources, seq)`; the sources that are new or changed, all but the first
+            `num_closed_sources`; and this layer's output, or None if it is among them.
         """
-        *sources, products = sources_and_products
-        attention_input, attention_weights = self.depth_read(products[0], sources, closed_reads[0])
-        sources = self.write(sources, self.attend(attention_input, **kwargs), self.attention_extends)
-        mlp_input, mlp_weights = self.depth_read(products[1], sources, closed_reads[1])
-        sources = self.write(sources, self.transform(mlp_input), self.mlp_extends)
+        *sources, output, attention_product, mlp_product = sources_and_products
+        attention_input, attention_weights, normed, sources = self.attention_read(
+            attention_product, sources, output, self.attention_norm, closed_reads[0]
+        )
+        output = self.attend(normed, **kwargs)
+        _, mlp_weights, normed, sources = self.mlp_read(mlp_product, sources, output, self.mlp_norm, closed_reads[1])
+        output = self.transform(normed)
+        if self.gradient_checkpointing and self.training:  # what a layer returns is kept until the backward pass
+            sources, output = write(sources, output, self.output_extends), None
         new_sources = sources[self.num_closed_sources :]
-        return attention_input if self.layer_idx else None, attention_weights, mlp_weights, *new_sources
+        return attention_input if self.layer_idx else None, attention_weights, mlp_weights, *new_sources, output
 
 
 @dataclass
@@ -579,7 +694,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             layer.set_place(self.config, layer_idx)
         depth_class = DepthScalars if self.config.attn_res_mode == "denseformer" else DepthAttention
         self.depth_attention = depth_class(self.config)
-        self.output_read = OutputRead(self.config)
+        self.output_read = OutputRead(self.config, self.config.num_depth_reads - 1)
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "depth_attention"}
         super().post_init()
 
@@ -650,14 +765,17 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         all_weights = []
         block_size = self.config.attn_res_block_size
         products = self.depth_attention()
-        sources = (self.embed(inputs_embeds),)
+        product_of_read = products.unbind(0)
+        sources, output = (), self.embed(inputs_embeds)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             row, row_in_block = 2 * layer_idx, 2 * (layer_idx % block_size)
             if row_in_block == 0:
+                sources, output = write(sources, output, decoder_layer.attention_read.extends), None
                 closed_reads = self.closed_reads(layer_idx, products, sources)
-            _, attention_weights, mlp_weights, *written = decoder_layer(
+            _, attention_weights, mlp_weights, *written, output = decoder_layer(
                 *sources,
-                products[row : row + 2],
+                output,
+                *product_of_read[row : row + 2],
                 closed_reads=closed_reads[row_in_block : row_in_block + 2],
                 attention_mask=for_layer(causal_mask, layer_idx),
                 position_embeddings=for_layer(position_embeddings, layer_idx),
@@ -670,8 +788,11 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             all_weights += [attention_weights, mlp_weights]
 
         # layers may lie on several devices
-        sources = tuple(source.to(sources[-1].device) for source in sources)
-        hidden_states, output_weights = self.output_read(products[-1].to(sources[-1].device), sources)
+        device = (sources[-1] if output is None else output).device
+        sources = tuple(source.to(device) for source in sources)
+        _, output_weights, hidden_states, _ = self.output_read(
+            product_of_read[-1].to(device), sources, output, self.norm
+        )
         all_weights.append(output_weights)
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions
@@ -683,7 +804,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if depth_attentions is not None:
             depth_attentions.extend(all_weights)
         return AttnResModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values,
             depth_attentions=tuple(all_weights) if output_depth_attentions else None,
         )
@@ -999,11 +1120,15 @@ class AttnResGraniteForCausalLM(AttnResForCausalLMMixin, GraniteForCausalLM):
 
 
 class AttnResGemma2DecoderLayerMixin(AttnResDecoderLayerMixin):
+    @property
+    def mlp_norm(self) -> nn.Module:
+        return self.pre_feedforward_layernorm
+
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.post_attention_layernorm(super().attend(hidden_states, **kwargs))
 
     def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden_states)))
+        return self.post_feedforward_layernorm(super().transform(hidden_states))
 
 
 class AttnResGemma2DecoderLayer(AttnResGemma2DecoderLayerMixin, Gemma2DecoderLayer):
@@ -1060,7 +1185,6 @@ if KimiLinearModel is not None:
 
     class AttnResKimiLinearDecoderLayer(AttnResDecoderLayerMixin, KimiLinearDecoderLayer):
         def attend(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs) -> torch.Tensor:
-            hidden_states = self.input_layernorm(hidden_states)
             if self.block_type == "linear_attention":
                 return self.self_attn(hidden_states, cache_params=past_key_values, **kwargs)
             attn_output, _ = self.self_attn(hidden_states, past_key_values=past_key_values, **kwargs)

@@ -70,7 +70,8 @@ def attnres_depth(model: nn.Module, layers: nn.ModuleList, forward: Callable) ->
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(watched(layer.depth_read, seen_read))
+            for read in (layer.attention_read, layer.mlp_read):
+                stack.enter_context(watched(read, seen_read))
             for method in ("attend", "transform"):
                 stack.enter_context(watched_method(layer, method, lambda output: outputs.append(rms(output))))
         stack.enter_context(watched(decoder(model).output_read, seen_read))

@@ -22,6 +22,8 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from attnres import (
     ALL_DEPTH_ATTENTION_FUNCTIONS,
@@ -32,7 +34,7 @@ from attnres import (
     TwoPhaseDepthAttention,
     eager_depth_attention,
 )
-from modeling_attnres import fixed_depth_mix, stacked_depth_attention
+from modeling_attnres import fixed_depth_mix, fused_rms_norm, one_token_depth_attention, stacked_depth_attention
 
 
 FLOAT64 = 1e-12  # two ways to write the same sums in float64
@@ -107,6 +109,32 @@ def test_read_is_the_formula(depth_attention, num_sources, dtype, tolerance):
     for leaf, exact_leaf in zip(leaves, exact):
         scale = exact_leaf.grad.abs().max()
         assert (leaf.grad.double() - exact_leaf.grad).abs().max() <= 20 * tolerance * scale + tolerance
+
+
+@pytest.mark.parametrize("num_sources", [1, 2, 25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_read_of_one_token(num_sources, dtype):
+    """The read of a single token is eager's in value and in every gradient, also under autocast and of zeros."""
+    sources = [source.requires_grad_() for source in random_sources(num_sources, (1, 1, 13), dtype)]
+    product = torch.randn(13, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    rounding = {torch.float64: FLOAT64, torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+
+    def results(function, autocast=False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            mixed, weights = function(tuple(sources), product, 1e-5, 3.0)
+        loss = mixed.double().square().sum() + weights[:, 0].double().square().sum()
+        return [mixed, weights, *torch.autograd.grad(loss, [product, *sources])]
+
+    expected = results(eager_depth_attention)
+    found = results(TwoPhaseDepthAttention(), autocast=dtype == torch.float32)
+    for value, expected_value in zip(found, expected, strict=True):
+        assert value.dtype == expected_value.dtype and value.shape == expected_value.shape
+        scale = max(1.0, expected_value.abs().max().item())
+        assert (value.double() - expected_value.double()).abs().max() <= rounding * scale
+    zeros = [torch.zeros_like(source).requires_grad_() for source in sources]
+    mixed, weights = one_token_depth_attention(tuple(zeros), product, 1e-5, 1)
+    grads = torch.autograd.grad(mixed.sum() + weights[:, 0].sum(), zeros)
+    assert not mixed.any() and all(grad.isfinite().all() for grad in grads)
 
 
 @reads
@@ -261,6 +289,69 @@ def test_two_phase_in_bfloat16():
         found = outputs_and_gradients(model, name, torch.bfloat16)
         errors[name] = sum(relative_error(found[key], value) for key, value in exact.items())
     assert errors["two_phase"] <= 1.1 * errors["eager"]
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 48), (2, 3, 48)], ids=["many tokens", "few tokens"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norm(shape, weight_dtype, dtype):
+    """The norm after a read is the donor's, in value and gradients: as far from float64 as the donor's own."""
+    norm = LlamaRMSNorm(shape[-1], eps=1e-3).to(weight_dtype)
+    torch.nn.init.normal_(norm.weight)
+    exact_norm = torch.nn.RMSNorm(shape[-1], eps=1e-3, dtype=torch.float64)
+    exact_norm.weight.data.copy_(norm.weight)
+    inputs = torch.randn(shape).to(dtype).requires_grad_()
+    grad = torch.randn(shape).to(torch.promote_types(dtype, weight_dtype))
+
+    def results(function, inputs, weight):
+        output = function(inputs)
+        return [output, *torch.autograd.grad(output, [inputs, weight], grad.to(output.dtype))]
+
+    exact_inputs = inputs.detach().double().requires_grad_()
+    exact = results(exact_norm, exact_inputs, exact_norm.weight)
+    own = results(norm, inputs, norm.weight)
+    found = results(lambda inputs: fused_rms_norm(norm, inputs), inputs, norm.weight)
+    for value, own_value, exact_value in zip(found, own, exact, strict=True):
+        assert value.dtype == own_value.dtype and value.shape == own_value.shape
+        assert relative_error(value, exact_value) <= 1.1 * relative_error(own_value, exact_value) + 1e-6
+
+
+def test_fused_norm_leaves_others_alone():
+    """A norm with another formula, a replaced forward or a hook is called as it is."""
+    hidden_states = torch.randn(2, 20, 8)
+    gemma, seen = Gemma2RMSNorm(8), []
+    torch.nn.init.normal_(gemma.weight)
+    assert torch.equal(fused_rms_norm(gemma, hidden_states), gemma(hidden_states))
+    norm = LlamaRMSNorm(8)
+    norm.register_forward_hook(lambda *args: seen.append(args))
+    fused_rms_norm(norm, hidden_states)
+    assert len(seen) == 1
+    norm = LlamaRMSNorm(8)
+    norm.forward = lambda hidden_states: 7 * hidden_states
+    assert torch.equal(fused_rms_norm(norm, hidden_states), 7 * hidden_states)
+    model = tiny_model().train()
+    model.model.layers[1].post_attention_layernorm.register_forward_hook(lambda *args: seen.append(args))
+    model(tokens())
+    assert len(seen) == 2
+
+
+def test_layers_hand_on_little_under_checkpointing():
+    """With checkpointing a layer returns one new tensor per token: what it has put out joins the sources first."""
+    model = tiny_model(num_hidden_layers=4, attn_res_block_size=2).train()
+
+    def returned():
+        found = []
+        handles = [
+            layer.register_forward_hook(lambda m, i, output: found.append(output[3:])) for layer in model.model.layers
+        ]
+        model(tokens())
+        [handle.remove() for handle in handles]
+        return [sum(tensor is not None for tensor in tensors) for tensors in found]
+
+    model.gradient_checkpointing_enable()
+    assert max(returned()[::2]) == 1
+    model.gradient_checkpointing_disable()
+    assert max(returned()[::2]) == 2
 
 
 @pytest.mark.parametrize("depth_attention", [one_phase, two_phases])
