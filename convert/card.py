@@ -392,7 +392,7 @@ def _limits(facts: Facts) -> list[str]:
         if facts.base:
             limits.append(f"It has the limits of what it was made from; the training counted here is {scale}.")
         if tokens < FEW_TOKENS and not facts.base:
-            limits.append(f"With {scale} it is for experiments, not for use: its text is not sensible or true.")
+            limits.append(f"With {scale} it is for experiments, not for use: what it writes makes little sense.")
         limits.append(
             f"It was trained on {results['data']} and measured on held-out text of the same kind, nothing else: there "
             "was no test of its abilities, of bias or of safety."
@@ -549,6 +549,8 @@ def _eval_result(result: Result, pipeline_tag: str | None) -> EvalResult:
         task_type=pipeline_tag or "text-generation",
         dataset_type=result.dataset_id or "text",
         dataset_name=result.dataset,
+        # results of one kind of file count as of one data set unless their configurations differ
+        dataset_config=None if result.dataset_id else result.dataset,
         metric_type=result.type,
         metric_name=result.metric,
         metric_value=result.value if math.isfinite(result.value) else str(result.value),
@@ -565,13 +567,15 @@ def _table(heading: tuple[str, ...], rows) -> str:
 
 
 def _wrapped(command: str) -> str:
-    """Lines that end before options."""
-    lines = [""]
-    for part in re.split(r" (?=--)", command):
-        if lines[-1] and len(lines[-1]) + len(part) >= COMMAND_WIDTH:
-            lines.append(f"  {part}")
-        else:
-            lines[-1] = f"{lines[-1]} {part}".strip() if len(lines) == 1 else f"{lines[-1]} {part}"
+    """Lines of about COMMAND_WIDTH, which end before options where they can."""
+    lines = []
+    for option in re.split(r" (?=--)", command):
+        words = option.split(" ") if len(option) >= COMMAND_WIDTH else [option]
+        for word in words:
+            if lines and len(lines[-1]) + len(word) < COMMAND_WIDTH:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(f"    {word}" if lines else word)
     return " \\\n".join(lines)
 
 

@@ -324,9 +324,10 @@ def test_data_of_the_hub(models):
 def test_benchmarks_of_the_hub(tmp_path):
     """Results on the Hub's benchmarks are where and as it wants them; all others are in the metadata."""
     benchmark = Result("accuracy", "acc", 0.25, "GSM8K", "openai/gsm8k", "gsm8k")
-    local = Result("bits per byte", "bits_per_byte", 1.5, "a text")
-    write_card(tmp_path, Card("name", "A model.", "About.", "code", results=(benchmark, local)))
-    assert [result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results] == [1.5]
+    texts = [Result("bits per byte", "bits_per_byte", value, f"text {value}") for value in (1.5, 2.5)]
+    write_card(tmp_path, Card("name", "A model.", "About.", "code", results=(benchmark, *texts)))
+    found = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert [(result.dataset_name, result.metric_value) for result in found] == [("text 1.5", 1.5), ("text 2.5", 2.5)]
     entries = yaml.safe_load((tmp_path / ".eval_results" / "openai_gsm8k.yaml").read_text())
     (entry,) = huggingface_hub.parse_eval_result_entries(entries)
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 0.25)
