@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError("kernels_attnres needs triton (pip install triton).") from error
 
-from modeling_attnres import ClosedDepthRead, TwoPhaseDepthAttention
+from modeling_attnres import ClosedDepthRead, TwoPhaseDepthAttention, can_fuse_norm
 
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -1186,6 +1186,34 @@ class TritonDepthAttention(TwoPhaseDepthAttention):
             ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
             for read in range(len(products))
         ]
+
+    def step(self, depth_read, product, sources, output, norm, closed_read, watched):
+        new_sources = sources[closed_read.num_sources :]
+        tensors = (*sources, output) if output is not None else sources
+        # one open source is what the kernel merges: what it has been so far, and the output that extends or opens it
+        fits = len(new_sources) == (output is not None and depth_read.extends)
+        if not (fits and self.runs(tensors) and can_fuse_norm(norm) and norm.weight.dtype in DTYPES):
+            return None
+        (partial,) = new_sources or (None,)
+        step = depth_step(
+            partial if partial is None else partial.to(sources[0].dtype),
+            output,
+            closed_read.mixed,
+            closed_read.lse,
+            None if output is None else product.float(),
+            depth_read.eps,
+            depth_read.scale,
+            norm.weight,
+            norm.variance_epsilon,
+            return_hidden=watched,
+            dtype=sources[0].dtype,
+        )
+        weights = closed_read.weights
+        if output is not None:
+            weight = step.weight.unsqueeze(1)
+            weights = torch.cat([weights * (1 - weight), weight], dim=1)
+            sources = (*sources[: closed_read.num_sources], step.partial)
+        return step.hidden, weights, step.normed, sources
 
     def read(self, closed_read, sources, product, eps, scale):
         if not self.runs(sources):

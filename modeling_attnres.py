@@ -254,12 +254,15 @@ def is_plain_rms_norm(norm_class: type) -> bool:
     return (code.co_code, code.co_consts, code.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
 
 
-def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`norm(hidden_states)`, faster where the norm is as in Llama and neither replaced nor watched by hooks."""
+def can_fuse_norm(norm: nn.Module) -> bool:
+    """Whether a norm is as in Llama and neither replaced nor watched by hooks."""
     changed = "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks
-    changed = changed or norm._backward_hooks or norm._backward_pre_hooks
-    # in float64, Llama's norm rounds to float32
-    if changed or hidden_states.dtype == torch.float64 or not is_plain_rms_norm(type(norm)):
+    return not (changed or norm._backward_hooks or norm._backward_pre_hooks) and is_plain_rms_norm(type(norm))
+
+
+def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`norm(hidden_states)`, faster where it can be fused."""
+    if hidden_states.dtype == torch.float64 or not can_fuse_norm(norm):  # in float64, Llama's norm rounds to float32
         return norm(hidden_states)
     if torch.compiler.is_compiling():  # which fuses the formula with what is around it
         return norm(hidden_states)
@@ -302,6 +305,10 @@ class TwoPhaseDepthAttention:
             ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
             for read in range(len(products))
         ]
+
+    def step(self, depth_read, product, sources, output, norm, closed_read: ClosedDepthRead, watched: bool):
+        """Everything that [`DepthRead`] does, with its arguments and result, at once; None if it can't be."""
+        return None
 
     def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale):
         """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without."""
@@ -464,6 +471,7 @@ class DepthRead(nn.Module):
         output: torch.Tensor | None,
         norm: nn.Module,
         closed_read: ClosedDepthRead | None = None,
+        watched: bool = False,
     ) -> tuple:
         """
         Args:
@@ -472,10 +480,17 @@ class DepthRead(nn.Module):
             output: `(batch, seq, hidden)`, which the sublayer before has put out, or None if it is in the sources.
             norm: what is applied to the result before the sublayer gets it.
             closed_read: what the read has got from the first sources, if anything.
+            watched: whether the read itself is needed, not only what the norm makes of it.
 
         Returns:
-            The read and its weights `(batch, num_sources, seq)`; the read after the norm; the sources with `output`.
+            The read, or None if it isn't needed and wasn't computed; its weights `(batch, num_sources, seq)`; the read
+            after the norm; the sources with `output`.
         """
+        if closed_read is not None:
+            watched = watched or bool(self._forward_hooks)
+            step = self.depth_attention.step(self, product, sources, output, norm, closed_read, watched)
+            if step is not None:
+                return step
         sources = write(sources, output, self.extends)
         if closed_read is None:
             mixed, weights = self.depth_attention(sources, product, self.eps, self.scale)
@@ -542,13 +557,13 @@ class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
             kwargs: what the donor's attention takes.
 
         Returns:
-            What attention reads, or None in the first layer, where it is the first source; the depth weights of the two
-            reads `(batch, num_sources, seq)`; the sources that are new or changed, all but the first
-            `num_closed_sources`; and this layer's output, or None if it is among them.
+            What attention reads, or None in the first layer, where it is the first source, or if nobody watches; the
+            depth weights of the two reads `(batch, num_sources, seq)`; the sources that are new or changed, all but the
+            first `num_closed_sources`; and this layer's output, or None if it is among them.
         """
         *sources, output, attention_product, mlp_product = sources_and_products
         attention_input, attention_weights, normed, sources = self.attention_read(
-            attention_product, sources, output, self.attention_norm, closed_reads[0]
+            attention_product, sources, output, self.attention_norm, closed_reads[0], bool(self._forward_hooks)
         )
         output = self.attend(normed, **kwargs)
         _, mlp_weights, normed, sources = self.mlp_read(mlp_product, sources, output, self.mlp_norm, closed_reads[1])

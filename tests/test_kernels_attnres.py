@@ -526,6 +526,7 @@ def test_needs_gpu_or_interpreter():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 def check_model(device, mode, dtype):
     """A model of uneven blocks, with `triton` against `eager`: logits, depth weights and gradients."""
+    import kernels_attnres
     from attnres import AttnResConfig, AttnResForCausalLM
 
     torch.manual_seed(0)
@@ -556,9 +557,26 @@ def check_model(device, mode, dtype):
     def error(found, exact):
         return sum(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact))
 
+    fused = []
+
+    def spy(*args, step=kernels_attnres.depth_step, **kwargs):
+        fused.append(step(*args, **kwargs))
+        return fused[-1]
+
+    kernels_attnres.depth_step = spy
     exact = results(model.double(), "eager")
     assert error(results(model, "triton"), exact) < 1e-12  # float64 goes to PyTorch
+    assert not fused
     model.to(dtype)
+    results(model, "triton")
+    normed = [step for step in fused if step.normed is not None]
+    # sum, merge and norm in one in the second block, without the read itself, which nobody watches
+    assert len(normed) == 2 and all(step.hidden is None for step in normed)
+    model.set_attn_res_implementation("eager")
+    expected = model(tokens, output_hidden_states=True).hidden_states
+    model.set_attn_res_implementation("triton")
+    found = model(tokens, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) and error(found, expected) < 0.05
     assert error(results(model, "triton"), exact) <= 1.1 * error(results(model, "eager"), exact) + 1e-4
 
 
