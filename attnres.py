@@ -36,3 +36,5 @@ if find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.
     from kernels_attnres import TritonDepthAttention
 
     modeling_attnres.DepthAttentionInterface.register("triton", TritonDepthAttention())
+    if torch.cuda.is_available():  # on a CPU, and where the kernels fail, it is two_phase
+        modeling_attnres.DepthAttentionInterface.default = "triton"

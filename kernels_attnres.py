@@ -19,9 +19,12 @@ Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
+from transformers.utils import logging
 
 
 try:
@@ -30,8 +33,16 @@ try:
 except ImportError as error:
     raise ImportError("kernels_attnres needs triton (pip install triton).") from error
 
-from modeling_attnres import ClosedDepthRead, TwoPhaseDepthAttention, can_fuse_norm
+from modeling_attnres import (
+    ClosedDepthRead,
+    TwoPhaseDepthAttention,
+    can_fuse_norm,
+    eager_depth_attention,
+    gradients_by_scores,
+)
 
+
+logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TABLE_ARGUMENTS = 16
@@ -781,7 +792,7 @@ def closed_reads(
         products: `(S, d)`, query times key norm gain of each read.
         eps: epsilon of the RMSNorm of the keys.
         dtype: of the result; default the sources'. float32 leaves the only rounding to what follows.
-        return_weights: also return the weights, without their gradients.
+        return_weights: also return the weights.
 
     Returns:
         S tensors `(*tokens, d)` (tensors of their own, so that their gradients need no copy), and float32
@@ -809,8 +820,29 @@ def closed_reads(
     mixed = tuple(read for mixed, _, _, _ in parts for read in mixed)
     if not return_weights:
         return mixed, lse
-    scores = torch.cat([scores.transpose(0, 1) for _, _, scores, _ in parts]).detach()
-    return mixed, lse, (scores.view(len(products), len(sources), *shape[:-1]) - lse.detach().unsqueeze(1)).exp()
+    scores = torch.cat([scores.transpose(0, 1) for _, _, scores, _ in parts])
+    scores = scores.view(len(products), len(sources), *shape[:-1])
+    inverse_rms = parts[0][3].view(len(sources), *shape[:-1])
+    scores = _ClosedScores.apply(scores, inverse_rms, products.float(), *sources)
+    return mixed, lse, (scores - lse.unsqueeze(1)).exp()
+
+
+class _ClosedScores(torch.autograd.Function):
+    """The scores, `(S, n, *tokens)`, which the kernels don't differentiate: few losses depend on the weights."""
+
+    @staticmethod
+    def forward(ctx, scores, inverse_rms, products, *sources):
+        ctx.save_for_backward(scores, inverse_rms, products, *sources)
+        return scores.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        scores, inverse_rms, products, *sources = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        product_grad, source_grads = gradients_by_scores(grad, scores, inverse_rms, products, sources, needed)
+        source_grads = [None if g is None else g.to(v.dtype) for g, v in zip(source_grads, sources)]
+        return None, None, product_grad, *source_grads
 
 
 def _check_dtypes(*dtypes: torch.dtype | None):
@@ -1159,19 +1191,64 @@ def depth_step(
     )
 
 
-__all__ = ["DepthStep", "closed_reads", "depth_step"]
+@cache
+def works_on(device: torch.device) -> bool:
+    """Whether the kernels give on `device` what eager depth attention gives; if not, a warning says why. Asked once."""
+    reason = "they are wrong"
+    try:
+        if _error_on(device) < 1e-2:
+            return True
+    except Exception as error:  # of Triton's compiler, the driver, a GPU that lacks something
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    logger.warning(f"The Triton kernels don't run on {device} ({reason}): depth attention runs in PyTorch instead.")
+    return False
+
+
+def _error_on(device: torch.device) -> float:
+    """The largest relative error of results and gradients of a small block of reads in bfloat16."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator).to(device).requires_grad_()
+
+        sources, output = [random(2, 24, 80) for _ in range(3)], random(2, 24, 80)
+        product, gain = random(80), random(80)
+        inputs = (*sources, output, product, gain)
+
+        def fused(*inputs):
+            *sources, output, product, gain = inputs
+            (mixed,), lse = closed_reads([v.bfloat16() for v in sources], product[None], 1e-5, torch.float32)
+            step = depth_step(None, output.bfloat16(), mixed, lse[0], product, 1e-5, 1.0, gain, 1e-5, True)
+            return step.normed, step.hidden
+
+        def eager(*inputs):
+            *sources, product, gain = inputs
+            hidden = eager_depth_attention(tuple(v.bfloat16().float() for v in sources), product, 1e-5, 1.0)[0]
+            return torch.nn.functional.rms_norm(hidden, gain.shape, gain, 1e-5), hidden
+
+        found, exact = (
+            [*results, *torch.autograd.grad([r.float().square().sum() for r in results], inputs)]
+            for results in (fused(*inputs), eager(*inputs))
+        )
+        return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact))
+
+
+__all__ = ["DepthStep", "closed_reads", "depth_step", "works_on"]
 
 
 class TritonDepthAttention(TwoPhaseDepthAttention):
     """The two phases in these kernels; arguments and results as those of [`TwoPhaseDepthAttention`].
 
-    Few tokens, float64 and tensors on a CPU are left to PyTorch. Gradients don't flow through the weights of closed
-    sources: a loss of the depth weights themselves needs another implementation.
+    Few tokens, float64, tensors on a CPU and devices on which the kernels fail are left to PyTorch.
     """
 
     def runs(self, sources) -> bool:
-        dtypes_fit = all(source.dtype in DTYPES for source in sources)
-        return dtypes_fit and (sources[0].is_cuda or INTERPRETED.value)
+        if any(source.dtype not in DTYPES for source in sources):
+            return False
+        if INTERPRETED.value or torch.compiler.is_compiling():
+            return sources[0].is_cuda or INTERPRETED.value
+        return sources[0].is_cuda and works_on(sources[0].device)
 
     def __call__(self, sources, product, eps, scale):
         if sources[0].shape[:-1].numel() <= self.few_tokens or not self.runs(sources):

@@ -166,7 +166,7 @@ class DepthAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, lse_grad, weights_grad, *mixed_grads):
         products, scores, inverse_rms, weights, before, *sources = ctx.saved_tensors
-        dtype, hidden = products.dtype, products.shape[-1]
+        dtype = products.dtype
         all_sources = sources if before is None else (before, *sources)
         reads = [(read, grad.to(dtype)) for read, grad in enumerate(mixed_grads) if grad is not None]
         # of the loss by the weights, then by the scores
@@ -184,23 +184,44 @@ class DepthAttentionFunction(torch.autograd.Function):
             if reads:  # a single one; without it, the loss depends on the weights alone
                 before_grad = reads[0][1] * (weights[0, 0] * ctx.scale).unsqueeze(-1)
             weights = weights[:, 1:]
-        by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
-        by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
-        product_grad, source_grads = torch.zeros_like(products), []
-        for source, values in enumerate(sources):
-            values = values.to(dtype)
-            for read in range(len(products)):
-                product_grad[read].add_(values.reshape(-1, hidden).T @ by_product[read, source])
-            if not ctx.needs_input_grad[5 + source]:
-                source_grads.append(None)
-                continue
-            source_grad = (values * by_value[source]).contiguous()
-            for read, product in enumerate(products):
-                source_grad.view(-1, hidden).addr_(by_product[read, source], product)
-            for read, grad in reads:
-                source_grad.addcmul_(grad, (weights[read, source] * ctx.scale).unsqueeze(-1))
-            source_grads.append(source_grad.to(sources[source].dtype))
+        needed = ctx.needs_input_grad[5:]
+        product_grad, source_grads = gradients_by_scores(grads, scores, inverse_rms, products, sources, needed)
+        for source, source_grad in enumerate(source_grads):
+            if source_grad is not None:
+                for read, grad in reads:
+                    source_grad.addcmul_(grad, (weights[read, source] * ctx.scale).unsqueeze(-1))
+                source_grads[source] = source_grad.to(sources[source].dtype)
         return product_grad, None, None, before_grad, before_lse_grad, *source_grads
+
+
+def gradients_by_scores(
+    grads: torch.Tensor, scores: torch.Tensor, inverse_rms: torch.Tensor, products: torch.Tensor, sources, needed
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """What a loss's gradients by the scores, `grads`, add to those by what the scores are made of.
+
+    Args:
+        grads, scores: `(num_reads, num_sources, batch, seq)`.
+        inverse_rms: `(num_sources, batch, seq)`, of the sources, with the epsilon.
+        products: `(num_reads, hidden)`.
+        sources: num_sources tensors `(batch, seq, hidden)`.
+        needed: for each source, whether its gradient is needed.
+
+    Returns:
+        Gradients by `products`; by the sources in the products' dtype, None where it isn't needed.
+    """
+    dtype, hidden = products.dtype, products.shape[-1]
+    by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
+    by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
+    product_grad, source_grads = torch.zeros_like(products), []
+    for source, values in enumerate(sources):
+        values = values.to(dtype)
+        for read in range(len(products)):
+            product_grad[read].add_(values.reshape(-1, hidden).T @ by_product[read, source])
+        source_grads.append((values * by_value[source]).contiguous() if needed[source] else None)
+        if needed[source]:
+            for read, product in enumerate(products):
+                source_grads[-1].view(-1, hidden).addr_(by_product[read, source], product)
+    return product_grad, source_grads
 
 
 @dataclass
@@ -380,6 +401,7 @@ class DepthAttentionInterface(GeneralInterface):
     add one with `DepthAttentionInterface.register(name, function)`.
     """
 
+    default = "two_phase"
     _global_mapping = {"eager": eager_depth_attention, "two_phase": TwoPhaseDepthAttention()}
 
     def get_interface(self, name: str) -> Callable:
@@ -623,7 +645,7 @@ class AttnResPreTrainedModelMixin:
                 f"{cls.config_class.__name__}(**config.to_dict())."
             )
         config.validate_attn_res()
-        name = attn_res_implementation or config._attn_res_implementation or "two_phase"
+        name = attn_res_implementation or config._attn_res_implementation or DepthAttentionInterface.default
         ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(name)
         config._attn_res_implementation = name
 

@@ -550,7 +550,10 @@ def check_model(device, mode, dtype):
         model.set_attn_res_implementation(implementation)
         model.zero_grad()
         outputs = model(tokens, labels=tokens, output_depth_attentions=True)
-        outputs.loss.backward()
+        loss = outputs.loss
+        if dtype == torch.float32:  # gradients by the weights are rounded apart from those by the reads
+            loss = loss + sum(read[:, 0].square().mean() + read[:, -1].mean() for read in outputs.depth_attentions)
+        loss.backward()
         gradients = [parameter.grad.double().clone() for parameter in model.parameters()]
         return [outputs.logits.detach().double(), *(w.detach().double() for w in outputs.depth_attentions), *gradients]
 
@@ -578,6 +581,34 @@ def check_model(device, mode, dtype):
     found = model(tokens, output_hidden_states=True).hidden_states
     assert len(found) == len(expected) and error(found, expected) < 0.05
     assert error(results(model, "triton"), exact) <= 1.1 * error(results(model, "eager"), exact) + 1e-4
+
+
+def check_works(device):
+    from transformers.utils import logging
+
+    import kernels_attnres
+
+    device, warnings = torch.device(device), []
+    handler = type("Handler", (logging.logging.Handler,), {"emit": lambda self, record: warnings.append(record.msg)})()
+    kernels_attnres.logger.addHandler(handler)
+    assert kernels_attnres.works_on(device) and not warnings
+    step = kernels_attnres.depth_step
+    for wrong, reason in (
+        (lambda *args: (result := step(*args))._replace(normed=1.1 * result.normed), "they are wrong"),
+        (lambda *args: step(*args, score=args[3]), "ValueError: depth_step needs a product"),
+    ):
+        kernels_attnres.depth_step = wrong
+        kernels_attnres.works_on.cache_clear()
+        assert not kernels_attnres.works_on(device) and not kernels_attnres.works_on(device)
+        assert reason in warnings.pop() and not warnings
+    kernels_attnres.depth_step = step
+    kernels_attnres.works_on.cache_clear()
+    kernels_attnres.logger.removeHandler(handler)
+
+
+def test_kernels_are_tried_before_they_are_used(run):
+    """A device on which they fail or are wrong is left to PyTorch, with one warning that says why."""
+    run(check_works)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
