@@ -1265,6 +1265,8 @@ class TritonDepthAttention(TwoPhaseDepthAttention):
         ]
 
     def step(self, depth_read, product, sources, output, norm, closed_read, watched):
+        if closed_read is None:
+            return None
         new_sources = sources[closed_read.num_sources :]
         tensors = (*sources, output) if output is not None else sources
         # one open source is what the kernel merges: what it has been so far, and the output that extends or opens it

@@ -42,7 +42,14 @@ setup(
         "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
         "trl": ["trl>=1.0"],
         "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for scripts/evaluate_model.py --lm-eval
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "psutil>=5.9", "parameterized>=0.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
+            "psutil>=5.9",
+            "parameterized>=0.9",
+            "triton>=3.2; sys_platform == 'linux'",  # whose interpreter runs the kernels on a CPU
+        ],
         "lint": ["ruff"],
     },
     entry_points={"console_scripts": ["attnres-convert = attnres_convert.cli:main"]},

@@ -316,6 +316,57 @@ def test_fused_norm(shape, weight_dtype, dtype):
         assert relative_error(value, exact_value) <= 1.1 * relative_error(own_value, exact_value) + 1e-6
 
 
+@pytest.mark.parametrize("num_closed, num_sources", [(0, 2), (0, 5), (1, 2), (3, 4), (2, 5)])
+def test_norm_fused_with_a_read(num_closed, num_sources):
+    """A read that returns its RMSNorm is the formula in float64, in value, weights and every gradient."""
+    norm = LlamaRMSNorm(13, eps=1e-3).double()
+    torch.nn.init.normal_(norm.weight)
+    sources = [source.requires_grad_() for source in random_sources(num_sources)]
+    products = torch.randn(2, 13, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(3, 5, 13, dtype=torch.float64)
+    attention = TwoPhaseDepthAttention()
+
+    def fused():
+        closed = attention.closed_reads(sources[:num_closed], products, 1e-5)[1] if num_closed else None
+        return attention.read(closed, sources, products[1], 1e-5, 3.0, norm)
+
+    def plain():
+        mixed, weights = eager_depth_attention(tuple(sources), products[1], 1e-5, 3.0)
+        return torch.nn.functional.rms_norm(mixed, (13,), norm.weight, 1e-3), weights
+
+    def results(function):
+        normed, weights = function()
+        loss = (normed * grad).sum() + weights[:, 0].square().sum()
+        return [normed, weights, *torch.autograd.grad(loss, [products, norm.weight, *sources])]
+
+    for found, expected in zip(results(fused), results(plain), strict=True):
+        assert_close(found, expected, FLOAT64 * max(1.0, expected.abs().max().item()))
+
+
+def test_a_training_step_keeps_no_more_than_the_donors(tmp_path):
+    """What a forward keeps for the backward pass is at most what the donor's keeps, and the states of the blocks."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4}
+    donor, model = tiny_donor(**sizes).train(), tiny_model(**sizes, attn_res_block_size=2).train()
+    input_ids = torch.randint(0, 64, (2, 128), generator=torch.Generator().manual_seed(0))
+
+    def kept(model) -> int:
+        storages = {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(input_ids, labels=input_ids, use_cache=False)
+        return sum(nbytes for nbytes, _ in storages.values())
+
+    state = input_ids.numel() * 64 * 4
+    assert kept(model) <= kept(donor) + 4 * state
+
+
 def test_fused_norm_leaves_others_alone():
     """A norm with another formula, a replaced forward or a hook is called as it is."""
     hidden_states = torch.randn(2, 20, 8)
