@@ -126,8 +126,8 @@ def train_on(name: str, model: Path, mode: str, args) -> dict:
 def train_lora(model: Path, args) -> dict:
     options = [*shared_options(args)["finetune"], "--model", model, "--method", "lora", "--merge"]
     options += [*length(args.steps), "--lora-rank", args.lora_rank]
-    if args.model is None:  # a small model takes more than others
-        options += ["--learning-rate", args.continue_learning_rate]
+    if args.lora_learning_rate is not None:
+        options += ["--learning-rate", args.lora_learning_rate]
     options += ["--seed", args.seed + 2, "--output", args.partial / "attnres-lora"]
     return describe_run("attnres-lora, on answers", finetune(finetuning_arguments(list(map(str, options)))))
 
@@ -296,13 +296,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--new-tokens", type=positive, default=80, help="how far they continue it; default: 80")
     add("--mode", choices=("block", "full"), default="block", help="kind of Attention Residuals; default: block")
     add("--block-size", type=positive, help="decoder layers per block; default: an eighth of the layers")
-    add("--steps", type=positive, default=90, help="steps of each of the three runs; default: 90")
+    add("--steps", type=positive, default=60, help="steps of each of the three runs; default: 60")
     add("--batch-size", type=positive, default=4, help="sequences per step; default: 4")
     add("--seq-len", type=positive, default=256, help="tokens per sequence; default: 256")
     add("--eval-sequences", type=positive, default=32, help="held-out sequences to evaluate at most; default: 32")
     add("--eval-documents", type=positive, default=8, help="held-out documents in the last comparison; default: 8")
-    add("--continue-learning-rate", type=float, help="of the three runs; default: 0.001, with --train-donor "
-        "as before, with --model 5e-5 and that of finetune.py for LoRA")  # fmt: skip
+    add("--continue-learning-rate", type=float, help="of the three runs; default: 0.0003 and 0.002 for LoRA, with "
+        "--train-donor as before, with --model 5e-5 and for LoRA that of finetune.py")  # fmt: skip
     add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
         f"multiple; default: {DEPTH_LR_SCALE:g}")  # fmt: skip
     add("--lora-rank", type=positive, default=8, help="rank of the adapters; default: 8")
@@ -340,8 +340,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error(f"--block-size {args.block_size} must be at most --layers {args.layers}")
     if args.model is None and args.tokenizer is not None:
         parser.error("--tokenizer goes with --model; the other donors have their own")
-    if args.continue_learning_rate is None:
-        args.continue_learning_rate = args.learning_rate if args.train_donor else 1e-3 if args.model is None else 5e-5
+    if args.model is not None:
+        rate, lora_rate = 5e-5, None
+    elif args.train_donor:
+        rate = lora_rate = args.learning_rate
+    else:  # trained to the end of its schedule
+        rate, lora_rate = 3e-4, 2e-3
+    if args.continue_learning_rate is not None and args.model is None:
+        lora_rate = args.continue_learning_rate
+    args.continue_learning_rate = args.continue_learning_rate or rate
+    args.lora_learning_rate = lora_rate
     args.dtype = "auto" if args.model else "float32"  # also shows exact conversion of a donor that is saved in bfloat16
 
 
