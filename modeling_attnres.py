@@ -367,7 +367,9 @@ class TwoPhaseDepthAttention:
         num_sources = len(sources) + (output is not None and not depth_read.extends)
         merges = num_sources - num_closed + (closed_read is not None) > 1
         many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
-        if watched or not (many and merges and can_fuse_norm(norm)) or torch.compiler.is_compiling():
+        if watched or not (many and merges and can_fuse_norm(norm) and torch.is_grad_enabled()):
+            return None
+        if torch.compiler.is_compiling():
             return None
         new_sources = write(sources, output, depth_read.extends)
         normed, weights = self.read(closed_read, new_sources, product, depth_read.eps, depth_read.scale, norm)
@@ -378,21 +380,37 @@ class TwoPhaseDepthAttention:
 
         With a `norm`, one of Llama's, it is the normalised mix, and the mix is not kept for the backward pass.
         """
-        product = product.to(torch.promote_types(sources[0].dtype, torch.float32)).unsqueeze(0)
+        product = product.to(torch.promote_types(sources[0].dtype, torch.float32))
         before, new_sources = (None, None), sources
         if closed_read is not None:
             before, new_sources = (closed_read.mixed, closed_read.lse), sources[closed_read.num_sources :]
             if not new_sources:
                 mixed = closed_read.mixed if scale == 1 else closed_read.mixed * scale
                 return mixed.to(sources[0].dtype), closed_read.weights
+            if len(new_sources) == 1 and not torch.is_grad_enabled():
+                return self.merge(closed_read, new_sources[0], product, eps, scale)
         norm = (None, 0) if norm is None else (norm.weight, norm.variance_epsilon)
-        _, weights, mixed = DepthAttentionFunction.apply(product, eps, scale, *before, *norm, *new_sources)
+        _, weights, mixed = DepthAttentionFunction.apply(product[None], eps, scale, *before, *norm, *new_sources)
         weights = weights[0].transpose(0, 1)
         if closed_read is None:
             weights = weights.contiguous()
         else:
             weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
         return mixed if norm[0] is not None else mixed.to(sources[0].dtype), weights
+
+    def merge(self, closed_read: ClosedDepthRead, source, product, eps, scale):
+        """A read of one more source, without gradients, in the memory of what has been read before."""
+        values = source.to(closed_read.mixed.dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            score = values @ product
+        norms = torch.linalg.vector_norm(values, dim=-1)
+        score *= norms.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
+        weight = torch.sigmoid(score - closed_read.lse)
+        mixed = closed_read.mixed.lerp_(values, weight.unsqueeze(-1))
+        if scale != 1:
+            mixed *= scale
+        weight = weight.unsqueeze(1)
+        return mixed.to(source.dtype), torch.cat([closed_read.weights * (1 - weight), weight], dim=1)
 
 
 def stacked_depth_attention(sources, product, eps, scale):

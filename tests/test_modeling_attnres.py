@@ -343,6 +343,26 @@ def test_norm_fused_with_a_read(num_closed, num_sources):
         assert_close(found, expected, FLOAT64 * max(1.0, expected.abs().max().item()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_reads_without_gradients(dtype):
+    """Without gradients a read gives the same, each in memory of its own, and leaves the sources as they are."""
+    sources = random_sources(3, dtype=dtype)
+    before = [source.clone() for source in sources]
+    products = torch.randn(2, 13, dtype=torch.promote_types(dtype, torch.float32))
+    attention, found = TwoPhaseDepthAttention(), []
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+        for closed_read, product in zip(attention.closed_reads(sources[:2], products, 1e-5), products):
+            found.append(attention.read(closed_read, sources, product, 1e-5, 3.0))
+    rounding = {torch.float64: FLOAT64, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    for (mixed, weights), product in zip(found, products, strict=True):
+        exact, exact_weights = eager_depth_attention(tuple(v.double() for v in sources), product.double(), 1e-5, 3.0)
+        assert mixed.dtype == dtype and weights.dtype == product.dtype
+        assert relative_error(mixed, exact) <= rounding and relative_error(weights, exact_weights) <= max(
+            rounding, 1e-6
+        )
+    assert all(torch.equal(source, value) for source, value in zip(sources, before))
+
+
 def test_a_training_step_keeps_no_more_than_the_donors(tmp_path):
     """What a forward keeps for the backward pass is at most what the donor's keeps, and the states of the blocks."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4}
