@@ -124,6 +124,47 @@ def eager_depth_attention(
     return mixed.to(sources[0].dtype), weights
 
 
+def rms_norm_forward(
+    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Llama's RMSNorm in few passes over memory, and the inverse root mean squares that its backward pass takes."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
+    inverse_rms = norms.square_().div_(hidden_states.shape[-1]).add_(eps).rsqrt_()
+    normed = (hidden_states * inverse_rms).to(hidden_states.dtype)
+    return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight, inverse_rms
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients by `hidden_states`, in the dtype of `inverse_rms`, and by `weight`."""
+    hidden, dtype = hidden_states.shape[-1], inverse_rms.dtype
+    grad = grad.to(dtype)
+    normed = hidden_states * inverse_rms
+    products = (grad * normed).view(-1, hidden)
+    weight_grad = products.sum(0).to(weight.dtype)
+    projection = torch.mv(products, weight.to(dtype)).view(inverse_rms.shape).div_(hidden)
+    return (grad * weight).addcmul_(normed, projection, value=-1).mul_(inverse_rms), weight_grad
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Llama's RMSNorm, which saves little besides its input."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, eps):
+        normed, inverse_rms = rms_norm_forward(hidden_states, weight, eps)
+        ctx.save_for_backward(hidden_states, weight, inverse_rms)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden_states, *others = ctx.saved_tensors
+        input_grad, weight_grad = rms_norm_backward(grad, hidden_states, *others)
+        return input_grad.to(hidden_states.dtype), weight_grad, None
+
+
 class DepthAttentionFunction(torch.autograd.Function):
     """Several reads of the same sources; each may start from what it has read of other sources before.
 
@@ -134,6 +175,9 @@ class DepthAttentionFunction(torch.autograd.Function):
         eps, scale: as in [`eager_depth_attention`].
         before: None, or for a single read the mix `(batch, seq, hidden)` of the sources before, not scaled.
         before_lse: None, or `(batch, seq)`, the logarithm of the sum of the exponentials of their scores.
+        norm_weight: None, or for a single read `(hidden,)`, the gain of the RMSNorm that follows, whose result is
+            returned instead of the mix.
+        norm_eps: its epsilon.
         sources: num_sources tensors `(batch, seq, hidden)`.
 
     Returns:
@@ -142,7 +186,7 @@ class DepthAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, products, eps, scale, before, before_lse, *sources):
+    def forward(ctx, products, eps, scale, before, before_lse, norm_weight, norm_eps, *sources):
         dtype, hidden = products.dtype, products.shape[-1]
         norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
         inverse_rms = norms.square_().div_(hidden).add_(eps).rsqrt_()  # (num_sources, batch, seq)
@@ -152,12 +196,11 @@ class DepthAttentionFunction(torch.autograd.Function):
         all_scores = scores if before is None else torch.cat([before_lse[None, None], scores], dim=1)
         lse = all_scores.logsumexp(1)
         weights = (all_scores - lse.unsqueeze(1)).exp_()
-        mixed = [None] * len(products)
-        for values, value_weights in zip(sources if before is None else (before, *sources), weights.unbind(1)):
-            values = values.to(dtype)
-            for read, weight in enumerate((value_weights * scale).unsqueeze(-1)):
-                mixed[read] = values * weight if mixed[read] is None else mixed[read].addcmul_(values, weight)
-        ctx.save_for_backward(products, scores, inverse_rms, weights, before, *sources)
+        mixed = mixes(sources if before is None else (before, *sources), weights, scale)
+        norm_inverse_rms = None
+        if norm_weight is not None:
+            mixed[0], norm_inverse_rms = rms_norm_forward(mixed[0].to(sources[0].dtype), norm_weight, norm_eps)
+        ctx.save_for_backward(products, scores, inverse_rms, weights, before, norm_weight, norm_inverse_rms, *sources)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         return lse, weights, *mixed
@@ -165,9 +208,16 @@ class DepthAttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, lse_grad, weights_grad, *mixed_grads):
-        products, scores, inverse_rms, weights, before, *sources = ctx.saved_tensors
-        dtype, hidden = products.dtype, products.shape[-1]
+        products, scores, inverse_rms, weights, before, norm_weight, norm_inverse_rms, *sources = ctx.saved_tensors
+        dtype = products.dtype
         all_sources = sources if before is None else (before, *sources)
+        norm_weight_grad = None
+        if norm_weight is not None and mixed_grads[0] is not None:
+            (mixed,) = mixes(all_sources, weights, ctx.scale)  # again
+            grad, norm_weight_grad = rms_norm_backward(
+                mixed_grads[0], mixed.to(sources[0].dtype), norm_weight, norm_inverse_rms
+            )
+            mixed_grads = (grad,)
         reads = [(read, grad.to(dtype)) for read, grad in enumerate(mixed_grads) if grad is not None]
         # of the loss by the weights, then by the scores
         grads = torch.zeros_like(weights) if weights_grad is None else weights_grad.clone()
@@ -184,23 +234,54 @@ class DepthAttentionFunction(torch.autograd.Function):
             if reads:  # a single one; without it, the loss depends on the weights alone
                 before_grad = reads[0][1] * (weights[0, 0] * ctx.scale).unsqueeze(-1)
             weights = weights[:, 1:]
-        by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
-        by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
-        product_grad, source_grads = torch.zeros_like(products), []
-        for source, values in enumerate(sources):
-            values = values.to(dtype)
-            for read in range(len(products)):
-                product_grad[read].add_(values.reshape(-1, hidden).T @ by_product[read, source])
-            if not ctx.needs_input_grad[5 + source]:
-                source_grads.append(None)
-                continue
-            source_grad = (values * by_value[source]).contiguous()
+        needed = ctx.needs_input_grad[7:]
+        product_grad, source_grads = gradients_by_scores(grads, scores, inverse_rms, products, sources, needed)
+        for source, source_grad in enumerate(source_grads):
+            if source_grad is not None:
+                for read, grad in reads:
+                    source_grad.addcmul_(grad, (weights[read, source] * ctx.scale).unsqueeze(-1))
+                source_grads[source] = source_grad.to(sources[source].dtype)
+        return product_grad, None, None, before_grad, before_lse_grad, norm_weight_grad, None, *source_grads
+
+
+def mixes(sources, weights: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """For each read, `scale` times the sum of the sources by `weights` `(num_reads, num_sources, batch, seq)`."""
+    mixed = [None] * len(weights)
+    for values, value_weights in zip(sources, weights.unbind(1)):
+        values = values.to(weights.dtype)
+        for read, weight in enumerate((value_weights * scale).unsqueeze(-1)):
+            mixed[read] = values * weight if mixed[read] is None else mixed[read].addcmul_(values, weight)
+    return mixed
+
+
+def gradients_by_scores(
+    grads: torch.Tensor, scores: torch.Tensor, inverse_rms: torch.Tensor, products: torch.Tensor, sources, needed
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """What a loss's gradients by the scores, `grads`, add to those by what the scores are made of.
+
+    Args:
+        grads, scores: `(num_reads, num_sources, batch, seq)`.
+        inverse_rms: `(num_sources, batch, seq)`, of the sources, with the epsilon.
+        products: `(num_reads, hidden)`.
+        sources: num_sources tensors `(batch, seq, hidden)`.
+        needed: for each source, whether its gradient is needed.
+
+    Returns:
+        Gradients by `products`; by the sources in the products' dtype, None where it isn't needed.
+    """
+    dtype, hidden = products.dtype, products.shape[-1]
+    by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
+    by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
+    product_grad, source_grads = torch.zeros_like(products), []
+    for source, values in enumerate(sources):
+        values = values.to(dtype)
+        for read in range(len(products)):
+            product_grad[read].add_(values.reshape(-1, hidden).T @ by_product[read, source])
+        source_grads.append((values * by_value[source]).contiguous() if needed[source] else None)
+        if needed[source]:
             for read, product in enumerate(products):
-                source_grad.view(-1, hidden).addr_(by_product[read, source], product)
-            for read, grad in reads:
-                source_grad.addcmul_(grad, (weights[read, source] * ctx.scale).unsqueeze(-1))
-            source_grads.append(source_grad.to(sources[source].dtype))
-        return product_grad, None, None, before_grad, before_lse_grad, *source_grads
+                source_grads[-1].view(-1, hidden).addr_(by_product[read, source], product)
+    return product_grad, source_grads
 
 
 @dataclass
@@ -221,32 +302,6 @@ class ClosedDepthRead:
         return ClosedDepthRead(mixed, lse, weights, self.num_sources)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """Llama's RMSNorm, in fewer passes over memory and with less to save than its formula in PyTorch."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, eps):
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
-        inverse_rms = norms.square_().div_(hidden_states.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(hidden_states, weight, inverse_rms)
-        normed = (hidden_states * inverse_rms).to(hidden_states.dtype)
-        return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden_states, weight, inverse_rms = ctx.saved_tensors
-        hidden, dtype = hidden_states.shape[-1], inverse_rms.dtype
-        grad = grad.to(dtype)
-        normed = hidden_states * inverse_rms
-        products = (grad * normed).view(-1, hidden)
-        weight_grad = products.sum(0).to(weight.dtype)
-        projection = torch.mv(products, weight.to(dtype)).view(inverse_rms.shape).div_(hidden)
-        input_grad = (grad * weight).addcmul_(normed, projection, value=-1).mul_(inverse_rms)
-        return input_grad.to(hidden_states.dtype), weight_grad, None
-
-
 @cache
 def is_plain_rms_norm(norm_class: type) -> bool:
     """Whether a class has the code of Llama's RMSNorm, as many families have under a name of their own."""
@@ -254,12 +309,15 @@ def is_plain_rms_norm(norm_class: type) -> bool:
     return (code.co_code, code.co_consts, code.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
 
 
-def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`norm(hidden_states)`, faster where the norm is as in Llama and neither replaced nor watched by hooks."""
+def can_fuse_norm(norm: nn.Module) -> bool:
+    """Whether a norm is as in Llama and neither replaced nor watched by hooks."""
     changed = "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks
-    changed = changed or norm._backward_hooks or norm._backward_pre_hooks
-    # in float64, Llama's norm rounds to float32
-    if changed or hidden_states.dtype == torch.float64 or not is_plain_rms_norm(type(norm)):
+    return not (changed or norm._backward_hooks or norm._backward_pre_hooks) and is_plain_rms_norm(type(norm))
+
+
+def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`norm(hidden_states)`, faster where it can be fused."""
+    if hidden_states.dtype == torch.float64 or not can_fuse_norm(norm):  # in float64, Llama's norm rounds to float32
         return norm(hidden_states)
     if torch.compiler.is_compiling():  # which fuses the formula with what is around it
         return norm(hidden_states)
@@ -297,28 +355,62 @@ class TwoPhaseDepthAttention:
     def closed_reads(self, sources, products: torch.Tensor, eps: float) -> list[ClosedDepthRead]:
         """Phase 1, for reads with the products `(num_reads, hidden)`."""
         products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
-        lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, *sources)
+        lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, None, 0, *sources)
         return [
             ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
             for read in range(len(products))
         ]
 
-    def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale):
-        """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without."""
-        product = product.to(torch.promote_types(sources[0].dtype, torch.float32)).unsqueeze(0)
+    def step(self, depth_read, product, sources, output, norm, closed_read, watched: bool):
+        """Everything that [`DepthRead`] does, with its arguments and result, at once; None if it can't be."""
+        num_closed = 0 if closed_read is None else closed_read.num_sources
+        num_sources = len(sources) + (output is not None and not depth_read.extends)
+        merges = num_sources - num_closed + (closed_read is not None) > 1
+        many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
+        if watched or not (many and merges and can_fuse_norm(norm) and torch.is_grad_enabled()):
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        new_sources = write(sources, output, depth_read.extends)
+        normed, weights = self.read(closed_read, new_sources, product, depth_read.eps, depth_read.scale, norm)
+        return None, weights, normed, new_sources
+
+    def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale, norm: nn.Module | None = None):
+        """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without.
+
+        With a `norm`, one of Llama's, it is the normalised mix, and the mix is not kept for the backward pass.
+        """
+        product = product.to(torch.promote_types(sources[0].dtype, torch.float32))
         before, new_sources = (None, None), sources
         if closed_read is not None:
             before, new_sources = (closed_read.mixed, closed_read.lse), sources[closed_read.num_sources :]
             if not new_sources:
                 mixed = closed_read.mixed if scale == 1 else closed_read.mixed * scale
                 return mixed.to(sources[0].dtype), closed_read.weights
-        _, weights, mixed = DepthAttentionFunction.apply(product, eps, scale, *before, *new_sources)
+            if len(new_sources) == 1 and not torch.is_grad_enabled():
+                return self.merge(closed_read, new_sources[0], product, eps, scale)
+        norm = (None, 0) if norm is None else (norm.weight, norm.variance_epsilon)
+        _, weights, mixed = DepthAttentionFunction.apply(product[None], eps, scale, *before, *norm, *new_sources)
         weights = weights[0].transpose(0, 1)
         if closed_read is None:
             weights = weights.contiguous()
         else:
             weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
-        return mixed.to(sources[0].dtype), weights
+        return mixed if norm[0] is not None else mixed.to(sources[0].dtype), weights
+
+    def merge(self, closed_read: ClosedDepthRead, source, product, eps, scale):
+        """A read of one more source, without gradients, in the memory of what has been read before."""
+        values = source.to(closed_read.mixed.dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            score = values @ product
+        norms = torch.linalg.vector_norm(values, dim=-1)
+        score *= norms.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
+        weight = torch.sigmoid(score - closed_read.lse)
+        mixed = closed_read.mixed.lerp_(values, weight.unsqueeze(-1))
+        if scale != 1:
+            mixed *= scale
+        weight = weight.unsqueeze(1)
+        return mixed.to(source.dtype), torch.cat([closed_read.weights * (1 - weight), weight], dim=1)
 
 
 def stacked_depth_attention(sources, product, eps, scale):
@@ -373,6 +465,7 @@ class DepthAttentionInterface(GeneralInterface):
     add one with `DepthAttentionInterface.register(name, function)`.
     """
 
+    default = "two_phase"
     _global_mapping = {"eager": eager_depth_attention, "two_phase": TwoPhaseDepthAttention()}
 
     def get_interface(self, name: str) -> Callable:
@@ -455,7 +548,7 @@ class DepthRead(nn.Module):
             self.depth_attention = fixed_depth_mix
         else:
             self.depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
-        self.fuses_norm = isinstance(self.depth_attention, TwoPhaseDepthAttention)
+        self.has_steps = isinstance(self.depth_attention, TwoPhaseDepthAttention)
 
     def forward(
         self,
@@ -464,6 +557,7 @@ class DepthRead(nn.Module):
         output: torch.Tensor | None,
         norm: nn.Module,
         closed_read: ClosedDepthRead | None = None,
+        watched: bool = False,
     ) -> tuple:
         """
         Args:
@@ -472,16 +566,23 @@ class DepthRead(nn.Module):
             output: `(batch, seq, hidden)`, which the sublayer before has put out, or None if it is in the sources.
             norm: what is applied to the result before the sublayer gets it.
             closed_read: what the read has got from the first sources, if anything.
+            watched: whether the read itself is needed, not only what the norm makes of it.
 
         Returns:
-            The read and its weights `(batch, num_sources, seq)`; the read after the norm; the sources with `output`.
+            The read, or None if it isn't needed and wasn't computed; its weights `(batch, num_sources, seq)`; the read
+            after the norm; the sources with `output`.
         """
+        if self.has_steps:
+            watched = watched or bool(self._forward_hooks)
+            step = self.depth_attention.step(self, product, sources, output, norm, closed_read, watched)
+            if step is not None:
+                return step
         sources = write(sources, output, self.extends)
         if closed_read is None:
             mixed, weights = self.depth_attention(sources, product, self.eps, self.scale)
         else:
             mixed, weights = self.depth_attention.read(closed_read, sources, product, self.eps, self.scale)
-        normed = fused_rms_norm(norm, mixed) if self.fuses_norm else norm(mixed)
+        normed = fused_rms_norm(norm, mixed) if self.has_steps else norm(mixed)
         return mixed, weights, normed, sources
 
 
@@ -542,13 +643,13 @@ class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
             kwargs: what the donor's attention takes.
 
         Returns:
-            What attention reads, or None in the first layer, where it is the first source; the depth weights of the two
-            reads `(batch, num_sources, seq)`; the sources that are new or changed, all but the first
-            `num_closed_sources`; and this layer's output, or None if it is among them.
+            What attention reads, or None in the first layer, where it is the first source, or if nobody watches; the
+            depth weights of the two reads `(batch, num_sources, seq)`; the sources that are new or changed, all but the
+            first `num_closed_sources`; and this layer's output, or None if it is among them.
         """
         *sources, output, attention_product, mlp_product = sources_and_products
         attention_input, attention_weights, normed, sources = self.attention_read(
-            attention_product, sources, output, self.attention_norm, closed_reads[0]
+            attention_product, sources, output, self.attention_norm, closed_reads[0], bool(self._forward_hooks)
         )
         output = self.attend(normed, **kwargs)
         _, mlp_weights, normed, sources = self.mlp_read(mlp_product, sources, output, self.mlp_norm, closed_reads[1])
@@ -608,7 +709,7 @@ class AttnResPreTrainedModelMixin:
                 f"{cls.config_class.__name__}(**config.to_dict())."
             )
         config.validate_attn_res()
-        name = attn_res_implementation or config._attn_res_implementation or "two_phase"
+        name = attn_res_implementation or config._attn_res_implementation or DepthAttentionInterface.default
         ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(name)
         config._attn_res_implementation = name
 
