@@ -6,7 +6,7 @@ safe to publish, code and card those of this project, loads offline with the pro
 it, generates, and has the held-out loss of its card. Exits with an error if there is a problem.
 
 `--build NAME` makes a folder from its recipe: trains, where no finished run is found in --runs, saves the weights in
-bfloat16, measures, writes the card. `--update-code` brings the code files up to date in all folders.
+bfloat16, measures, writes the card. `--update` brings code files and cards up to date in all folders.
 """
 
 import argparse
@@ -252,6 +252,17 @@ def copy_code(folder: Path) -> bool:
     return changed
 
 
+def update(folder: Path) -> bool:
+    """Brings the code files and the card of a folder up to date; returns whether one has changed."""
+    if not folder.is_dir():
+        return False
+    changed, card, text = copy_code(folder), folder / CARD_NAME, card_text(folder, folder.name)
+    if card.is_file() and card.read_text(encoding="utf-8") == text:
+        return changed
+    write_text(card, text)
+    return True
+
+
 # Checking
 
 
@@ -277,7 +288,7 @@ def check_files(folder: Path):
 def check_code(folder: Path):
     for file in CODE_FILES if read_json(folder / "config.json").get("auto_map") else ():
         if (folder / file).read_bytes() != (ROOT / file).read_bytes():
-            raise ZooError(f"{file} isn't the project's; run: python scripts/zoo.py --update-code.")
+            raise ZooError(f"{file} isn't the project's; run: python scripts/zoo.py --update.")
 
 
 def check_card(folder: Path):
@@ -385,7 +396,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("names", nargs="*", metavar="NAME", help=f"models to check, of {', '.join(RECIPES)}; default: all")
     add("--build", nargs="+", default=[], metavar="NAME", help="models to make, in this order, before checking")
     add("--runs", type=Path, help=f"folder of the runs that they are made from; default: {RUNS}")
-    add("--update-code", action="store_true", help="copy the project's code files into the folders, and stop")
+    add("--update", action="store_true", help="bring code files and cards up to date without training, and stop")
     add("--commands", action="store_true", help="print the commands that train the models, and stop")
     add("--root", type=Path, default=ROOT, help=f"folder with {ZOO} and README.md; default: the project's")
     args = parser.parse_args(argv)
@@ -401,8 +412,8 @@ def run(args: argparse.Namespace) -> list[str]:
     if args.commands:
         print(*(recipe_command(name) for name in RECIPES), sep="\n\n")
         return []
-    if args.update_code:
-        print("\n".join(name for name in RECIPES if copy_code(ZOO / name)) or "the code files are up to date")
+    if args.update:
+        print("\n".join(name for name in RECIPES if update(ZOO / name)) or "code files and cards are up to date")
         return []
     for name in args.build:
         build(name, args.runs)

@@ -4,8 +4,10 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -139,7 +141,7 @@ def test_check_finds_nothing_then_everything(root, capsys):
         zoo.main(["--root", str(root)])
     assert exit.value.code == 1
     code, loss, stranger, cut, table = capsys.readouterr().err.splitlines()
-    assert code == "block: modeling_attnres.py isn't the project's; run: python scripts/zoo.py --update-code"
+    assert code == "block: modeling_attnres.py isn't the project's; run: python scripts/zoo.py --update"
     assert re.fullmatch(r"block: held-out loss \(nats per token\) is \d\.\d{4}, by its card it is \d\.\d{4}", loss)
     assert stranger.startswith("block: a stranger can't load it") and "no code" in stranger
     assert cut == "adapter: adapter_model.safetensors is no complete safetensors file; save the model again"
@@ -242,14 +244,17 @@ def test_weights_in_float32_are_found(root):
         zoo.check_model(folder, texts)
 
 
-def test_code_is_brought_up_to_date(root, capsys):
+def test_code_and_cards_are_brought_up_to_date(root, capsys):
     """In one quick command, which names what it has changed."""
     other_code(root / "model_cards" / "block")
-    zoo.main(["--root", str(root), "--update-code"])
-    assert capsys.readouterr().out == "block\n"
-    zoo.check_code(Path("model_cards/block"))
-    zoo.main(["--root", str(root), "--update-code"])
-    assert capsys.readouterr().out == "the code files are up to date\n"
+    number_on_the_card(root / "model_cards" / "adapter")
+    zoo.main(["--root", str(root), "--update"])
+    assert capsys.readouterr().out == "block\nadapter\n"
+    for name in RECIPES:
+        zoo.check_code(Path("model_cards") / name)
+        zoo.check_card(Path("model_cards") / name)
+    zoo.main(["--root", str(root), "--update"])
+    assert capsys.readouterr().out == "code files and cards are up to date\n"
 
 
 def test_build_refuses(root, monkeypatch, capsys):
@@ -296,6 +301,20 @@ def test_committed_folder(name, monkeypatch):
     for file in folder.rglob("*"):
         if file.suffix not in (".safetensors", ".png"):
             assert not re.search(r"/(work|tmp|home|root)/", file.read_text(encoding="utf-8")), file
+
+
+def test_snippets_of_the_cards_run(tmp_path):
+    """What a card says loads its model, from the root of a clone and without this project being imported."""
+    snippets = []
+    for name in COMMITTED:
+        card = (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+        snippets += re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL)
+    assert len(snippets) == len(COMMITTED)
+    script = "import json, sys\nfor snippet in json.loads(sys.argv[1]):\n    exec(snippet, {})\n    print('done')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
+    command = [sys.executable, "-I", "-c", script, json.dumps(snippets)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.splitlines().count("done") == len(COMMITTED), run.stderr
 
 
 def test_table_of_the_readme(monkeypatch):
