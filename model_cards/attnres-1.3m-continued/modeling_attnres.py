@@ -312,14 +312,15 @@ def is_plain_rms_norm(norm_class: type) -> bool:
 def can_fuse_norm(norm: nn.Module) -> bool:
     """Whether a norm is as in Llama and neither replaced nor watched by hooks."""
     changed = "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks
-    return not (changed or norm._backward_hooks or norm._backward_pre_hooks) and is_plain_rms_norm(type(norm))
+    is_plain = is_plain_rms_norm.__wrapped__ if torch.compiler.is_compiling() else is_plain_rms_norm
+    return not (changed or norm._backward_hooks or norm._backward_pre_hooks) and is_plain(type(norm))
 
 
 def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`norm(hidden_states)`, faster where it can be fused."""
-    if hidden_states.dtype == torch.float64 or not can_fuse_norm(norm):  # in float64, Llama's norm rounds to float32
-        return norm(hidden_states)
     if torch.compiler.is_compiling():  # which fuses the formula with what is around it
+        return norm(hidden_states)
+    if hidden_states.dtype == torch.float64 or not can_fuse_norm(norm):  # in float64, Llama's norm rounds to float32
         return norm(hidden_states)
     if hidden_states.shape[:-1].numel() > TwoPhaseDepthAttention.few_tokens:
         return RMSNormFunction.apply(hidden_states, norm.weight, norm.variance_epsilon)
@@ -367,9 +368,9 @@ class TwoPhaseDepthAttention:
         num_sources = len(sources) + (output is not None and not depth_read.extends)
         merges = num_sources - num_closed + (closed_read is not None) > 1
         many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
-        if watched or not (many and merges and can_fuse_norm(norm) and torch.is_grad_enabled()):
+        if watched or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        if torch.compiler.is_compiling():
+        if not (many and merges and can_fuse_norm(norm)):
             return None
         new_sources = write(sources, output, depth_read.extends)
         normed, weights = self.read(closed_read, new_sources, product, depth_read.eps, depth_read.scale, norm)

@@ -1,0 +1,1326 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Decoders of transformers whose residual stream is replaced by attention over depth.
+
+Attention Residuals (Kimi Team, arXiv 2603.15031): every sublayer, attention or MLP, reads a softmax-weighted mix of the
+embedding and of what the sublayers before it wrote, instead of their plain sum. Everything that is not the residual
+stream is the donor family's own code, imported from transformers.
+"""
+
+import inspect
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, wraps
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3ForCausalLM,
+    DeepseekV3Model,
+)
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM, Gemma2Model
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM, Gemma3TextModel
+from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer, Glm4ForCausalLM, Glm4Model
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssForCausalLM, GptOssModel
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM, GraniteModel
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    LlamaRMSNorm,
+)
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM, MixtralModel
+from transformers.models.olmo.modeling_olmo import OlmoDecoderLayer, OlmoForCausalLM, OlmoModel
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM, Phi3Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM, Qwen3MoeModel
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM, SmolLM3Model
+from transformers.models.starcoder2.modeling_starcoder2 import (
+    Starcoder2DecoderLayer,
+    Starcoder2ForCausalLM,
+    Starcoder2Model,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import GeneralInterface, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+
+try:
+    from transformers.models.kimi_linear.modeling_kimi_linear import (
+        KimiLinearDecoderLayer,
+        KimiLinearForCausalLM,
+        KimiLinearModel,
+    )
+except ImportError:  # an older transformers
+    KimiLinearModel = None
+
+try:
+    from .configuration_attnres import *  # noqa: F403
+    from .configuration_attnres import (
+        AttnResConfig,
+        __getattr__,  # noqa: F401
+    )
+    from .configuration_attnres import __all__ as CONFIG_CLASSES
+except ImportError:
+    if __package__:  # loaded from the Hub: the relative import must work, so the error is real
+        raise
+    from configuration_attnres import *  # noqa: F403
+    from configuration_attnres import (
+        AttnResConfig,
+        __getattr__,  # noqa: F401
+    )
+    from configuration_attnres import __all__ as CONFIG_CLASSES
+
+
+def eager_depth_attention(
+    sources: tuple[torch.Tensor, ...], product: torch.Tensor, eps: float, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One read, `h = scale * sum_i softmax_i(w . RMSNorm_g(v_i)) v_i` (Kimi Team, arXiv 2603.15031).
+
+    Scores, softmax and sums are computed in float32 (float64 for float64 sources) whatever the sources' dtype, also
+    under autocast, and cast once at the end. There is no division by sqrt(hidden).
+
+    Args:
+        sources: num_sources tensors `(batch, seq, hidden)`, the values v_i.
+        product: `(hidden,)`, the read's query w times its key norm gain g; the two only enter as this product.
+        eps: epsilon of the RMSNorm of the keys.
+        scale: factor of the result.
+
+    Returns:
+        The mix `(batch, seq, hidden)` in the dtype of the first source, and the weights `(batch, num_sources, seq)`.
+    """
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    values = [source.to(dtype) for source in sources]
+    product = product.to(dtype)
+    # not a matmul, which autocast would round
+    scores = [(v * product).sum(-1) * torch.rsqrt(v.pow(2).mean(-1) + eps) for v in values]
+    weights = torch.stack(scores, dim=1).softmax(dim=1)  # (batch, num_sources, seq)
+    mixed = sum(weight.unsqueeze(-1) * v for weight, v in zip((weights * scale).unbind(1), values))
+    return mixed.to(sources[0].dtype), weights
+
+
+def rms_norm_forward(
+    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Llama's RMSNorm in few passes over memory, and the inverse root mean squares that its backward pass takes."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
+    inverse_rms = norms.square_().div_(hidden_states.shape[-1]).add_(eps).rsqrt_()
+    normed = (hidden_states * inverse_rms).to(hidden_states.dtype)
+    return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight, inverse_rms
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients by `hidden_states`, in the dtype of `inverse_rms`, and by `weight`."""
+    hidden, dtype = hidden_states.shape[-1], inverse_rms.dtype
+    grad = grad.to(dtype)
+    normed = hidden_states * inverse_rms
+    products = (grad * normed).view(-1, hidden)
+    weight_grad = products.sum(0).to(weight.dtype)
+    projection = torch.mv(products, weight.to(dtype)).view(inverse_rms.shape).div_(hidden)
+    return (grad * weight).addcmul_(normed, projection, value=-1).mul_(inverse_rms), weight_grad
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Llama's RMSNorm, which saves little besides its input."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, eps):
+        normed, inverse_rms = rms_norm_forward(hidden_states, weight, eps)
+        ctx.save_for_backward(hidden_states, weight, inverse_rms)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden_states, *others = ctx.saved_tensors
+        input_grad, weight_grad = rms_norm_backward(grad, hidden_states, *others)
+        return input_grad.to(hidden_states.dtype), weight_grad, None
+
+
+class DepthAttentionFunction(torch.autograd.Function):
+    """Several reads of the same sources; each may start from what it has read of other sources before.
+
+    Saves a few numbers per token, read and source, and computes everything else again in the backward pass.
+
+    Args of `apply`:
+        products: `(num_reads, hidden)`.
+        eps, scale: as in [`eager_depth_attention`].
+        before: None, or for a single read the mix `(batch, seq, hidden)` of the sources before, not scaled.
+        before_lse: None, or `(batch, seq)`, the logarithm of the sum of the exponentials of their scores.
+        norm_weight: None, or for a single read `(hidden,)`, the gain of the RMSNorm that follows, whose result is
+            returned instead of the mix.
+        norm_eps: its epsilon.
+        sources: num_sources tensors `(batch, seq, hidden)`.
+
+    Returns:
+        The logarithm of the sum of the exponentials of all scores `(num_reads, batch, seq)`; the weights `(num_reads,
+        num_sources, batch, seq)`, with the sources before as one more, the first; mixes `(batch, seq, hidden)`.
+    """
+
+    @staticmethod
+    def forward(ctx, products, eps, scale, before, before_lse, norm_weight, norm_eps, *sources):
+        dtype, hidden = products.dtype, products.shape[-1]
+        norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
+        inverse_rms = norms.square_().div_(hidden).add_(eps).rsqrt_()  # (num_sources, batch, seq)
+        with torch.autocast(products.device.type, enabled=False):
+            scores = torch.stack([products @ v.reshape(-1, hidden).to(dtype).T for v in sources], dim=1)
+        scores = scores.view(len(products), *inverse_rms.shape) * inverse_rms
+        all_scores = scores if before is None else torch.cat([before_lse[None, None], scores], dim=1)
+        lse = all_scores.logsumexp(1)
+        weights = (all_scores - lse.unsqueeze(1)).exp_()
+        mixed = mixes(sources if before is None else (before, *sources), weights, scale)
+        norm_inverse_rms = None
+        if norm_weight is not None:
+            mixed[0], norm_inverse_rms = rms_norm_forward(mixed[0].to(sources[0].dtype), norm_weight, norm_eps)
+        ctx.save_for_backward(products, scores, inverse_rms, weights, before, norm_weight, norm_inverse_rms, *sources)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return lse, weights, *mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, lse_grad, weights_grad, *mixed_grads):
+        products, scores, inverse_rms, weights, before, norm_weight, norm_inverse_rms, *sources = ctx.saved_tensors
+        dtype = products.dtype
+        all_sources = sources if before is None else (before, *sources)
+        norm_weight_grad = None
+        if norm_weight is not None and mixed_grads[0] is not None:
+            (mixed,) = mixes(all_sources, weights, ctx.scale)  # again
+            grad, norm_weight_grad = rms_norm_backward(
+                mixed_grads[0], mixed.to(sources[0].dtype), norm_weight, norm_inverse_rms
+            )
+            mixed_grads = (grad,)
+        reads = [(read, grad.to(dtype)) for read, grad in enumerate(mixed_grads) if grad is not None]
+        # of the loss by the weights, then by the scores
+        grads = torch.zeros_like(weights) if weights_grad is None else weights_grad.clone()
+        for source, values in enumerate(all_sources):
+            values = values.to(dtype)
+            for read, grad in reads:
+                grads[read, source].add_((grad * values).sum(-1), alpha=ctx.scale)
+        grads = weights * (grads - (weights * grads).sum(1, keepdim=True))
+        if lse_grad is not None:
+            grads.addcmul_(weights, lse_grad.unsqueeze(1))
+        before_grad = before_lse_grad = None
+        if before is not None:
+            before_lse_grad, grads = grads[0, 0], grads[:, 1:]
+            if reads:  # a single one; without it, the loss depends on the weights alone
+                before_grad = reads[0][1] * (weights[0, 0] * ctx.scale).unsqueeze(-1)
+            weights = weights[:, 1:]
+        needed = ctx.needs_input_grad[7:]
+        product_grad, source_grads = gradients_by_scores(grads, scores, inverse_rms, products, sources, needed)
+        for source, source_grad in enumerate(source_grads):
+            if source_grad is not None:
+                for read, grad in reads:
+                    source_grad.addcmul_(grad, (weights[read, source] * ctx.scale).unsqueeze(-1))
+                source_grads[source] = source_grad.to(sources[source].dtype)
+        return product_grad, None, None, before_grad, before_lse_grad, norm_weight_grad, None, *source_grads
+
+
+def mixes(sources, weights: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """For each read, `scale` times the sum of the sources by `weights` `(num_reads, num_sources, batch, seq)`."""
+    mixed = [None] * len(weights)
+    for values, value_weights in zip(sources, weights.unbind(1)):
+        values = values.to(weights.dtype)
+        for read, weight in enumerate((value_weights * scale).unsqueeze(-1)):
+            mixed[read] = values * weight if mixed[read] is None else mixed[read].addcmul_(values, weight)
+    return mixed
+
+
+def gradients_by_scores(
+    grads: torch.Tensor, scores: torch.Tensor, inverse_rms: torch.Tensor, products: torch.Tensor, sources, needed
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """What a loss's gradients by the scores, `grads`, add to those by what the scores are made of.
+
+    Args:
+        grads, scores: `(num_reads, num_sources, batch, seq)`.
+        inverse_rms: `(num_sources, batch, seq)`, of the sources, with the epsilon.
+        products: `(num_reads, hidden)`.
+        sources: num_sources tensors `(batch, seq, hidden)`.
+        needed: for each source, whether its gradient is needed.
+
+    Returns:
+        Gradients by `products`; by the sources in the products' dtype, None where it isn't needed.
+    """
+    dtype, hidden = products.dtype, products.shape[-1]
+    by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
+    by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
+    product_grad, source_grads = torch.zeros_like(products), []
+    for source, values in enumerate(sources):
+        values = values.to(dtype)
+        for read in range(len(products)):
+            product_grad[read].add_(values.reshape(-1, hidden).T @ by_product[read, source])
+        source_grads.append((values * by_value[source]).contiguous() if needed[source] else None)
+        if needed[source]:
+            for read, product in enumerate(products):
+                source_grads[-1].view(-1, hidden).addr_(by_product[read, source], product)
+    return product_grad, source_grads
+
+
+@dataclass
+class ClosedDepthRead:
+    """What a read gets from the sources that are closed when its block opens.
+
+    Not a tuple, so that wrappers which cast a layer's tensors, as FSDP does, leave it in float32.
+    """
+
+    mixed: torch.Tensor  # (batch, seq, hidden)
+    lse: torch.Tensor  # (batch, seq)
+    weights: torch.Tensor | None  # (batch, num_sources, seq)
+    num_sources: int
+
+    def to(self, device, non_blocking: bool = False) -> "ClosedDepthRead":
+        mixed, lse = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.mixed, self.lse))
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
+        return ClosedDepthRead(mixed, lse, weights, self.num_sources)
+
+
+@cache
+def is_plain_rms_norm(norm_class: type) -> bool:
+    """Whether a class has the code of Llama's RMSNorm, as many families have under a name of their own."""
+    code, plain = norm_class.forward.__code__, LlamaRMSNorm.forward.__code__
+    return (code.co_code, code.co_consts, code.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
+
+
+def can_fuse_norm(norm: nn.Module) -> bool:
+    """Whether a norm is as in Llama and neither replaced nor watched by hooks."""
+    changed = "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks
+    is_plain = is_plain_rms_norm.__wrapped__ if torch.compiler.is_compiling() else is_plain_rms_norm
+    return not (changed or norm._backward_hooks or norm._backward_pre_hooks) and is_plain(type(norm))
+
+
+def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`norm(hidden_states)`, faster where it can be fused."""
+    if torch.compiler.is_compiling():  # which fuses the formula with what is around it
+        return norm(hidden_states)
+    if hidden_states.dtype == torch.float64 or not can_fuse_norm(norm):  # in float64, Llama's norm rounds to float32
+        return norm(hidden_states)
+    if hidden_states.shape[:-1].numel() > TwoPhaseDepthAttention.few_tokens:
+        return RMSNormFunction.apply(hidden_states, norm.weight, norm.variance_epsilon)
+    if hidden_states.dtype == norm.weight.dtype == torch.float32:
+        return nn.functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return norm(hidden_states)
+
+
+class TwoPhaseDepthAttention:
+    """The two phases of Attention Residuals (Kimi Team, arXiv 2603.15031), in PyTorch alone.
+
+    When a block opens, all of its reads take what they need from the sources that are closed by then, each of which is
+    fetched once. A read then merges the sources that have come since by an online softmax. Called as any other
+    implementation, it reads all sources at once.
+    """
+
+    # below, each operation costs its launch, not its arithmetic, and a read is best done in few of them
+    few_tokens = 32
+
+    def __call__(self, sources, product, eps, scale):
+        """[`eager_depth_attention`], with its arguments and result."""
+        num_tokens = sources[0].shape[:-1].numel()
+        if num_tokens == 1:
+            return one_token_depth_attention(sources, product, eps, scale)
+        if num_tokens <= self.few_tokens:
+            return stacked_depth_attention(sources, product, eps, scale)
+        return self.read(None, sources, product, eps, scale)
+
+    def batches(self, sources) -> bool:
+        """Whether it pays to read the closed `sources` for a whole block."""
+        return len(sources) > 1 and sources[0].shape[:-1].numel() > self.few_tokens
+
+    def closed_reads(self, sources, products: torch.Tensor, eps: float) -> list[ClosedDepthRead]:
+        """Phase 1, for reads with the products `(num_reads, hidden)`."""
+        products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
+        lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, None, 0, *sources)
+        return [
+            ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
+            for read in range(len(products))
+        ]
+
+    def step(self, depth_read, product, sources, output, norm, closed_read, watched: bool):
+        """Everything that [`DepthRead`] does, with its arguments and result, at once; None if it can't be."""
+        num_closed = 0 if closed_read is None else closed_read.num_sources
+        num_sources = len(sources) + (output is not None and not depth_read.extends)
+        merges = num_sources - num_closed + (closed_read is not None) > 1
+        many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
+        if watched or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        if not (many and merges and can_fuse_norm(norm)):
+            return None
+        new_sources = write(sources, output, depth_read.extends)
+        normed, weights = self.read(closed_read, new_sources, product, depth_read.eps, depth_read.scale, norm)
+        return None, weights, normed, new_sources
+
+    def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale, norm: nn.Module | None = None):
+        """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without.
+
+        With a `norm`, one of Llama's, it is the normalised mix, and the mix is not kept for the backward pass.
+        """
+        product = product.to(torch.promote_types(sources[0].dtype, torch.float32))
+        before, new_sources = (None, None), sources
+        if closed_read is not None:
+            before, new_sources = (closed_read.mixed, closed_read.lse), sources[closed_read.num_sources :]
+            if not new_sources:
+                mixed = closed_read.mixed if scale == 1 else closed_read.mixed * scale
+                return mixed.to(sources[0].dtype), closed_read.weights
+            if len(new_sources) == 1 and not torch.is_grad_enabled():
+                return self.merge(closed_read, new_sources[0], product, eps, scale)
+        norm = (None, 0) if norm is None else (norm.weight, norm.variance_epsilon)
+        _, weights, mixed = DepthAttentionFunction.apply(product[None], eps, scale, *before, *norm, *new_sources)
+        weights = weights[0].transpose(0, 1)
+        if closed_read is None:
+            weights = weights.contiguous()
+        else:
+            weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
+        return mixed if norm[0] is not None else mixed.to(sources[0].dtype), weights
+
+    def merge(self, closed_read: ClosedDepthRead, source, product, eps, scale):
+        """A read of one more source, without gradients, in the memory of what has been read before."""
+        values = source.to(closed_read.mixed.dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            score = values @ product
+        norms = torch.linalg.vector_norm(values, dim=-1)
+        score *= norms.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
+        weight = torch.sigmoid(score - closed_read.lse)
+        mixed = closed_read.mixed.lerp_(values, weight.unsqueeze(-1))
+        if scale != 1:
+            mixed *= scale
+        weight = weight.unsqueeze(1)
+        return mixed.to(source.dtype), torch.cat([closed_read.weights * (1 - weight), weight], dim=1)
+
+
+def stacked_depth_attention(sources, product, eps, scale):
+    """[`eager_depth_attention`], with its arguments and result, in few operations on a copy of all sources."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    values = torch.stack(tuple(sources)).to(dtype)
+    scores = nn.functional.rms_norm(values, values.shape[-1:], product.to(dtype), eps).sum(-1)
+    weights = scores.softmax(0)  # (num_sources, batch, seq)
+    mixed = (values * (weights * scale).unsqueeze(-1)).sum(0)
+    return mixed.to(sources[0].dtype), weights.transpose(0, 1).contiguous()
+
+
+def one_token_depth_attention(sources, product, eps, scale):
+    """[`eager_depth_attention`], with its arguments and result, in the fewest operations for a single token."""
+    hidden, dtype = sources[0].shape[-1], torch.promote_types(sources[0].dtype, torch.float32)
+    device = sources[0].device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        values = torch.cat(sources, dim=1)[0].to(dtype)  # (num_sources, hidden)
+        # sqrt(hidden) times the root mean square with its epsilon
+        norms = torch.hypot(
+            torch.linalg.vector_norm(values, dim=-1), torch.scalar_tensor((hidden * eps) ** 0.5, dtype=dtype)
+        )
+        scores = torch.addmv(norms, values, product.to(dtype), beta=0, alpha=hidden**0.5) / norms
+        weights = scores.softmax(0)
+        mixed = weights @ values
+    if scale != 1:
+        mixed = mixed * scale
+    return mixed.to(sources[0].dtype)[None, None], weights[None, :, None]
+
+
+def fixed_depth_mix(
+    sources: tuple[torch.Tensor, ...], weights: torch.Tensor, eps: float, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The read of DenseFormer, `h = sum_i w_i v_i`, with the signature and result of [`eager_depth_attention`].
+
+    Args:
+        sources: num_sources tensors `(batch, seq, hidden)`.
+        weights: `(num_depth_reads,)`, of which the first num_sources count.
+        eps: not used.
+        scale: not used.
+    """
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    weights = weights[: len(sources)].to(dtype)
+    mixed = sum(weight * source.to(dtype) for weight, source in zip(weights, sources))
+    return mixed.to(sources[0].dtype), weights[None, :, None].expand(sources[0].shape[0], -1, sources[0].shape[1])
+
+
+class DepthAttentionInterface(GeneralInterface):
+    """Implementations of depth attention by name, each with the signature and result of [`eager_depth_attention`].
+
+    Select one with `from_pretrained(..., attn_res_implementation=name)` or `model.set_attn_res_implementation(name)`;
+    add one with `DepthAttentionInterface.register(name, function)`.
+    """
+
+    default = "two_phase"
+    _global_mapping = {"eager": eager_depth_attention, "two_phase": TwoPhaseDepthAttention()}
+
+    def get_interface(self, name: str) -> Callable:
+        if name not in self:
+            raise ValueError(
+                f"{name!r} is not an implementation of depth attention; choose one of {', '.join(sorted(self))} or add "
+                "it with DepthAttentionInterface.register."
+            )
+        return self[name]
+
+
+ALL_DEPTH_ATTENTION_FUNCTIONS = DepthAttentionInterface()
+
+
+class DepthParameters(nn.Module):
+    """Parameters that stay in float32: `model.to(torch.bfloat16)` and the like move them but don't round them."""
+
+    def _apply(self, fn, recurse=True):
+        def move(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(move, recurse)
+
+
+class DepthAttention(DepthParameters):
+    """The learned queries and key norm gains of all reads of a model, kept in float32.
+
+    Zero queries, the initial value, weight all sources equally. Returns the products `query * key_norm`
+    `(num_depth_reads, hidden)`: fresh float32 tensors, as a sharded parameter may be freed after this module's forward.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        shape = (config.num_depth_reads, config.hidden_size)
+        self.query = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        self.key_norm = nn.Parameter(torch.ones(shape, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        return self.query.to(dtype) * self.key_norm.to(dtype)
+
+
+class DepthScalars(DepthParameters):
+    """What denseformer mode has in place of depth attention: the learned weight of each source in each read."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.num_depth_reads, config.num_depth_reads, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()
+
+
+def write(sources: tuple[torch.Tensor, ...], output: torch.Tensor | None, extends: bool) -> tuple[torch.Tensor, ...]:
+    """The sources after a sublayer's `output` has joined them, which extends the open block or opens a new one."""
+    if output is None:
+        return sources
+    if extends:
+        # in the dtype of the embedding, as a residual stream under autocast
+        return *sources[:-1], sources[-1].to(sources[0].dtype) + output
+    return *sources, output
+
+
+class DepthRead(nn.Module):
+    """Everything between two sublayers: the read of `row`, in the place that it has in a model. Holds no parameters.
+
+    What the sublayer before has put out is handed over as it is, and joins the sources here.
+    """
+
+    def __init__(self, config, row: int):
+        super().__init__()
+        self.extends = row > 0 and config.extends_open_depth_source(row - 1)
+        self.eps = config.attn_res_norm_eps
+        self.scale = config.num_depth_sources(row) if config.attn_res_sum_scale else 1
+        self.set_implementation(config)
+
+    def set_implementation(self, config):
+        if config.attn_res_mode == "denseformer":
+            self.depth_attention = fixed_depth_mix
+        else:
+            self.depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
+        self.has_steps = isinstance(self.depth_attention, TwoPhaseDepthAttention)
+
+    def forward(
+        self,
+        product: torch.Tensor,
+        sources: tuple[torch.Tensor, ...],
+        output: torch.Tensor | None,
+        norm: nn.Module,
+        closed_read: ClosedDepthRead | None = None,
+        watched: bool = False,
+    ) -> tuple:
+        """
+        Args:
+            product: `(hidden,)`, the read's query times its key norm gain.
+            sources: tensors `(batch, seq, hidden)`.
+            output: `(batch, seq, hidden)`, which the sublayer before has put out, or None if it is in the sources.
+            norm: what is applied to the result before the sublayer gets it.
+            closed_read: what the read has got from the first sources, if anything.
+            watched: whether the read itself is needed, not only what the norm makes of it.
+
+        Returns:
+            The read, or None if it isn't needed and wasn't computed; its weights `(batch, num_sources, seq)`; the read
+            after the norm; the sources with `output`.
+        """
+        if self.has_steps:
+            watched = watched or bool(self._forward_hooks)
+            step = self.depth_attention.step(self, product, sources, output, norm, closed_read, watched)
+            if step is not None:
+                return step
+        sources = write(sources, output, self.extends)
+        if closed_read is None:
+            mixed, weights = self.depth_attention(sources, product, self.eps, self.scale)
+        else:
+            mixed, weights = self.depth_attention.read(closed_read, sources, product, self.eps, self.scale)
+        normed = fused_rms_norm(norm, mixed) if self.has_steps else norm(mixed)
+        return mixed, weights, normed, sources
+
+
+class HiddenStateRecorded:
+    """Marks modules whose first output, unless it is None, is an entry of a model's `hidden_states`."""
+
+
+class OutputRead(DepthRead, HiddenStateRecorded):
+    """The read before the final norm."""
+
+
+class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
+    """A donor's decoder layer that reads sources where the donor's adds to a residual stream.
+
+    The sources of a token are one tuple of tensors `(batch, seq, hidden)`: the embedding, the finished blocks and, at
+    the end, the sum of the open block where there is one.
+    """
+
+    @property
+    def attention_norm(self) -> nn.Module:
+        return self.input_layernorm
+
+    @property
+    def mlp_norm(self) -> nn.Module:
+        return self.post_attention_layernorm
+
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What attention of a normalised read, with the donor's norms after it, adds to the residual stream."""
+        attn_output, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        return attn_output
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the MLP of a normalised read, with the donor's norms after it, adds to the residual stream."""
+        return self.mlp(hidden_states)
+
+    def set_place(self, config, layer_idx: int):
+        """Tells the layer which of the model it is. What it needs at each call is looked up once."""
+        self.layer_idx = layer_idx
+        self.attention_read = DepthRead(config, 2 * layer_idx)
+        self.mlp_read = DepthRead(config, 2 * layer_idx + 1)
+        self.output_extends = config.extends_open_depth_source(2 * layer_idx + 1)
+        # those that neither this layer changes nor, inside a block, the output of the layer before
+        opens_block = layer_idx % config.attn_res_block_size == 0
+        self.num_closed_sources = config.num_closed_depth_sources(2 * layer_idx - (not opens_block))
+
+    def forward(
+        self,
+        *sources_and_products: torch.Tensor | None,
+        closed_reads: tuple[ClosedDepthRead | None, ...] = (None, None),
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple:
+        """
+        Args:
+            sources_and_products: the sources; the output of the layer before, or None if it is among them; the products
+                `(hidden,)` of this layer's two reads. Positional, as re-entrant checkpointing sees only positional
+                tensors.
+            closed_reads: what the two reads have got from the sources before this layer's block, if anything.
+            kwargs: what the donor's attention takes.
+
+        Returns:
+            What attention reads, or None in the first layer, where it is the first source, or if nobody watches; the
+            depth weights of the two reads `(batch, num_sources, seq)`; the sources that are new or changed, all but the
+            first `num_closed_sources`; and this layer's output, or None if it is among them.
+        """
+        *sources, output, attention_product, mlp_product = sources_and_products
+        attention_input, attention_weights, normed, sources = self.attention_read(
+            attention_product, sources, output, self.attention_norm, closed_reads[0], bool(self._forward_hooks)
+        )
+        output = self.attend(normed, **kwargs)
+        _, mlp_weights, normed, sources = self.mlp_read(mlp_product, sources, output, self.mlp_norm, closed_reads[1])
+        output = self.transform(normed)
+        if self.gradient_checkpointing and self.training:  # what a layer returns is kept until the backward pass
+            sources, output = write(sources, output, self.output_extends), None
+        new_sources = sources[self.num_closed_sources :]
+        return attention_input if self.layer_idx else None, attention_weights, mlp_weights, *new_sources, output
+
+
+@dataclass
+class AttnResModelOutputWithPast(BaseModelOutputWithPast):
+    """`depth_attentions`: the weights of each read, `(batch, num_sources, seq)`, summing to 1 over the sources."""
+
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResCausalLMOutputWithPast(CausalLMOutputWithPast):
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResTokenClassifierOutput(TokenClassifierOutput):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class AttnResPreTrainedModelMixin:
+    """What models and heads of every family share."""
+
+    # as in the configuration: a plan's stage hands on one tensor
+    _pp_plan = None
+
+    def __init__(self, config, attn_res_implementation: str | None = None):
+        self.prepare_config(config, attn_res_implementation)
+        super().__init__(config)
+
+    @classmethod
+    def prepare_config(cls, config, attn_res_implementation: str | None):
+        if config.model_type != cls.config_class.model_type:  # the class differs in remote code
+            cls.config_class.check_model_type(config.model_type)
+            raise ValueError(
+                f"{cls.__name__} needs an {cls.config_class.__name__}; make it of a donor's with "
+                f"{cls.config_class.__name__}(**config.to_dict())."
+            )
+        config.validate_attn_res()
+        name = attn_res_implementation or config._attn_res_implementation or DepthAttentionInterface.default
+        ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(name)
+        config._attn_res_implementation = name
+
+    def set_attn_res_implementation(self, attn_res_implementation: str):
+        """Switches the implementation of depth attention, a key of `ALL_DEPTH_ATTENTION_FUNCTIONS`.
+
+        Raises:
+            ValueError: the name is unknown; the message lists the known ones.
+        """
+        ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(attn_res_implementation)
+        self.config._attn_res_implementation = attn_res_implementation
+        for module in self.modules():
+            if isinstance(module, DepthRead):
+                module.set_implementation(self.config)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, DepthAttention):
+            init.zeros_(module.query)
+            init.ones_(module.key_norm)
+        elif isinstance(module, DepthScalars):
+            init.ones_(module.weight)
+
+    # transformers looks for these two abilities in the source file of a class, here that of the donor
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return _donor_class(cls)._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return _donor_class(cls)._can_set_experts_implementation()
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        # transformers splits layers into stages without a look at the plan
+        if getattr(distributed_config, "pp_size", 1) > 1:
+            raise ValueError(
+                f"{cls.__name__} has no pipeline parallelism: a stage hands on one tensor, and the layers after it "
+                "read all sources. Use pp_size=1 with tensor parallelism or FSDP."
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        # transformers' own copying enters only the saved class, under the name that FSDP gave it: see save_pretrained
+        return False
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers; the folder also gets the code files, so that it loads without this project."""
+        self.config.auto_map = self.config.hub_classes()
+        if is_main_process and not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for module in (AttnResPreTrainedModelMixin.__module__, AttnResConfig.__module__):
+                code_file = Path(sys.modules[module].__file__)
+                shutil.copyfile(code_file, Path(save_directory) / code_file.name)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+
+def _donor_class(cls: type) -> type:
+    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+
+
+class AttnResModelMixin(AttnResPreTrainedModelMixin):
+    """A donor's decoder that carries sources instead of hidden states from layer to layer."""
+
+    layer_class: type[AttnResDecoderLayerMixin]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # One recorder, as donors have, so that hidden states can be selected by index. It takes the first entry, the
+        # embedding, from the first argument of the first layer.
+        recorder = OutputRecorder(HiddenStateRecorded, index=0)
+        cls._can_record_outputs = {**cls._can_record_outputs, "hidden_states": recorder}
+        if "layer_class" in cls.__dict__:
+            cls._no_split_modules = [cls.layer_class.__name__]
+
+    def post_init(self):
+        # The donor's constructor calls this last. Its layers differ from ours in nothing but methods, so they change
+        # their class instead of being built twice, and depth attention joins before the weights are initialised.
+        for layer_idx, layer in enumerate(self.layers):
+            layer.__class__ = self.layer_class
+            layer.set_place(self.config, layer_idx)
+        depth_class = DepthScalars if self.config.attn_res_mode == "denseformer" else DepthAttention
+        self.depth_attention = depth_class(self.config)
+        self.output_read = OutputRead(self.config, self.config.num_depth_reads - 1)
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "depth_attention"}
+        super().post_init()
+
+    def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """The first source, from the token embeddings."""
+        return inputs_embeds
+
+    def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor):
+        """What the layers' attention takes as `position_embeddings`; a dictionary if it depends on the layer type."""
+        return self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+    def closed_reads(self, layer_idx: int, products: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> list:
+        """What the reads of the block that layer `layer_idx` opens get from `sources`; Nones if each does it itself."""
+        depth_attention, block_size = self.output_read.depth_attention, self.config.attn_res_block_size
+        if not (isinstance(depth_attention, TwoPhaseDepthAttention) and depth_attention.batches(sources)):
+            return 2 * block_size * [None]
+        block = self.layers[layer_idx : layer_idx + block_size]
+        if self.training and any(layer.gradient_checkpointing for layer in block):
+            return 2 * block_size * [None]  # which would be kept for the backward pass
+        device = sources[-1].device  # earlier layers may lie on others
+        products = products[2 * layer_idx : 2 * (layer_idx + len(block))].to(device)
+        return depth_attention.closed_reads([v.to(device) for v in sources], products, self.output_read.eps)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_depth_attentions: bool | None = None,
+        depth_attentions: list | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AttnResModelOutputWithPast:
+        """
+        The arguments of the donor's forward, and:
+
+        Args:
+            output_depth_attentions: whether the outputs hold `depth_attentions`, the weights of all reads.
+            depth_attentions: a list that receives these weights, for heads, whose forward is the donor's.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+        if not isinstance(causal_mask := attention_mask, dict):
+            causal_mask = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        position_embeddings = self.position_embeddings(inputs_embeds, position_ids)
+
+        def for_layer(value, layer_idx):
+            return value[self.config.layer_types[layer_idx]] if isinstance(value, dict) else value
+
+        all_weights = []
+        block_size = self.config.attn_res_block_size
+        products = self.depth_attention()
+        product_of_read = products.unbind(0)
+        sources, output = (), self.embed(inputs_embeds)
+        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            row, row_in_block = 2 * layer_idx, 2 * (layer_idx % block_size)
+            if row_in_block == 0:
+                sources, output = write(sources, output, decoder_layer.attention_read.extends), None
+                closed_reads = self.closed_reads(layer_idx, products, sources)
+            _, attention_weights, mlp_weights, *written, output = decoder_layer(
+                *sources,
+                output,
+                *product_of_read[row : row + 2],
+                closed_reads=closed_reads[row_in_block : row_in_block + 2],
+                attention_mask=for_layer(causal_mask, layer_idx),
+                position_embeddings=for_layer(position_embeddings, layer_idx),
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            sources = (*sources[: decoder_layer.num_closed_sources], *written)
+            all_weights += [attention_weights, mlp_weights]
+
+        # layers may lie on several devices
+        device = (sources[-1] if output is None else output).device
+        sources = tuple(source.to(device) for source in sources)
+        _, output_weights, hidden_states, _ = self.output_read(
+            product_of_read[-1].to(device), sources, output, self.norm
+        )
+        all_weights.append(output_weights)
+        if output_depth_attentions is None:
+            output_depth_attentions = self.config.output_depth_attentions
+        if (output_depth_attentions or depth_attentions is not None) and output_weights is None:
+            raise ValueError(
+                f"The implementation {self.config._attn_res_implementation!r} of depth attention returns no weights; "
+                "choose another, such as two_phase, or leave out output_depth_attentions."
+            )
+        if depth_attentions is not None:
+            depth_attentions.extend(all_weights)
+        return AttnResModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            depth_attentions=tuple(all_weights) if output_depth_attentions else None,
+        )
+
+
+OUTPUT_DEPTH_ATTENTIONS_DOC = """
+        output_depth_attentions (`bool`, *optional*):
+            Whether the outputs hold `depth_attentions`, the weights of all reads: a tuple of 2 * num_hidden_layers + 1
+            tensors `(batch, num_sources, seq)`.
+"""
+
+
+def with_depth_attentions(forward: Callable, output_class: type[ModelOutput]) -> Callable:
+    """The `forward` of a donor's head, with the argument `output_depth_attentions` and outputs that hold them."""
+
+    @wraps(forward)
+    @can_return_tuple
+    def head_forward(self, *args, output_depth_attentions: bool | None = None, **kwargs) -> output_class:
+        if output_depth_attentions is None:
+            output_depth_attentions = self.config.output_depth_attentions
+        depth_attentions = [] if output_depth_attentions else None
+        if output_depth_attentions:
+            kwargs["depth_attentions"] = depth_attentions
+        outputs = forward(self, *args, return_dict=True, **kwargs)
+        return output_class(**outputs, depth_attentions=tuple(depth_attentions) if output_depth_attentions else None)
+
+    head_forward.__doc__ = (forward.__doc__ or "") + OUTPUT_DEPTH_ATTENTIONS_DOC
+    parameters = dict(inspect.signature(forward).parameters)
+    rest = parameters.pop("kwargs")
+    option = inspect.Parameter(
+        "output_depth_attentions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None
+    )
+    head_forward.__signature__ = inspect.Signature([*parameters.values(), option, rest], return_annotation=output_class)
+    return head_forward
+
+
+class AttnResHeadMixin(AttnResPreTrainedModelMixin):
+    """A donor's head on top of an AttnRes model."""
+
+    model_class: type[AttnResModelMixin]
+    output_class: type[ModelOutput]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # transformers may build a head's class once more from its dictionary, in which the forward is wrapped already
+        if "model_class" in cls.__dict__ and "forward" not in cls.__dict__:
+            cls._no_split_modules = cls.model_class._no_split_modules
+            cls.forward = with_depth_attentions(cls.forward, cls.output_class)
+
+    def __init__(self, config, attn_res_implementation: str | None = None):
+        self.prepare_config(config, attn_res_implementation)
+        PreTrainedModel.__init__(self, config)  # the donor's constructor would build the donor's model
+        setattr(self, self.base_model_prefix, self.model_class(config))
+        self.add_head(config)
+        self.post_init()
+
+
+class AttnResForCausalLMMixin(AttnResHeadMixin):
+    output_class = AttnResCausalLMOutputWithPast
+
+    def add_head(self, config):
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class AttnResMoeForCausalLMMixin(AttnResForCausalLMMixin):
+    def add_head(self, config):
+        super().add_head(config)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+
+
+class AttnResDecoderLayer(AttnResDecoderLayerMixin, LlamaDecoderLayer):
+    """A Llama layer that reads over depth."""
+
+
+class AttnResModel(AttnResModelMixin, LlamaModel):
+    """The Llama decoder with Attention Residuals."""
+
+    config: AttnResConfig
+    layer_class = AttnResDecoderLayer
+
+
+class AttnResForCausalLM(AttnResForCausalLMMixin, LlamaForCausalLM):
+    """[`AttnResModel`] with a language modelling head."""
+
+    config: AttnResConfig
+    model_class = AttnResModel
+
+
+class AttnResForSequenceClassification(AttnResHeadMixin, LlamaForSequenceClassification):
+    """[`AttnResModel`] that classifies a sequence by its last token."""
+
+    config: AttnResConfig
+    model_class = AttnResModel
+    output_class = AttnResSequenceClassifierOutputWithPast
+
+    def add_head(self, config):
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+
+class AttnResForTokenClassification(AttnResHeadMixin, LlamaForTokenClassification):
+    """[`AttnResModel`] that classifies each token."""
+
+    config: AttnResConfig
+    model_class = AttnResModel
+    output_class = AttnResTokenClassifierOutput
+
+    def add_head(self, config):
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+
+class AttnResForQuestionAnswering(AttnResHeadMixin, LlamaForQuestionAnswering):
+    """[`AttnResModel`] that finds the span of an answer."""
+
+    config: AttnResConfig
+    model_class = AttnResModel
+    output_class = AttnResQuestionAnsweringModelOutput
+
+    def add_head(self, config):
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+
+# The other families. Each says only where its layer or its embedding differs from the pattern of Llama.
+
+
+class AttnResMistralDecoderLayer(AttnResDecoderLayerMixin, MistralDecoderLayer):
+    pass
+
+
+class AttnResMistralModel(AttnResModelMixin, MistralModel):
+    config: AttnResMistralConfig  # noqa: F405
+    layer_class = AttnResMistralDecoderLayer
+
+
+class AttnResMistralForCausalLM(AttnResForCausalLMMixin, MistralForCausalLM):
+    config: AttnResMistralConfig  # noqa: F405
+    model_class = AttnResMistralModel
+
+
+class AttnResQwen2DecoderLayer(AttnResDecoderLayerMixin, Qwen2DecoderLayer):
+    pass
+
+
+class AttnResQwen2Model(AttnResModelMixin, Qwen2Model):
+    config: AttnResQwen2Config  # noqa: F405
+    layer_class = AttnResQwen2DecoderLayer
+
+
+class AttnResQwen2ForCausalLM(AttnResForCausalLMMixin, Qwen2ForCausalLM):
+    config: AttnResQwen2Config  # noqa: F405
+    model_class = AttnResQwen2Model
+
+
+class AttnResQwen3DecoderLayer(AttnResDecoderLayerMixin, Qwen3DecoderLayer):
+    pass
+
+
+class AttnResQwen3Model(AttnResModelMixin, Qwen3Model):
+    config: AttnResQwen3Config  # noqa: F405
+    layer_class = AttnResQwen3DecoderLayer
+
+
+class AttnResQwen3ForCausalLM(AttnResForCausalLMMixin, Qwen3ForCausalLM):
+    config: AttnResQwen3Config  # noqa: F405
+    model_class = AttnResQwen3Model
+
+
+class AttnResQwen3MoeDecoderLayer(AttnResDecoderLayerMixin, Qwen3MoeDecoderLayer):
+    pass
+
+
+class AttnResQwen3MoeModel(AttnResModelMixin, Qwen3MoeModel):
+    config: AttnResQwen3MoeConfig  # noqa: F405
+    layer_class = AttnResQwen3MoeDecoderLayer
+
+
+class AttnResQwen3MoeForCausalLM(AttnResMoeForCausalLMMixin, Qwen3MoeForCausalLM):
+    config: AttnResQwen3MoeConfig  # noqa: F405
+    model_class = AttnResQwen3MoeModel
+
+
+class AttnResMixtralDecoderLayer(AttnResDecoderLayerMixin, MixtralDecoderLayer):
+    pass
+
+
+class AttnResMixtralModel(AttnResModelMixin, MixtralModel):
+    config: AttnResMixtralConfig  # noqa: F405
+    layer_class = AttnResMixtralDecoderLayer
+
+
+class AttnResMixtralForCausalLM(AttnResMoeForCausalLMMixin, MixtralForCausalLM):
+    config: AttnResMixtralConfig  # noqa: F405
+    model_class = AttnResMixtralModel
+
+
+class AttnResSmolLM3DecoderLayer(AttnResDecoderLayerMixin, SmolLM3DecoderLayer):
+    pass
+
+
+class AttnResSmolLM3Model(AttnResModelMixin, SmolLM3Model):
+    config: AttnResSmolLM3Config  # noqa: F405
+    layer_class = AttnResSmolLM3DecoderLayer
+
+
+class AttnResSmolLM3ForCausalLM(AttnResForCausalLMMixin, SmolLM3ForCausalLM):
+    config: AttnResSmolLM3Config  # noqa: F405
+    model_class = AttnResSmolLM3Model
+
+
+class AttnResPhi3DecoderLayer(AttnResDecoderLayerMixin, Phi3DecoderLayer):
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.resid_attn_dropout(super().attend(hidden_states, **kwargs))
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.resid_mlp_dropout(super().transform(hidden_states))
+
+
+class AttnResPhi3Model(AttnResModelMixin, Phi3Model):
+    config: AttnResPhi3Config  # noqa: F405
+    layer_class = AttnResPhi3DecoderLayer
+
+
+class AttnResPhi3ForCausalLM(AttnResForCausalLMMixin, Phi3ForCausalLM):
+    config: AttnResPhi3Config  # noqa: F405
+    model_class = AttnResPhi3Model
+
+
+class AttnResStarcoder2DecoderLayer(AttnResDecoderLayerMixin, Starcoder2DecoderLayer):
+    pass
+
+
+class AttnResStarcoder2Model(AttnResModelMixin, Starcoder2Model):
+    config: AttnResStarcoder2Config  # noqa: F405
+    layer_class = AttnResStarcoder2DecoderLayer
+
+    def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(inputs_embeds, p=self.embedding_dropout, training=self.training)
+
+
+class AttnResStarcoder2ForCausalLM(AttnResForCausalLMMixin, Starcoder2ForCausalLM):
+    config: AttnResStarcoder2Config  # noqa: F405
+    model_class = AttnResStarcoder2Model
+
+
+class AttnResOlmoDecoderLayer(AttnResDecoderLayerMixin, OlmoDecoderLayer):
+    pass
+
+
+class AttnResOlmoModel(AttnResModelMixin, OlmoModel):
+    config: AttnResOlmoConfig  # noqa: F405
+    layer_class = AttnResOlmoDecoderLayer
+
+
+class AttnResOlmoForCausalLM(AttnResForCausalLMMixin, OlmoForCausalLM):
+    config: AttnResOlmoConfig  # noqa: F405
+    model_class = AttnResOlmoModel
+
+
+class AttnResDeepseekV3DecoderLayer(AttnResDecoderLayerMixin, DeepseekV3DecoderLayer):
+    pass
+
+
+class AttnResDeepseekV3Model(AttnResModelMixin, DeepseekV3Model):
+    config: AttnResDeepseekV3Config  # noqa: F405
+    layer_class = AttnResDeepseekV3DecoderLayer
+
+
+class AttnResDeepseekV3ForCausalLM(AttnResForCausalLMMixin, DeepseekV3ForCausalLM):
+    config: AttnResDeepseekV3Config  # noqa: F405
+    model_class = AttnResDeepseekV3Model
+
+
+class AttnResGptOssDecoderLayer(AttnResDecoderLayerMixin, GptOssDecoderLayer):
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output, _ = super().transform(hidden_states)  # and router scores
+        return output
+
+
+class AttnResGptOssModel(AttnResModelMixin, GptOssModel):
+    config: AttnResGptOssConfig  # noqa: F405
+    layer_class = AttnResGptOssDecoderLayer
+
+
+class AttnResGptOssForCausalLM(AttnResMoeForCausalLMMixin, GptOssForCausalLM):
+    config: AttnResGptOssConfig  # noqa: F405
+    model_class = AttnResGptOssModel
+
+
+class AttnResGraniteDecoderLayer(AttnResDecoderLayerMixin, GraniteDecoderLayer):
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return super().attend(hidden_states, **kwargs) * self.residual_multiplier
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().transform(hidden_states) * self.residual_multiplier
+
+
+class AttnResGraniteModel(AttnResModelMixin, GraniteModel):
+    config: AttnResGraniteConfig  # noqa: F405
+    layer_class = AttnResGraniteDecoderLayer
+
+    def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return inputs_embeds * self.embedding_multiplier
+
+
+class AttnResGraniteForCausalLM(AttnResForCausalLMMixin, GraniteForCausalLM):
+    config: AttnResGraniteConfig  # noqa: F405
+    model_class = AttnResGraniteModel
+
+
+class AttnResGemma2DecoderLayerMixin(AttnResDecoderLayerMixin):
+    @property
+    def mlp_norm(self) -> nn.Module:
+        return self.pre_feedforward_layernorm
+
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.post_attention_layernorm(super().attend(hidden_states, **kwargs))
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.post_feedforward_layernorm(super().transform(hidden_states))
+
+
+class AttnResGemma2DecoderLayer(AttnResGemma2DecoderLayerMixin, Gemma2DecoderLayer):
+    pass
+
+
+class AttnResGemma2Model(AttnResModelMixin, Gemma2Model):
+    config: AttnResGemma2Config  # noqa: F405
+    layer_class = AttnResGemma2DecoderLayer
+
+
+class AttnResGemma2ForCausalLM(AttnResForCausalLMMixin, Gemma2ForCausalLM):
+    config: AttnResGemma2Config  # noqa: F405
+    model_class = AttnResGemma2Model
+
+
+class AttnResGemma3TextDecoderLayer(AttnResGemma2DecoderLayerMixin, Gemma3DecoderLayer):
+    pass
+
+
+class AttnResGemma3TextModel(AttnResModelMixin, Gemma3TextModel):
+    config: AttnResGemma3TextConfig  # noqa: F405
+    layer_class = AttnResGemma3TextDecoderLayer
+
+    def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> dict:
+        layer_types = set(self.config.layer_types)
+        return {layer_type: self.rotary_emb(inputs_embeds, position_ids, layer_type) for layer_type in layer_types}
+
+
+class AttnResGemma3TextForCausalLM(AttnResForCausalLMMixin, Gemma3ForCausalLM):
+    config: AttnResGemma3TextConfig  # noqa: F405
+    model_class = AttnResGemma3TextModel
+
+
+class AttnResGlm4DecoderLayer(AttnResDecoderLayerMixin, Glm4DecoderLayer):
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.post_self_attn_layernorm(super().attend(hidden_states, **kwargs))
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.post_mlp_layernorm(super().transform(hidden_states))
+
+
+class AttnResGlm4Model(AttnResModelMixin, Glm4Model):
+    config: AttnResGlm4Config  # noqa: F405
+    layer_class = AttnResGlm4DecoderLayer
+
+
+class AttnResGlm4ForCausalLM(AttnResForCausalLMMixin, Glm4ForCausalLM):
+    config: AttnResGlm4Config  # noqa: F405
+    model_class = AttnResGlm4Model
+
+
+if KimiLinearModel is not None:
+
+    class AttnResKimiLinearDecoderLayer(AttnResDecoderLayerMixin, KimiLinearDecoderLayer):
+        def attend(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs) -> torch.Tensor:
+            if self.block_type == "linear_attention":
+                return self.self_attn(hidden_states, cache_params=past_key_values, **kwargs)
+            attn_output, _ = self.self_attn(hidden_states, past_key_values=past_key_values, **kwargs)
+            return attn_output
+
+    class AttnResKimiLinearModel(AttnResModelMixin, KimiLinearModel):
+        config: AttnResKimiLinearConfig  # noqa: F405
+        layer_class = AttnResKimiLinearDecoderLayer
+
+        def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> None:
+            return None  # MLA without rotary positions; KDA's decay carries them
+
+    class AttnResKimiLinearForCausalLM(AttnResForCausalLMMixin, KimiLinearForCausalLM):
+        config: AttnResKimiLinearConfig  # noqa: F405
+        model_class = AttnResKimiLinearModel
+
+
+# Checkpoints keep the donor's tensor names, which for some families (experts) are not those of the modules
+for _config_class in (globals()[name] for name in CONFIG_CLASSES):
+    _mapping = get_checkpoint_conversion_mapping(_config_class.donor_config_class().model_type)
+    if _mapping is not None:
+        register_checkpoint_conversion_mapping(_config_class.model_type, _mapping, overwrite=True)
+
+
+__all__ = [
+    "ALL_DEPTH_ATTENTION_FUNCTIONS",
+    "DepthAttention",
+    "DepthAttentionInterface",
+    "ClosedDepthRead",
+    "TwoPhaseDepthAttention",
+    "eager_depth_attention",
+    *(
+        name
+        for name in globals()
+        if name.startswith("AttnRes") and name.endswith(("Model", "ForCausalLM", "Classification", "Answering"))
+    ),
+]
