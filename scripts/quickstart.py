@@ -256,7 +256,10 @@ def quickstart(args) -> dict:
 
 def check_output(output: Path):
     """Only a folder that this script wrote is replaced."""
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / RESULTS_FILE).is_file()):
+    results = output / RESULTS_FILE
+    # models have such a file too
+    own = results.is_file() and {"conversion", "generated"} <= json.loads(results.read_text(encoding="utf-8")).keys()
+    if not own and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
         raise RunError(f"{output} exists and isn't a quickstart's output; choose another --output.")
 
 

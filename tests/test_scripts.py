@@ -226,6 +226,12 @@ def foreign_output(folder):
     return [], "choose another --output"
 
 
+def trained_model_as_output(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "results.json").write_text('{"held_out_loss": 3.0}')
+    return [], "choose another --output"
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -238,6 +244,7 @@ def foreign_output(folder):
         model_without_tokenizer,
         file_in_the_way,
         foreign_output,
+        trained_model_as_output,
     ],
 )
 def test_quickstart_refuses(case, own, tmp_path, capsys):

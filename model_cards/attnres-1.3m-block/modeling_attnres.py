@@ -381,6 +381,7 @@ class TwoPhaseDepthAttention:
 
         With a `norm`, one of Llama's, it is the normalised mix, and the mix is not kept for the backward pass.
         """
+        with_gradients = torch.is_grad_enabled() or product.requires_grad  # or a forward of re-entrant checkpointing
         product = product.to(torch.promote_types(sources[0].dtype, torch.float32))
         before, new_sources = (None, None), sources
         if closed_read is not None:
@@ -388,7 +389,7 @@ class TwoPhaseDepthAttention:
             if not new_sources:
                 mixed = closed_read.mixed if scale == 1 else closed_read.mixed * scale
                 return mixed.to(sources[0].dtype), closed_read.weights
-            if len(new_sources) == 1 and not torch.is_grad_enabled():
+            if len(new_sources) == 1 and not with_gradients:
                 return self.merge(closed_read, new_sources[0], product, eps, scale)
         norm = (None, 0) if norm is None else (norm.weight, norm.variance_epsilon)
         _, weights, mixed = DepthAttentionFunction.apply(product[None], eps, scale, *before, *norm, *new_sources)
