@@ -418,7 +418,8 @@ def _snippet(facts: Facts) -> str:
     lines = ["from peft import PeftModel"] if facts.is_adapter else []
     lines.append(f"from transformers import {auto_class}{', AutoTokenizer' if facts.has_tokenizer else ''}\n")
     if facts.has_tokenizer:
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({name})")
+        # without it transformers would ask, for the configuration that it looks into
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({name}{'' if facts.is_adapter else code})")
     if facts.is_adapter:
         lines.append(f"base = {auto_class}.from_pretrained({json.dumps(base, ensure_ascii=False)}{code})")
         lines.append(f"model = PeftModel.from_pretrained(base, {name})")

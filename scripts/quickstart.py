@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from attnres_convert import ConversionError, convert_checkpoint
+from attnres_convert.card import read_json
 from attnres_convert.report import report
 from evaluate_model import evaluate_checkpoints, notes, report_table, write_report
 from evaluate_model import parse_arguments as evaluation_arguments
@@ -256,9 +257,7 @@ def quickstart(args) -> dict:
 
 def check_output(output: Path):
     """Only a folder that this script wrote is replaced."""
-    results = output / RESULTS_FILE
-    # models have such a file too
-    own = results.is_file() and {"conversion", "generated"} <= json.loads(results.read_text(encoding="utf-8")).keys()
+    own = {"conversion", "generated"} <= read_json(output / RESULTS_FILE).keys()  # models have such a file too
     if not own and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
         raise RunError(f"{output} exists and isn't a quickstart's output; choose another --output.")
 

@@ -166,7 +166,7 @@ def test_quickstart_with_own_checkpoint(finished, own, tmp_path):
     text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 2, encoding="utf-8")
     output = tmp_path / "out"
     output.mkdir()
-    (output / "results.json").write_text("{}")
+    (output / "results.json").write_text('{"conversion": {}, "generated": {}}')
     (output / "old.txt").write_text("of an earlier run")
     options = ["--model", finished[0] / "donor" / "model", "--output", output, "--mode", "full", *TINY, *own]
     run_script("quickstart.py", *options, "--text", text, "--held-out", 0.3, folder=tmp_path)
@@ -232,6 +232,12 @@ def trained_model_as_output(folder):
     return [], "choose another --output"
 
 
+def broken_results_as_output(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "results.json").write_text('{"conversion": {}, "gener')
+    return [], "choose another --output"
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -245,6 +251,7 @@ def trained_model_as_output(folder):
         file_in_the_way,
         foreign_output,
         trained_model_as_output,
+        broken_results_as_output,
     ],
 )
 def test_quickstart_refuses(case, own, tmp_path, capsys):
