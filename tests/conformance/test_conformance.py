@@ -150,9 +150,9 @@ def test_support_table(tmp_path, monkeypatch):
 
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- support -->\nold\n<!-- /support -->\nafter\n")
-    support_table.fill(readme, "new")
-    support_table.fill(readme, "newer")
+    support_table.fill(readme, "support", "new")
+    support_table.fill(readme, "support", "newer")
     assert readme.read_text() == "before\n<!-- support -->\nnewer\n<!-- /support -->\nafter\n"
     readme.write_text("no marks\n")
-    with pytest.raises(SystemExit, match="must have the lines"):
-        support_table.fill(readme, "new")
+    with pytest.raises(ValueError, match="must have the lines"):
+        support_table.fill(readme, "support", "new")
