@@ -305,6 +305,8 @@ class ClosedDepthRead:
 @cache
 def is_plain_rms_norm(norm_class: type) -> bool:
     """Whether a class has the code of Llama's RMSNorm, as many families have under a name of their own."""
+    if issubclass(norm_class, torch.jit.ScriptModule):  # has none
+        return False
     code, plain = norm_class.forward.__code__, LlamaRMSNorm.forward.__code__
     return (code.co_code, code.co_consts, code.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
 

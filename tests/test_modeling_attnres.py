@@ -393,6 +393,8 @@ def test_fused_norm_leaves_others_alone():
     gemma, seen = Gemma2RMSNorm(8), []
     torch.nn.init.normal_(gemma.weight)
     assert torch.equal(fused_rms_norm(gemma, hidden_states), gemma(hidden_states))
+    scripted = torch.jit.trace(torch.nn.RMSNorm(8), hidden_states)
+    assert torch.equal(fused_rms_norm(scripted, hidden_states), scripted(hidden_states))
     norm = LlamaRMSNorm(8)
     norm.register_forward_hook(lambda *args: seen.append(args))
     fused_rms_norm(norm, hidden_states)
