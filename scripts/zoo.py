@@ -241,15 +241,22 @@ def build(name: str, runs: Path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def outdated_code(folder: Path) -> list[str]:
+    """The code files that a folder should have and hasn't as they are in the project."""
+    files = CODE_FILES if read_json(folder / "config.json").get("auto_map") else ()
+    return [
+        file
+        for file in files
+        if not (folder / file).is_file() or (folder / file).read_bytes() != (ROOT / file).read_bytes()
+    ]
+
+
 def copy_code(folder: Path) -> bool:
     """Brings the code files of a folder that has any up to date; returns whether one has changed."""
-    changed = False
-    for file in CODE_FILES if read_json(folder / "config.json").get("auto_map") else ():
-        code = (ROOT / file).read_bytes()
-        if not (folder / file).is_file() or (folder / file).read_bytes() != code:
-            (folder / file).write_bytes(code)
-            changed = True
-    return changed
+    outdated = outdated_code(folder)
+    for file in outdated:
+        shutil.copyfile(ROOT / file, folder / file)
+    return bool(outdated)
 
 
 def update(folder: Path) -> bool:
@@ -286,9 +293,8 @@ def check_files(folder: Path):
 
 
 def check_code(folder: Path):
-    for file in CODE_FILES if read_json(folder / "config.json").get("auto_map") else ():
-        if (folder / file).read_bytes() != (ROOT / file).read_bytes():
-            raise ZooError(f"{file} isn't the project's; run: python scripts/zoo.py --update.")
+    if outdated := outdated_code(folder):
+        raise ZooError(f"{outdated[0]} isn't the project's; run: python scripts/zoo.py --update.")
 
 
 def check_card(folder: Path):
