@@ -573,8 +573,8 @@ def check_model(device, mode, dtype):
     model.to(dtype)
     results(model, "triton")
     normed = [step for step in fused if step.normed is not None]
-    # sum, merge and norm in one in the second block, without the read itself, which nobody watches
-    assert len(normed) == 2 and all(step.hidden is None for step in normed)
+    # sum, merge and norm in one in the second block and for the output, without the read itself, which nobody watches
+    assert len(normed) == 3 and all(step.hidden is None for step in normed)
     model.set_attn_res_implementation("eager")
     expected = model(tokens, output_hidden_states=True).hidden_states
     model.set_attn_res_implementation("triton")

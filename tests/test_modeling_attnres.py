@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DynamicCache,
     PreTrainedTokenizerFast,
     StaticCache,
     Trainer,
@@ -34,7 +35,7 @@ from attnres import (
     TwoPhaseDepthAttention,
     eager_depth_attention,
 )
-from modeling_attnres import fixed_depth_mix, fused_rms_norm, one_token_depth_attention, stacked_depth_attention
+from modeling_attnres import DepthRead, TokenScores, fixed_depth_mix, fused_rms_norm, stacked_depth_attention
 
 
 FLOAT64 = 1e-12  # two ways to write the same sums in float64
@@ -132,7 +133,7 @@ def test_read_of_one_token(num_sources, dtype):
         scale = max(1.0, expected_value.abs().max().item())
         assert (value.double() - expected_value.double()).abs().max() <= rounding * scale
     zeros = [torch.zeros_like(source).requires_grad_() for source in sources]
-    mixed, weights = one_token_depth_attention(tuple(zeros), product, 1e-5, 1)
+    mixed, weights = TwoPhaseDepthAttention()(tuple(zeros), product, 1e-5, 1)
     grads = torch.autograd.grad(mixed.sum() + weights[:, 0].sum(), zeros)
     assert not mixed.any() and all(grad.isfinite().all() for grad in grads)
 
@@ -597,6 +598,84 @@ def test_static_cache_in_forward():
     first = model(tokens(2, 9)[:, :5], past_key_values=cache).logits
     second = model(tokens(2, 9)[:, 5:], past_key_values=cache).logits
     assert_close(torch.cat([first, second], dim=1), model(tokens(2, 9), use_cache=False).logits)
+
+
+def token_by_token(model, input_ids: torch.Tensor, **kwargs) -> list:
+    """The outputs of a model that gets a single sequence one token at a time."""
+    cache, outputs = DynamicCache(config=model.config), []
+    for token in input_ids.split(1, dim=1):
+        outputs.append(model(token, past_key_values=cache, use_cache=True, **kwargs))
+    return outputs
+
+
+def counted_steps(monkeypatch) -> list:
+    """Grows by one with each read of a single token from the scores of its sources."""
+    steps, step = [], TokenScores.step
+    monkeypatch.setattr(TokenScores, "step", lambda *args: steps.append(1) or step(*args))
+    return steps
+
+
+@pytest.mark.parametrize("sum_scale", [False, True])
+@pytest.mark.parametrize("mode, block_size", [("block", 1), ("block", 2), ("block", 5), ("full", 1), ("full", 2)])
+def test_reads_of_one_token(monkeypatch, mode, block_size, sum_scale):
+    """Token by token, every read from numbers, the logits are those of eager reads of all tokens in float64."""
+    options = {"attn_res_mode": mode, "attn_res_block_size": block_size, "attn_res_sum_scale": sum_scale}
+    steps, input_ids = counted_steps(monkeypatch), tokens(1, 6)
+    exact = with_float64_norms(tiny_model(**options, attn_res_implementation="eager"))(input_ids, use_cache=False)
+
+    def error(dtype, implementation):
+        model = tiny_model(**options, attn_res_implementation=implementation).to(dtype)
+        with torch.no_grad():
+            logits = torch.cat([output.logits for output in token_by_token(model, input_ids)], dim=1)
+        return relative_error(logits, exact.logits)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert error(dtype, "two_phase") <= 1.5 * error(dtype, "eager")
+    assert len(steps) == 2 * 6 * tiny_config(**options).num_depth_reads
+
+
+@torch.no_grad()
+def test_one_token_is_read_otherwise_where_more_is_asked(monkeypatch):
+    """Weights, hooks, gradients and autocast leave numbers aside, and the result is the same."""
+    model, steps, seen = tiny_model(), counted_steps(monkeypatch), []
+    input_ids = tokens(1, 3)
+    expected = [output.logits for output in token_by_token(model, input_ids)]
+    num_steps = len(steps)
+
+    def check(outputs):
+        for output, logits in zip(outputs, expected, strict=True):
+            assert_close(output.logits, logits, 1e-5)
+
+    outputs = token_by_token(model, input_ids, output_depth_attentions=True)
+    check(outputs)
+    assert len(outputs[0].depth_attentions) == model.config.num_depth_reads
+    assert all(weights.shape[::2] == (1, 1) for weights in outputs[0].depth_attentions)
+    with torch.enable_grad():
+        check(token_by_token(model, input_ids))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        token_by_token(model, input_ids)
+    handle = model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output[2]))
+    check(token_by_token(model, input_ids))
+    handle.remove()
+    assert len(steps) == num_steps and all(weights.shape[::2] == (1, 1) for weights in seen)
+    handle = model.model.layers[1].mlp_read.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    check(token_by_token(model, input_ids))
+    handle.remove()
+    assert len(steps) == 2 * num_steps - 3 and all(mixed.shape == (1, 1, 40) for mixed in seen[3:])
+    check(token_by_token(model, input_ids, output_hidden_states=True))
+
+
+@pytest.mark.parametrize("score, expected", [(800.0, 1), (-800.0, 0), (float("nan"), float("nan"))])
+@torch.no_grad()
+def test_one_token_of_extreme_scores(score, expected):
+    """Weights that underflow are zero, and what is no number stays none."""
+    config = tiny_config(attn_res_implementation="two_phase", attn_res_block_size=1)
+    depth_read, norm = DepthRead(config, 5), torch.nn.Identity()
+    *sources, output = torch.randn(4, 1, 1, config.hidden_size).unbind(0)
+    token_scores = TokenScores(torch.zeros(config.num_depth_reads, config.hidden_size), 1e-5)
+    token_scores.of_sources = [[s] * config.num_depth_reads for s in (-1600.0, -1600.0, score)]
+    _, _, mixed, _ = token_scores.step(depth_read, token_scores.products[5], sources, output, norm)
+    torch.testing.assert_close(mixed, expected * sources[2] + (1 - expected) * output, equal_nan=True)
 
 
 @torch.no_grad()

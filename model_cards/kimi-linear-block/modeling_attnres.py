@@ -7,10 +7,10 @@ stream is the donor family's own code, imported from transformers.
 """
 
 import inspect
+import math
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -124,13 +124,18 @@ def eager_depth_attention(
     return mixed.to(sources[0].dtype), weights
 
 
+def to_inverse_rms_(norms: torch.Tensor, hidden: int, eps: float) -> torch.Tensor:
+    """Turns the Euclidean norms of vectors of `hidden` numbers into one over their root mean squares, in place."""
+    return norms.square_().div_(hidden).add_(eps).rsqrt_()
+
+
 def rms_norm_forward(
     hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Llama's RMSNorm in few passes over memory, and the inverse root mean squares that its backward pass takes."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
-    inverse_rms = norms.square_().div_(hidden_states.shape[-1]).add_(eps).rsqrt_()
+    inverse_rms = to_inverse_rms_(norms, hidden_states.shape[-1], eps)
     normed = (hidden_states * inverse_rms).to(hidden_states.dtype)
     return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight, inverse_rms
 
@@ -189,7 +194,7 @@ class DepthAttentionFunction(torch.autograd.Function):
     def forward(ctx, products, eps, scale, before, before_lse, norm_weight, norm_eps, *sources):
         dtype, hidden = products.dtype, products.shape[-1]
         norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
-        inverse_rms = norms.square_().div_(hidden).add_(eps).rsqrt_()  # (num_sources, batch, seq)
+        inverse_rms = to_inverse_rms_(norms, hidden, eps)  # (num_sources, batch, seq)
         with torch.autocast(products.device.type, enabled=False):
             scores = torch.stack([products @ v.reshape(-1, hidden).to(dtype).T for v in sources], dim=1)
         scores = scores.view(len(products), *inverse_rms.shape) * inverse_rms
@@ -344,10 +349,7 @@ class TwoPhaseDepthAttention:
 
     def __call__(self, sources, product, eps, scale):
         """[`eager_depth_attention`], with its arguments and result."""
-        num_tokens = sources[0].shape[:-1].numel()
-        if num_tokens == 1:
-            return one_token_depth_attention(sources, product, eps, scale)
-        if num_tokens <= self.few_tokens:
+        if sources[0].shape[:-1].numel() <= self.few_tokens:
             return stacked_depth_attention(sources, product, eps, scale)
         return self.read(None, sources, product, eps, scale)
 
@@ -408,13 +410,71 @@ class TwoPhaseDepthAttention:
         with torch.autocast(values.device.type, enabled=False):
             score = values @ product
         norms = torch.linalg.vector_norm(values, dim=-1)
-        score *= norms.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
+        score *= to_inverse_rms_(norms, values.shape[-1], eps)
         weight = torch.sigmoid(score - closed_read.lse)
         mixed = closed_read.mixed.lerp_(values, weight.unsqueeze(-1))
         if scale != 1:
             mixed *= scale
         weight = weight.unsqueeze(1)
         return mixed.to(source.dtype), torch.cat([closed_read.weights * (1 - weight), weight], dim=1)
+
+
+# a tensor, as adding a number to one would make it one at every call; on a CPU also under a default device
+ZERO = torch.zeros((), device="cpu")
+
+
+class TokenScores:
+    """The scores of a single token's sources, as numbers of Python. For decoding on a CPU.
+
+    There a read costs the calls of its operations, not their arithmetic. So a source gets its scores in all reads when
+    it is closed, and a read mixes the sources one by one in an online softmax. Without gradients and without weights.
+    """
+
+    def __init__(self, products: torch.Tensor, eps: float):
+        self.products, self.eps = products, eps  # (num_reads, hidden)
+        self.of_sources = []  # for each closed source, its scores in all reads
+
+    @staticmethod
+    def fit(hidden_states: torch.Tensor, products: torch.Tensor) -> bool:
+        """Whether this is such a token, and its numbers may be looked at."""
+        if hidden_states.numel() != hidden_states.shape[-1] or torch.is_grad_enabled():
+            return False
+        if type(hidden_states) is not torch.Tensor or not hidden_states.is_cpu:
+            return False
+        if products.dtype != torch.promote_types(hidden_states.dtype, torch.float32):
+            return False
+        return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+    def step(self, depth_read, product, sources, output, norm) -> tuple:
+        """Everything that [`DepthRead`] does, with its arguments and result."""
+        sources = write(sources, output, depth_read.extends)
+        dtype, row, scale = product.dtype, depth_read.row, depth_read.scale
+        values = [source if source.dtype == dtype else source.to(dtype) for source in sources]
+        for source in values[len(self.of_sources) : depth_read.num_closed_sources]:
+            vector = source.reshape(-1)
+            factor = self.inverse_rms(vector, self.eps)
+            self.of_sources.append([score * factor for score in torch.mv(self.products, vector).tolist()])
+        scores = [of_source[row] for of_source in self.of_sources]
+        if len(values) > len(scores):  # the open block
+            vector = values[-1].reshape(-1)
+            scores.append(torch.dot(vector, product).item() * self.inverse_rms(vector, self.eps))
+        highest = max(scores)
+        mixed, total = values[0], math.exp(scores[0] - highest)
+        for source, score in zip(values[1:], scores[1:]):
+            weight = math.exp(score - highest)
+            if weight != 0:
+                total += weight
+                mixed = torch.lerp(mixed, source, weight / total)
+        if sources[0].dtype == torch.float32 and can_fuse_norm(norm) and norm.weight.dtype == torch.float32:
+            factor = scale * self.inverse_rms(mixed.reshape(-1), norm.variance_epsilon, scale)
+            return None, None, torch.addcmul(ZERO, mixed, norm.weight, value=factor), sources
+        mixed = mixed if scale == 1 else mixed * scale
+        return None, None, norm(mixed.to(sources[0].dtype)), sources
+
+    @staticmethod
+    def inverse_rms(vector: torch.Tensor, eps: float, scale: float = 1) -> float:
+        """One over the root mean square of `scale` times a vector."""
+        return (scale * scale * torch.dot(vector, vector).item() / vector.numel() + eps) ** -0.5
 
 
 def stacked_depth_attention(sources, product, eps, scale):
@@ -425,24 +485,6 @@ def stacked_depth_attention(sources, product, eps, scale):
     weights = scores.softmax(0)  # (num_sources, batch, seq)
     mixed = (values * (weights * scale).unsqueeze(-1)).sum(0)
     return mixed.to(sources[0].dtype), weights.transpose(0, 1).contiguous()
-
-
-def one_token_depth_attention(sources, product, eps, scale):
-    """[`eager_depth_attention`], with its arguments and result, in the fewest operations for a single token."""
-    hidden, dtype = sources[0].shape[-1], torch.promote_types(sources[0].dtype, torch.float32)
-    device = sources[0].device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        values = torch.cat(sources, dim=1)[0].to(dtype)  # (num_sources, hidden)
-        # sqrt(hidden) times the root mean square with its epsilon
-        norms = torch.hypot(
-            torch.linalg.vector_norm(values, dim=-1), torch.scalar_tensor((hidden * eps) ** 0.5, dtype=dtype)
-        )
-        scores = torch.addmv(norms, values, product.to(dtype), beta=0, alpha=hidden**0.5) / norms
-        weights = scores.softmax(0)
-        mixed = weights @ values
-    if scale != 1:
-        mixed = mixed * scale
-    return mixed.to(sources[0].dtype)[None, None], weights[None, :, None]
 
 
 def fixed_depth_mix(
@@ -542,6 +584,8 @@ class DepthRead(nn.Module):
 
     def __init__(self, config, row: int):
         super().__init__()
+        self.row = row
+        self.num_closed_sources = config.num_closed_depth_sources(row)
         self.extends = row > 0 and config.extends_open_depth_source(row - 1)
         self.eps = config.attn_res_norm_eps
         self.scale = config.num_depth_sources(row) if config.attn_res_sum_scale else 1
@@ -560,7 +604,7 @@ class DepthRead(nn.Module):
         sources: tuple[torch.Tensor, ...],
         output: torch.Tensor | None,
         norm: nn.Module,
-        closed_read: ClosedDepthRead | None = None,
+        closed_read: ClosedDepthRead | TokenScores | None = None,
         watched: bool = False,
     ) -> tuple:
         """
@@ -569,15 +613,19 @@ class DepthRead(nn.Module):
             sources: tensors `(batch, seq, hidden)`.
             output: `(batch, seq, hidden)`, which the sublayer before has put out, or None if it is in the sources.
             norm: what is applied to the result before the sublayer gets it.
-            closed_read: what the read has got from the first sources, if anything.
+            closed_read: what the read has got from the first sources, if anything, or what it needs for a single token.
             watched: whether the read itself is needed, not only what the norm makes of it.
 
         Returns:
             The read, or None if it isn't needed and wasn't computed; its weights `(batch, num_sources, seq)`; the read
             after the norm; the sources with `output`.
         """
+        watched = watched or bool(self._forward_hooks)
+        if isinstance(closed_read, TokenScores):
+            if product.is_cpu and not watched:  # layers may lie on several devices
+                return closed_read.step(self, product, sources, output, norm)
+            closed_read = None
         if self.has_steps:
-            watched = watched or bool(self._forward_hooks)
             step = self.depth_attention.step(self, product, sources, output, norm, closed_read, watched)
             if step is not None:
                 return step
@@ -811,17 +859,19 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         """What the layers' attention takes as `position_embeddings`; a dictionary if it depends on the layer type."""
         return self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-    def closed_reads(self, layer_idx: int, products: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> list:
-        """What the reads of the block that layer `layer_idx` opens get from `sources`; Nones if each does it itself."""
-        depth_attention, block_size = self.output_read.depth_attention, self.config.attn_res_block_size
+    def closed_reads(self, block: list, products: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> list:
+        """What reads with `products` get from the `sources` that are there when their `block` of layers opens.
+
+        Nones if each read does it itself.
+        """
+        depth_attention = self.output_read.depth_attention
         if not (isinstance(depth_attention, TwoPhaseDepthAttention) and depth_attention.batches(sources)):
-            return 2 * block_size * [None]
-        block = self.layers[layer_idx : layer_idx + block_size]
+            return products.shape[0] * [None]
         if self.training and any(layer.gradient_checkpointing for layer in block):
-            return 2 * block_size * [None]  # which would be kept for the backward pass
+            return products.shape[0] * [None]  # which would be kept for the backward pass
         device = sources[-1].device  # earlier layers may lie on others
-        products = products[2 * layer_idx : 2 * (layer_idx + len(block))].to(device)
-        return depth_attention.closed_reads([v.to(device) for v in sources], products, self.output_read.eps)
+        sources = [v.to(device) for v in sources]
+        return depth_attention.closed_reads(sources, products.to(device), self.output_read.eps)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -867,16 +917,29 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         def for_layer(value, layer_idx):
             return value[self.config.layer_types[layer_idx]] if isinstance(value, dict) else value
 
+        if output_depth_attentions is None:
+            output_depth_attentions = self.config.output_depth_attentions
+        with_weights = output_depth_attentions or depth_attentions is not None
         all_weights = []
+        layers = list(self.layers[: self.config.num_hidden_layers])
         block_size = self.config.attn_res_block_size
         products = self.depth_attention()
         product_of_read = products.unbind(0)
         sources, output = (), self.embed(inputs_embeds)
-        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        watched = with_weights or any(layer._forward_hooks for layer in layers)
+        two_phases = isinstance(self.output_read.depth_attention, TwoPhaseDepthAttention)
+        scores_tokens = two_phases and not watched and TokenScores.fit(output, products)
+        if scores_tokens:
+            closed_reads = (2 * block_size + 1) * [TokenScores(products, self.output_read.eps)]
+        for layer_idx, decoder_layer in enumerate(layers):
             row, row_in_block = 2 * layer_idx, 2 * (layer_idx % block_size)
             if row_in_block == 0:
                 sources, output = write(sources, output, decoder_layer.attention_read.extends), None
-                closed_reads = self.closed_reads(layer_idx, products, sources)
+                if not scores_tokens:
+                    block = layers[layer_idx : layer_idx + block_size]
+                    end = layer_idx + len(block)
+                    rows = slice(row, 2 * end + (end == len(layers)))  # the last block's with the read of the output
+                    closed_reads = self.closed_reads(block, products[rows], sources)
             _, attention_weights, mlp_weights, *written, output = decoder_layer(
                 *sources,
                 output,
@@ -895,13 +958,14 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         # layers may lie on several devices
         device = (sources[-1] if output is None else output).device
         sources = tuple(source.to(device) for source in sources)
+        closed_read = closed_reads[-1]
+        if isinstance(closed_read, ClosedDepthRead):
+            closed_read = closed_read.to(device)
         _, output_weights, hidden_states, _ = self.output_read(
-            product_of_read[-1].to(device), sources, output, self.norm
+            product_of_read[-1].to(device), sources, output, self.norm, closed_read
         )
         all_weights.append(output_weights)
-        if output_depth_attentions is None:
-            output_depth_attentions = self.config.output_depth_attentions
-        if (output_depth_attentions or depth_attentions is not None) and output_weights is None:
+        if with_weights and output_weights is None:
             raise ValueError(
                 f"The implementation {self.config._attn_res_implementation!r} of depth attention returns no weights; "
                 "choose another, such as two_phase, or leave out output_depth_attentions."
