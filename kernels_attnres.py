@@ -23,7 +23,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
 
@@ -38,7 +37,7 @@ from modeling_attnres import (
     TwoPhaseDepthAttention,
     can_fuse_norm,
     eager_depth_attention,
-    gradients_by_scores,
+    write,
 )
 
 
@@ -251,6 +250,7 @@ def _closed_backward(
     grad_lse,
     scores,
     inverse_rms,
+    given_grad_scores,  # (n, S, num_tokens), of what else the loss makes of the scores
     grad_scores,  # (n, S, num_tokens)
     num_tokens,
     num_sources,
@@ -265,6 +265,7 @@ def _closed_backward(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_GRAD_SCORES: tl.constexpr,
     GRAD_SOURCES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * TOKENS
@@ -311,8 +312,10 @@ def _closed_backward(
         at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
         inside_scores = inside_line[:, None] & (source < num_sources)[None, :]
         weight = tl.exp(tl.load(scores + at, mask=inside_scores, other=float("-inf")) - normaliser[:, None])
-        grad_weights = tl.load(grad_scores + at, mask=inside_scores, other=0.0)
-        tl.store(grad_scores + at, weight * (grad_weights - mean_grad[:, None]), mask=inside_scores)
+        grad_score = weight * (tl.load(grad_scores + at, mask=inside_scores, other=0.0) - mean_grad[:, None])
+        if HAS_GRAD_SCORES:
+            grad_score += tl.load(given_grad_scores + at, mask=inside_scores, other=0.0)
+        tl.store(grad_scores + at, grad_score, mask=inside_scores)
     tl.debug_barrier()
 
     if GRAD_SOURCES:
@@ -382,6 +385,13 @@ def _products_backward(
 
 
 @triton.jit
+def _score(value, product, eps, D: tl.constexpr):
+    """The score of a source, and its inverse RMS."""
+    rms = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    return tl.sum(value * product, 0) * rms, rms
+
+
+@triton.jit
 def _step_forward(
     partial,
     output,
@@ -394,7 +404,7 @@ def _step_forward(
     normed,
     hidden,
     weight,
-    statistics,  # (3, num_tokens): score, inverse RMS of the partial sum, inverse RMS of the read
+    statistics,  # (5, num_tokens): score and inverse RMS of the partial sum, those of mixed, inverse RMS of the read
     num_tokens,
     key_eps,
     scale,
@@ -403,6 +413,7 @@ def _step_forward(
     WIDTH: tl.constexpr,
     HAS_PARTIAL: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     WRITE_HIDDEN: tl.constexpr,
@@ -413,6 +424,7 @@ def _step_forward(
     inside = column < D
     at = token * D + column
     read = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
+    score, rms, closed_score, closed_rms, norm_rms = 0.0, 0.0, 0.0, 0.0, 0.0  # unless they are computed
     if HAS_OUTPUT:
         value = tl.load(output + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_PARTIAL:
@@ -422,37 +434,36 @@ def _step_forward(
             tl.store(new_partial + at, rounded, mask=inside)
             value = rounded.to(tl.float32)
         if HAS_SCORE:
-            rms = 0.0
             score = tl.load(given_score + token)
         else:
-            rms = tl.rsqrt(tl.sum(value * value, 0) / D + key_eps)
-            score = tl.sum(value * tl.load(product + column, mask=inside, other=0.0), 0) * rms
-        share = 1.0 / (1.0 + tl.exp(tl.load(lse + token) - score))
+            key = tl.load(product + column, mask=inside, other=0.0)
+            score, rms = _score(value, key, key_eps, D)
+        if HAS_LSE:
+            closed_score = tl.load(lse + token)
+        else:
+            closed_score, closed_rms = _score(read, key, key_eps, D)
+        share = 1.0 / (1.0 + tl.exp(closed_score - score))
         read = (1.0 - share) * read + share * value
         tl.store(weight + token, share)
-        tl.store(statistics + token, score)
-        tl.store(statistics + num_tokens + token, rms)
-    else:
-        tl.store(statistics + token, 0.0)
-        tl.store(statistics + num_tokens + token, 0.0)
     read *= scale
     if WRITE_HIDDEN:
         tl.store(hidden + at, _cast(read, hidden.dtype.element_ty), mask=inside)
     if HAS_NORM:
         norm_rms = tl.rsqrt(tl.sum(read * read, 0) / D + norm_eps)
-        tl.store(statistics + 2 * num_tokens + token, norm_rms)
         gain = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
         result = _cast(read * norm_rms, DTYPE).to(tl.float32) * gain
         tl.store(normed + at, _cast(result, normed.dtype.element_ty), mask=inside)
-    else:
-        tl.store(statistics + 2 * num_tokens + token, 0.0)
+    tl.store(statistics + token, score)
+    tl.store(statistics + num_tokens + token, rms)
+    tl.store(statistics + 2 * num_tokens + token, closed_score)
+    tl.store(statistics + 3 * num_tokens + token, closed_rms)
+    tl.store(statistics + 4 * num_tokens + token, norm_rms)
 
 
 @triton.jit
 def _step_backward(
     value_pointer,
     mixed,
-    lse,
     product,
     norm_weight,
     statistics,
@@ -470,6 +481,7 @@ def _step_backward(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     HAS_GRAD_PARTIAL: tl.constexpr,
     HAS_GRAD_NORMED: tl.constexpr,
@@ -490,11 +502,13 @@ def _step_backward(
             value = tl.load(value_pointer + at, mask=inside, other=0.0).to(tl.float32)
             score = tl.load(statistics + token)
             rms = tl.load(statistics + num_tokens + token)
-            share = 1.0 / (1.0 + tl.exp(tl.load(lse + token) - score))
+            closed_score = tl.load(statistics + 2 * num_tokens + token)
+            closed_rms = tl.load(statistics + 3 * num_tokens + token)
+            share = 1.0 / (1.0 + tl.exp(closed_score - score))
             read = (1.0 - share) * closed + share * value
         grad = tl.zeros([WIDTH], tl.float32)
         if HAS_GRAD_NORMED:
-            norm_rms = tl.load(statistics + 2 * num_tokens + token)
+            norm_rms = tl.load(statistics + 4 * num_tokens + token)
             unit = read * scale * norm_rms
             grad_unit = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
             norm_sum += grad_unit * _cast(unit, DTYPE).to(tl.float32)
@@ -508,16 +522,20 @@ def _step_backward(
             if HAS_GRAD_WEIGHT:
                 grad_share += tl.load(grad_weight + token)
             grad_score = grad_share * share * (1.0 - share)
-            tl.store(grad_lse + token, -grad_score)
             result = share * grad
+            grad *= 1.0 - share
             if not HAS_SCORE:
-                product_sum += grad_score * rms * value
                 key = tl.load(product + column, mask=inside, other=0.0)
+                product_sum += grad_score * rms * value
                 result += grad_score * rms * (key - (score * rms / D) * value)
+            if HAS_LSE:
+                tl.store(grad_lse + token, -grad_score)
+            else:
+                product_sum -= grad_score * closed_rms * closed
+                grad -= grad_score * closed_rms * (key - (closed_score * closed_rms / D) * closed)
             if HAS_GRAD_PARTIAL:
                 result += tl.load(grad_partial + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(grad_value + at, _cast(result, grad_value.dtype.element_ty), mask=inside)
-            grad *= 1.0 - share
         tl.store(grad_mixed + at, _cast(grad, grad_mixed.dtype.element_ty), mask=inside)
     at = tl.program_id(0).to(tl.int64) * D + column
     if HAS_OUTPUT and not HAS_SCORE:
@@ -669,7 +687,7 @@ def _(sources, products, eps, dtype):
     "attnres::closed_reads_backward",
     mutates_args=(),
     schema="(Tensor[] sources, Tensor products, Tensor lse, Tensor scores, Tensor inverse_rms, Tensor[] grad_mixed, "
-    "Tensor grad_lse, bool need_sources, bool need_products) -> (Tensor[], Tensor)",
+    "Tensor grad_lse, Tensor? grad_scores, bool need_sources, bool need_products) -> (Tensor[], Tensor)",
 )
 def _closed_reads_backward(
     sources: list[torch.Tensor],
@@ -679,6 +697,7 @@ def _closed_reads_backward(
     inverse_rms: torch.Tensor,
     grad_mixed: list[torch.Tensor],
     grad_lse: torch.Tensor,
+    grad_scores: torch.Tensor | None,
     need_sources: bool,
     need_products: bool,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -692,7 +711,7 @@ def _closed_reads_backward(
     tiles = _closed_tiles(sources, num_reads, chunk_per_warp=32, most_warps=8)
     tensors = [*sources, *grad_mixed, *grad_sources]
     alignment, precision = _alignment(tensors, hidden_size), _precision(products)
-    grad_scores = torch.empty_like(scores)
+    given_grad_scores, grad_scores = grad_scores, torch.empty_like(scores)
     with _on_device(products):
         table = _address_table(tensors)
         _closed_backward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
@@ -704,6 +723,7 @@ def _closed_reads_backward(
             grad_lse,
             scores,
             inverse_rms,
+            scores if given_grad_scores is None else given_grad_scores.contiguous(),
             grad_scores,
             num_tokens,
             num_sources,
@@ -711,6 +731,7 @@ def _closed_reads_backward(
             D=hidden_size,
             ALIGN=alignment,
             PRECISION=precision,
+            HAS_GRAD_SCORES=given_grad_scores is not None,
             GRAD_SOURCES=need_sources,
             **tiles,
         )
@@ -744,7 +765,7 @@ def _closed_reads_backward(
 
 
 @_closed_reads_backward.register_fake
-def _(sources, products, lse, scores, inverse_rms, grad_mixed, grad_lse, need_sources, need_products):
+def _(sources, products, lse, scores, inverse_rms, grad_mixed, grad_lse, grad_scores, need_sources, need_products):
     grad_sources = [source.new_empty(source.shape) for source in sources] if need_sources else []
     return grad_sources, products.new_empty(products.shape if need_products else 0)
 
@@ -753,11 +774,11 @@ def _closed_reads_setup(ctx, inputs, output):
     sources, products, _, ctx.dtype = inputs
     _, lse, scores, inverse_rms = output
     ctx.save_for_backward(*sources, products, lse, scores, inverse_rms)
-    ctx.mark_non_differentiable(scores, inverse_rms)
+    ctx.mark_non_differentiable(inverse_rms)
     ctx.set_materialize_grads(False)
 
 
-def _closed_reads_autograd(ctx, grad_mixed, grad_lse, *_):
+def _closed_reads_autograd(ctx, grad_mixed, grad_lse, grad_scores, _):
     *sources, products, lse, scores, inverse_rms = ctx.saved_tensors
     need_sources, need_products = any(ctx.needs_input_grad[0]), ctx.needs_input_grad[1]
     if any(grad is None for grad in grad_mixed):  # a read that nothing used
@@ -765,7 +786,16 @@ def _closed_reads_autograd(ctx, grad_mixed, grad_lse, *_):
         grad_mixed = [zeros if grad is None else grad for grad in grad_mixed]
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     grad_sources, grad_products = _closed_reads_backward(
-        sources, products, lse, scores, inverse_rms, list(grad_mixed), grad_lse, need_sources, need_products
+        sources,
+        products,
+        lse,
+        scores,
+        inverse_rms,
+        list(grad_mixed),
+        grad_lse,
+        grad_scores,
+        need_sources,
+        need_products,
     )
     grad_sources = list(grad_sources) if need_sources else [None] * len(sources)
     return grad_sources, grad_products if need_products else None, None, None
@@ -820,29 +850,8 @@ def closed_reads(
     mixed = tuple(read for mixed, _, _, _ in parts for read in mixed)
     if not return_weights:
         return mixed, lse
-    scores = torch.cat([scores.transpose(0, 1) for _, _, scores, _ in parts])
-    scores = scores.view(len(products), len(sources), *shape[:-1])
-    inverse_rms = parts[0][3].view(len(sources), *shape[:-1])
-    scores = _ClosedScores.apply(scores, inverse_rms, products.float(), *sources)
-    return mixed, lse, (scores - lse.unsqueeze(1)).exp()
-
-
-class _ClosedScores(torch.autograd.Function):
-    """The scores, `(S, n, *tokens)`, which the kernels don't differentiate: few losses depend on the weights."""
-
-    @staticmethod
-    def forward(ctx, scores, inverse_rms, products, *sources):
-        ctx.save_for_backward(scores, inverse_rms, products, *sources)
-        return scores.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        scores, inverse_rms, products, *sources = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
-        product_grad, source_grads = gradients_by_scores(grad, scores, inverse_rms, products, sources, needed)
-        source_grads = [None if g is None else g.to(v.dtype) for g, v in zip(source_grads, sources)]
-        return None, None, product_grad, *source_grads
+    scores = torch.cat([scores for _, _, scores, _ in parts], dim=1).transpose(0, 1)
+    return mixed, lse, (scores.view(len(products), len(sources), *shape[:-1]) - lse.unsqueeze(1)).exp()
 
 
 def _check_dtypes(*dtypes: torch.dtype | None):
@@ -861,15 +870,15 @@ def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
 @torch.library.custom_op(
     "attnres::depth_step",
     mutates_args=(),
-    schema="(Tensor? partial, Tensor? output, Tensor mixed, Tensor lse, Tensor? product, Tensor? score, float key_eps, "
-    "float scale, Tensor? norm_weight, float norm_eps, bool return_hidden, ScalarType dtype) "
+    schema="(Tensor? partial, Tensor? output, Tensor mixed, Tensor? lse, Tensor? product, Tensor? score, "
+    "float key_eps, float scale, Tensor? norm_weight, float norm_eps, bool return_hidden, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _depth_step(
     partial: torch.Tensor | None,
     output: torch.Tensor | None,
     mixed: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
     product: torch.Tensor | None,
     score: torch.Tensor | None,
     key_eps: float,
@@ -879,8 +888,8 @@ def _depth_step(
     return_hidden: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_tokens, hidden_size = lse.numel(), mixed.shape[-1]
-    results = _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype)
+    num_tokens, hidden_size = mixed.shape[:-1].numel(), mixed.shape[-1]
+    results = _depth_step_results(partial, output, mixed, norm_weight, return_hidden, dtype)
     if num_tokens == 0:
         return results
     mixed = mixed.contiguous()
@@ -906,6 +915,7 @@ def _depth_step(
             WIDTH=triton.next_power_of_2(hidden_size),
             HAS_PARTIAL=partial is not None,
             HAS_OUTPUT=output is not None,
+            HAS_LSE=lse is not None,
             HAS_SCORE=score is not None,
             HAS_NORM=norm_weight is not None,
             WRITE_HIDDEN=return_hidden,
@@ -915,7 +925,7 @@ def _depth_step(
     return results
 
 
-def _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype):
+def _depth_step_results(partial, output, mixed, norm_weight, return_hidden, dtype):
     """Uninitialised results; those that are not asked for are empty."""
     absent = (0,)
     if partial is None:
@@ -930,30 +940,30 @@ def _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden,
         new_partial,
         normed,
         mixed.new_empty(mixed.shape if return_hidden else absent, dtype=dtype),
-        lse.new_empty(absent if output is None else lse.shape),
-        lse.new_empty(3, lse.numel()),
+        mixed.new_empty(absent if output is None else mixed.shape[:-1], dtype=torch.float32),
+        mixed.new_empty(5, mixed.shape[:-1].numel(), dtype=torch.float32),
     )
 
 
 @_depth_step.register_fake
 def _(partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, norm_eps, return_hidden, dtype):
-    return _depth_step_results(partial, output, mixed, lse, norm_weight, return_hidden, dtype)
+    return _depth_step_results(partial, output, mixed, norm_weight, return_hidden, dtype)
 
 
 @torch.library.custom_op(
     "attnres::depth_step_backward",
     mutates_args=(),
-    schema="(Tensor? value, Tensor mixed, Tensor lse, Tensor? product, Tensor? norm_weight, Tensor statistics, "
+    schema="(Tensor? value, Tensor mixed, Tensor? product, Tensor? norm_weight, Tensor statistics, bool has_lse, "
     "Tensor? grad_partial, Tensor? grad_normed, Tensor? grad_hidden, Tensor? grad_weight, float scale, "
     "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _depth_step_backward(
     value: torch.Tensor | None,
     mixed: torch.Tensor,
-    lse: torch.Tensor,
     product: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     statistics: torch.Tensor,
+    has_lse: bool,
     grad_partial: torch.Tensor | None,
     grad_normed: torch.Tensor | None,
     grad_hidden: torch.Tensor | None,
@@ -961,10 +971,10 @@ def _depth_step_backward(
     scale: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_tokens, hidden_size = lse.numel(), mixed.shape[-1]
+    num_tokens, hidden_size = statistics.shape[1], mixed.shape[-1]
     mixed = mixed.contiguous()
     grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight = _depth_step_grads(
-        value, mixed, lse, product, norm_weight, grad_normed
+        value, mixed, product, norm_weight, statistics, has_lse, grad_normed
     )
     if num_tokens == 0:
         return grad_value, grad_mixed, grad_lse, grad_product.zero_(), grad_norm_weight.zero_()
@@ -975,13 +985,12 @@ def _depth_step_backward(
 
     warps = _step_warps(hidden_size, 256)
     programs = min(num_tokens, max(20 // warps, 1) * _num_processors(mixed))  # as many as run at one time
-    product_sums = lse.new_empty(programs if has_product else 0, hidden_size)
-    norm_sums = lse.new_empty(programs if grad_normed is not None else 0, hidden_size)
+    product_sums = statistics.new_empty(programs if has_product else 0, hidden_size)
+    norm_sums = statistics.new_empty(programs if grad_normed is not None else 0, hidden_size)
     with _on_device(mixed):
         _step_backward[(programs,)](
             given(value),
             mixed,
-            given(lse),
             given(product),
             given(norm_weight),
             statistics,
@@ -999,6 +1008,7 @@ def _depth_step_backward(
             D=hidden_size,
             WIDTH=triton.next_power_of_2(hidden_size),
             HAS_OUTPUT=value is not None,
+            HAS_LSE=has_lse,
             HAS_SCORE=product is None,
             HAS_GRAD_PARTIAL=grad_partial is not None,
             HAS_GRAD_NORMED=grad_normed is not None,
@@ -1014,12 +1024,12 @@ def _depth_step_backward(
     return grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight
 
 
-def _depth_step_grads(value, mixed, lse, product, norm_weight, grad_normed):
+def _depth_step_grads(value, mixed, product, norm_weight, statistics, has_lse, grad_normed):
     return (
         mixed.new_empty(0) if value is None else value.new_empty(value.shape),
         mixed.new_empty(mixed.shape),
-        lse.new_empty(0 if value is None else lse.shape),
-        lse.new_empty(0 if value is None or product is None else product.shape),
+        statistics.new_empty(mixed.shape[:-1] if has_lse and value is not None else 0),
+        statistics.new_empty(0 if value is None or product is None else product.shape),
         mixed.new_empty(0) if grad_normed is None else norm_weight.new_empty(norm_weight.shape),
     )
 
@@ -1028,10 +1038,10 @@ def _depth_step_grads(value, mixed, lse, product, norm_weight, grad_normed):
 def _(
     value,
     mixed,
-    lse,
     product,
     norm_weight,
     statistics,
+    has_lse,
     grad_partial,
     grad_normed,
     grad_hidden,
@@ -1039,23 +1049,23 @@ def _(
     scale,
     dtype,
 ):
-    return _depth_step_grads(value, mixed, lse, product, norm_weight, grad_normed)
+    return _depth_step_grads(value, mixed, product, norm_weight, statistics, has_lse, grad_normed)
 
 
 def _depth_step_setup(ctx, inputs, output):
     partial, sublayer_output, mixed, lse, product, score, _, ctx.scale, norm_weight, *_ = inputs
     new_partial, _, _, _, statistics = output
     ctx.return_hidden, ctx.dtype = inputs[-2:]
-    ctx.has_score = score is not None
+    ctx.has_lse, ctx.has_score = lse is not None, score is not None
     ctx.input_dtypes = [None if t is None else t.dtype for t in (partial, sublayer_output)]
     value = sublayer_output if partial is None else new_partial
-    ctx.save_for_backward(value, mixed, lse, product, norm_weight, statistics)
+    ctx.save_for_backward(value, mixed, product, norm_weight, statistics)
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
 
 
 def _depth_step_autograd(ctx, grad_partial, grad_normed, grad_hidden, grad_weight, _):
-    value, mixed, lse, product, norm_weight, statistics = ctx.saved_tensors
+    value, mixed, product, norm_weight, statistics = ctx.saved_tensors
     partial_dtype, output_dtype = ctx.input_dtypes
     if partial_dtype is None:
         grad_partial = None
@@ -1068,10 +1078,10 @@ def _depth_step_autograd(ctx, grad_partial, grad_normed, grad_hidden, grad_weigh
     grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight = _depth_step_backward(
         value,
         mixed,
-        lse,
         product,
         norm_weight,
         statistics,
+        ctx.has_lse,
         grad_partial,
         grad_normed,
         grad_hidden,
@@ -1083,7 +1093,7 @@ def _depth_step_autograd(ctx, grad_partial, grad_normed, grad_hidden, grad_weigh
         None if partial_dtype is None else grad_value.to(partial_dtype),
         None if output_dtype is None else grad_value.to(output_dtype),
         grad_mixed,
-        None if value is None else grad_lse,
+        grad_lse if ctx.has_lse and value is not None else None,
         None if value is None or product is None else grad_product,
         -grad_lse if ctx.has_score else None,
         None,
@@ -1111,7 +1121,7 @@ def depth_step(
     partial: torch.Tensor | None,
     output: torch.Tensor | None,
     mixed: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
     product: torch.Tensor | None,
     key_eps: float,
     scale: float = 1.0,
@@ -1134,7 +1144,8 @@ def depth_step(
         output: `(*tokens, d)`, what the last sublayer wrote, or None at the first read of a block, which sees closed
             sources only.
         mixed: `(*tokens, d)`, this read's result of [`closed_reads`].
-        lse: `(*tokens)`, likewise.
+        lse: `(*tokens)`, likewise; None where a single source is closed, which is then given as `mixed` itself: its
+            score is computed here.
         product: `(d,)`, query times key norm gain of this read; None without an output, or with a `score`.
         key_eps: epsilon of the RMSNorm of the keys.
         scale: factor of the read.
@@ -1153,8 +1164,8 @@ def depth_step(
         raise ValueError("depth_step got a partial sum without an output to add to it.")
     if (product is None) == (score is None) and output is not None:
         raise ValueError("depth_step needs a product or the score of the output, and not both.")
-    if score is not None and (partial is not None or output is None):
-        raise ValueError("depth_step takes a score with an output alone, without a partial sum.")
+    if score is not None and (partial is not None or output is None or lse is None):
+        raise ValueError("depth_step takes a score with an output alone and a lse, without a partial sum.")
     tensors = (partial, output, mixed, lse, product, score, norm_weight)
     _check_dtypes(*(None if tensor is None else tensor.dtype for tensor in tensors), dtype)
     hidden_size = mixed.shape[-1:]
@@ -1173,7 +1184,7 @@ def depth_step(
         partial,
         output,
         mixed,
-        lse.float(),
+        None if lse is None else lse.float(),
         None if product is None else product.float(),
         None if score is None else score.float(),
         key_eps,
@@ -1243,17 +1254,12 @@ class TritonDepthAttention(TwoPhaseDepthAttention):
     Few tokens, float64, tensors on a CPU and devices on which the kernels fail are left to PyTorch.
     """
 
-    def runs(self, sources) -> bool:
-        if any(source.dtype not in DTYPES for source in sources):
+    def runs(self, tensors) -> bool:
+        if tensors[0].shape[:-1].numel() <= self.few_tokens or any(tensor.dtype not in DTYPES for tensor in tensors):
             return False
         if INTERPRETED.value or torch.compiler.is_compiling():
-            return sources[0].is_cuda or INTERPRETED.value
-        return sources[0].is_cuda and works_on(sources[0].device)
-
-    def __call__(self, sources, product, eps, scale):
-        if sources[0].shape[:-1].numel() <= self.few_tokens or not self.runs(sources):
-            return super().__call__(sources, product, eps, scale)
-        return self.read(None, sources, product, eps, scale)
+            return tensors[0].is_cuda or INTERPRETED.value
+        return tensors[0].is_cuda and works_on(tensors[0].device)
 
     def closed_reads(self, sources, products, eps):
         if not self.runs(sources):
@@ -1264,51 +1270,60 @@ class TritonDepthAttention(TwoPhaseDepthAttention):
             for read in range(len(products))
         ]
 
+    def mix(self, sources, product, eps) -> ClosedDepthRead:
+        """One read of the sources. A single one is not copied, and its score is left to [`depth_step`]."""
+        if len(sources) > 1:
+            return self.closed_reads(sources, product.unsqueeze(0), eps)[0]
+        weights = torch.ones_like(sources[0][..., 0], dtype=torch.float32).unsqueeze(1)
+        return ClosedDepthRead(sources[0], None, weights, 1)
+
     def step(self, depth_read, product, sources, output, norm, closed_read, watched):
+        if not self.runs(sources if output is None else (*sources, output)):
+            return super().step(depth_read, product, sources, output, norm, closed_read, watched)
+        place = (depth_read.extends, product, depth_read.eps, depth_read.scale)
+        if can_fuse_norm(norm) and norm.weight.dtype in DTYPES:
+            return self.fused(closed_read, sources, output, *place, norm, watched)
+        hidden, weights, _, sources = self.fused(closed_read, sources, output, *place)
+        return hidden, weights, norm(hidden), sources
+
+    def read(self, closed_read, sources, product, eps, scale, norm=None):
+        if not self.runs(sources):
+            return super().read(closed_read, sources, product, eps, scale, norm)
+        hidden, weights, normed, _ = self.fused(closed_read, sources, None, False, product, eps, scale, norm)
+        return hidden if norm is None else normed, weights
+
+    def fused(self, closed_read, sources, output, extends, product, eps, scale, norm=None, watched=False):
+        """A read, the output that joins its sources before and the norm after it; the result is [`DepthRead`]'s."""
+        dtype, extends = sources[0].dtype, extends and output is not None
         if closed_read is None:
-            return None
-        new_sources = sources[closed_read.num_sources :]
-        tensors = (*sources, output) if output is not None else sources
-        # one open source is what the kernel merges: what it has been so far, and the output that extends or opens it
-        fits = len(new_sources) == (output is not None and depth_read.extends)
-        if not (fits and self.runs(tensors) and can_fuse_norm(norm) and norm.weight.dtype in DTYPES):
-            return None
-        (partial,) = new_sources or (None,)
+            closed_read = self.mix(sources[: len(sources) - extends], product, eps)
+        num_closed = closed_read.num_sources
+        partial, score, new_weights = None, None, 1
+        if output is not None and len(sources) - num_closed == extends:
+            partial = sources[-1].to(dtype) if extends else None
+        else:  # several sources have come since, or the output is among them
+            sources, output = write(sources, output, extends), None
+            if len(sources) > num_closed:
+                new_read = self.mix(sources[num_closed:], product, eps)
+                output, score, new_weights = new_read.mixed, new_read.lse, new_read.weights
         step = depth_step(
-            partial if partial is None else partial.to(sources[0].dtype),
+            partial,
             output,
             closed_read.mixed,
             closed_read.lse,
-            None if output is None else product.float(),
-            depth_read.eps,
-            depth_read.scale,
-            norm.weight,
-            norm.variance_epsilon,
+            None if output is None or score is not None else product.float(),
+            eps,
+            scale,
+            None if norm is None else norm.weight,
+            0.0 if norm is None else norm.variance_epsilon,
             return_hidden=watched,
-            dtype=sources[0].dtype,
+            dtype=dtype,
+            score=score,
         )
         weights = closed_read.weights
         if output is not None:
             weight = step.weight.unsqueeze(1)
-            weights = torch.cat([weights * (1 - weight), weight], dim=1)
-            sources = (*sources[: closed_read.num_sources], step.partial)
+            weights = torch.cat([weights * (1 - weight), new_weights * weight], dim=1)
+        if score is None and output is not None:
+            sources = (*sources[:num_closed], step.partial)
         return step.hidden, weights, step.normed, sources
-
-    def read(self, closed_read, sources, product, eps, scale):
-        if not self.runs(sources):
-            return super().read(closed_read, sources, product, eps, scale)
-        dtype = sources[0].dtype
-        if closed_read is None:
-            (closed_read,) = self.closed_reads(sources, product.unsqueeze(0), eps)
-        new_sources = sources[closed_read.num_sources :]
-        mixed, lse, weights = closed_read.mixed, closed_read.lse, closed_read.weights
-        if not new_sources:
-            return depth_step(None, None, mixed, lse, None, eps, scale, dtype=dtype).hidden, weights
-        if len(new_sources) == 1:
-            step = depth_step(None, new_sources[0], mixed, lse, product.float(), eps, scale, dtype=dtype)
-            new_weights = step.weight.unsqueeze(1)
-        else:
-            (new_read,) = self.closed_reads(new_sources, product.unsqueeze(0), eps)
-            step = depth_step(None, new_read.mixed, mixed, lse, None, eps, scale, dtype=dtype, score=new_read.lse)
-            new_weights = new_read.weights * step.weight.unsqueeze(1)
-        return step.hidden, torch.cat([weights * (1 - step.weight).unsqueeze(1), new_weights], dim=1)

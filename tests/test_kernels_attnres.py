@@ -10,6 +10,7 @@ import inspect
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -49,15 +50,19 @@ def run(request):
 def reference_closed_reads(sources, products, eps):
     values = torch.stack(sources)
     scores = torch.einsum("n...d,sd->sn...", values, products) * torch.rsqrt(values.pow(2).mean(-1) + eps)
-    return torch.einsum("sn...,n...d->s...d", scores.softmax(1), values), scores.logsumexp(1)
+    weights = scores.softmax(1)
+    return torch.einsum("sn...,n...d->s...d", weights, values), scores.logsumexp(1), weights
 
 
 def reference_step(partial, output, mixed, lse, product, key_eps, scale, norm_weight, norm_eps):
     value = output if partial is None else partial + output
     hidden, weight, normed = scale * mixed, None, None
+
+    def score(source):
+        return (source * product).sum(-1) * torch.rsqrt(source.pow(2).mean(-1) + key_eps)
+
     if value is not None:
-        score = (value * product).sum(-1) * torch.rsqrt(value.pow(2).mean(-1) + key_eps)
-        weight = torch.sigmoid(score - lse)
+        weight = torch.sigmoid(score(value) - (score(mixed) if lse is None else lse))
         hidden = scale * torch.lerp(mixed, value, weight.unsqueeze(-1))
     if norm_weight is not None:
         normed = norm_weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm_eps)
@@ -101,14 +106,15 @@ def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtyp
     # products so large that the weights are far from equal
     products64, products = leaves(device, torch.float32, (num_reads, hidden_size), std=2 * hidden_size**-0.5, seed=2)
     sources64, sources = leaves(device, dtype, *[(*tokens, hidden_size)] * num_sources)
-    mixed64, lse64 = reference_closed_reads(sources64, *products64, KEY_EPS)
-    mixed, lse = closed_reads(sources, *products, KEY_EPS)
-    assert lse.dtype == torch.float32
+    mixed64, lse64, weights64 = reference_closed_reads(sources64, *products64, KEY_EPS)
+    mixed, lse, weights = closed_reads(sources, *products, KEY_EPS, return_weights=True)
+    assert lse.dtype == weights.dtype == torch.float32
     assert all(read.dtype == dtype for read in mixed)
     assert_near(mixed, mixed64)
     assert_near([lse], [lse64], 1e-6 if device == "cpu" else 5e-6)  # GPUs have less exact exp and log
-    references = gradients([*mixed64, lse64], [*sources64, *products64])
-    results = gradients([*mixed, lse], [*sources, *products])
+    assert_near([weights], [weights64], 5e-6)
+    references = gradients([*mixed64, lse64, weights64], [*sources64, *products64])
+    results = gradients([*mixed, lse, weights], [*sources, *products])
     if num_sources == 1:  # weights are 1, so what is left of the products' gradient is that of lse
         assert torch.equal(torch.stack(mixed), torch.stack(sources).detach().expand_as(torch.stack(mixed)))
     assert_near(results, references)
@@ -129,7 +135,7 @@ def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtyp
     ],
 )
 def test_closed_reads(run, num_sources, num_reads, tokens, hidden_size, dtype):
-    """Results, the log-sum-exp, and every gradient equal those of the plain formula in float64."""
+    """Results, the log-sum-exp, weights and every gradient equal those of the plain formula in float64."""
     run(check_closed_reads, num_sources, num_reads, tokens, hidden_size, dtype)
 
 
@@ -139,7 +145,7 @@ def check_merge(device, dtype):
     shape = (2, 3, 40)
     sources64, sources = leaves(device, dtype, *[shape] * 5)
     (products64,), (products,) = leaves(device, torch.float32, (2, 40), std=0.3, seed=2)
-    mixed64, lse64 = reference_closed_reads(sources64, products64, KEY_EPS)
+    mixed64, _, _ = reference_closed_reads(sources64, products64, KEY_EPS)
     (_, first), (_, lse) = closed_reads(sources[:2], products, KEY_EPS, dtype=torch.float32)
     (second,), (score,) = closed_reads(sources[2:], products[1:], KEY_EPS, dtype=torch.float32)
     step = depth_step(None, second, first, lse, None, KEY_EPS, scale=5, dtype=dtype, score=score)
@@ -167,14 +173,14 @@ def check_step(device, present, tokens, hidden_size, dtype):
     names = [name for name in shapes if name in present]
     optional64, optional = leaves(device, dtype, *[shapes[name] for name in names])
     mixed64, mixed = leaves(device, dtype, (*tokens, hidden_size), seed=2)
-    fp32 = [tokens, (hidden_size,)]
-    (lse64, product64), (lse, product) = leaves(device, torch.float32, *fp32, std=0.5, seed=3)
+    fp32 = [(hidden_size,)] + [tokens] * ("source" not in present)
+    (product64, *lse64), (product, *lse) = leaves(device, torch.float32, *fp32, std=0.5, seed=3)
     given64, given = dict.fromkeys(shapes) | dict(zip(names, optional64)), dict(zip(names, optional))
     reference = reference_step(
         given64["partial"],
         given64["output"],
         *mixed64,
-        lse64,
+        *(lse64 or [None]),
         product64,
         KEY_EPS,
         3.0,
@@ -185,7 +191,7 @@ def check_step(device, present, tokens, hidden_size, dtype):
         given.get("partial"),
         given.get("output"),
         *mixed,
-        lse,
+        *(lse or [None]),
         product,
         KEY_EPS,
         scale=3,
@@ -199,7 +205,7 @@ def check_step(device, present, tokens, hidden_size, dtype):
     assert all(t.dtype == dtype for t in step[:3] if t is not None)
     reference = [None if result is None else wanted for wanted, result in zip(reference, step)]
     assert_near(step, reference, TOLERANCES[dtype])
-    inputs64, inputs = [*optional64, *mixed64, lse64, product64], [*optional, *mixed, lse, product]
+    inputs64, inputs = [*optional64, *mixed64, *lse64, product64], [*optional, *mixed, *lse, product]
     references = gradients([t for t in reference if t is not None], inputs64)
     results = gradients([t for t in step if t is not None], inputs)
     assert_near(results, references, TOLERANCES[dtype])
@@ -212,6 +218,9 @@ STEPS = {
     "first of a block": ("norm_weight",),
     "no norm": ("partial", "output"),
     "first of a block, no norm": (),
+    "one source": ("source", "norm_weight"),
+    "one source, all": ("source", "partial", "output", "norm_weight", "hidden"),
+    "one source, second of a block": ("source", "output", "norm_weight"),
 }
 
 
@@ -276,7 +285,7 @@ class Block:
 
     @staticmethod
     def reference(sources, outputs, norms, products, with_norm=True):
-        mixed, lse = reference_closed_reads(sources, *products, KEY_EPS)
+        mixed, lse, _ = reference_closed_reads(sources, *products, KEY_EPS)
         results, partial = [], None
         for i, gain in enumerate(norms):
             gain = gain if with_norm else None
@@ -330,6 +339,51 @@ def check_error(device, dtype, with_norm):
 def test_error(run, dtype, with_norm):
     """In half precision a block's results and all gradients are at most 1.1 times as far off as eager's."""
     run(check_error, dtype, with_norm)
+
+
+def check_error_of_read(device, num_closed, num_open, extends):
+    from kernels_attnres import TritonDepthAttention
+    from modeling_attnres import eager_depth_attention, write
+
+    (product64,), (product,) = leaves(device, torch.float32, (512,), std=0.1, seed=2)
+    tensors64, tensors = leaves(device, torch.bfloat16, *[(3, 11, 512)] * (num_closed + num_open + 1))
+
+    def eager(sources, output, product):
+        return eager_depth_attention(write(sources, output, extends), product, KEY_EPS, 3)
+
+    def fused(sources, output, product):
+        attention = TritonDepthAttention()
+        closed_read = None
+        if num_open > extends:
+            (closed_read,) = attention.closed_reads(sources[:num_closed], product[None], KEY_EPS)
+        return attention.fused(closed_read, sources, output, extends, product, KEY_EPS, 3)[:2]
+
+    def results(function, tensors, product):
+        *sources, output = tensors
+        mixed, weights = function(tuple(sources), output, product)
+        return [mixed, weights, *gradients([mixed, 100 * weights], [*tensors, product])]
+
+    references = results(eager, tensors64, product64)
+    errors = [
+        [(r.double().cpu() - w).norm() / w.norm() for r, w in zip(results(f, tensors, product), references)]
+        for f in (fused, eager)
+    ]
+    for i, (ours, theirs) in enumerate(zip(*errors)):
+        assert ours <= 1.1 * theirs + 1e-6, f"result {i}: {ours:.3e} instead of {theirs:.3e}"
+
+
+@pytest.mark.parametrize(
+    "num_closed, num_open, extends",
+    [
+        pytest.param(1, 0, False, id="first block, first output"),
+        pytest.param(1, 1, True, id="first block"),
+        pytest.param(3, 1, True, id="block"),
+        pytest.param(3, 2, False, id="full"),
+    ],
+)
+def test_error_of_read(run, num_closed, num_open, extends):
+    """In bfloat16 a read, its weights and the gradients by both are at most 1.1 times as far off as eager's."""
+    run(check_error_of_read, num_closed, num_open, extends)
 
 
 def check_deterministic(device):
@@ -427,6 +481,7 @@ def check_dtypes(device):
         lambda: depth_step(mixture[0], None, mixed[0], lse[0], products[0], KEY_EPS),
         lambda: depth_step(None, mixture[0], mixed[0], lse[0], None, KEY_EPS),
         lambda: depth_step(*mixture, mixed[0], lse[0], None, KEY_EPS, score=lse[1]),
+        lambda: depth_step(None, mixture[0], mixed[0], None, None, KEY_EPS, score=lse[1]),
         lambda: depth_step(None, mixture[0][1:], mixed[0], lse[0], products[0], KEY_EPS),
     ):
         try:
@@ -443,7 +498,7 @@ def check_dtypes(device):
         "without an output",
         "needs a product",
     ]
-    parts += ["with an output alone", "output is (2, 20)"]
+    parts += ["with an output alone", "and a lse", "output is (2, 20)"]
     for message, part in zip(messages, parts, strict=True):
         assert part in message
 
@@ -463,6 +518,7 @@ def check_opcheck(device):
     for args in (
         (*tensors[:3], lse, products[0], None, KEY_EPS, 2.0, tensors[3], NORM_EPS, True, torch.float32),
         (None, *tensors[1:3], lse, None, lse.detach() + 1, KEY_EPS, 2.0, None, NORM_EPS, True, torch.float32),
+        (None, tensors[1], tensors[2], None, products[0], None, KEY_EPS, 2.0, None, 0.0, True, torch.float32),
         (None, None, tensors[2], lse, None, None, KEY_EPS, 2.0, tensors[3], NORM_EPS, False, torch.float32),
     ):
         torch.library.opcheck(ops.depth_step, tuple(a.detach().requires_grad_() if a is products else a for a in args))
@@ -522,11 +578,7 @@ def test_needs_gpu_or_interpreter():
         closed_reads([torch.zeros(2, 8)], torch.zeros(1, 8), KEY_EPS)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
-def check_model(device, mode, dtype):
-    """A model of uneven blocks, with `triton` against `eager`: logits, depth weights and gradients."""
-    import kernels_attnres
+def tiny_model(device, mode, block_size, num_hidden_layers=3):
     from attnres import AttnResConfig, AttnResForCausalLM
 
     torch.manual_seed(0)
@@ -535,52 +587,60 @@ def check_model(device, mode, dtype):
         hidden_size=68,
         head_dim=16,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         attn_res_mode=mode,
-        attn_res_block_size=2,
+        attn_res_block_size=block_size,
         attn_res_sum_scale=True,
     )
     model = AttnResForCausalLM(config).to(device)
     torch.nn.init.normal_(model.model.depth_attention.query, std=0.3)
-    tokens = torch.randint(97, (2, 20), device=device)
+    return model, torch.randint(97, (3, 11), device=device)  # one token more than are left to PyTorch
 
-    def results(model, implementation):
+
+def model_results(model, tokens, implementation=None):
+    """Logits, depth weights and gradients of a loss that depends on both."""
+    if implementation is not None:
         model.set_attn_res_implementation(implementation)
-        model.zero_grad()
-        outputs = model(tokens, labels=tokens, output_depth_attentions=True)
-        loss = outputs.loss
-        if dtype == torch.float32:  # gradients by the weights are rounded apart from those by the reads
-            loss = loss + sum(read[:, 0].square().mean() + read[:, -1].mean() for read in outputs.depth_attentions)
-        loss.backward()
-        gradients = [parameter.grad.double().clone() for parameter in model.parameters()]
-        return [outputs.logits.detach().double(), *(w.detach().double() for w in outputs.depth_attentions), *gradients]
+    model.zero_grad()
+    outputs = model(tokens, labels=tokens, output_depth_attentions=True, use_cache=False)
+    reads = outputs.depth_attentions
+    (outputs.loss + sum(read[:, 0].square().mean() + read[:, -1].mean() for read in reads)).backward()
+    grads = [parameter.grad.double().clone() for parameter in model.parameters()]
+    return [outputs.logits.detach().double(), *(w.detach().double() for w in reads), *grads]
 
-    def error(found, exact):
-        return sum(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact))
 
-    fused = []
+def total_error(found, exact):
+    return sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
 
-    def spy(*args, step=kernels_attnres.depth_step, **kwargs):
-        fused.append(step(*args, **kwargs))
-        return fused[-1]
 
-    kernels_attnres.depth_step = spy
-    exact = results(model.double(), "eager")
-    assert error(results(model, "triton"), exact) < 1e-12  # float64 goes to PyTorch
-    assert not fused
-    model.to(dtype)
-    results(model, "triton")
-    normed = [step for step in fused if step.normed is not None]
-    # sum, merge and norm in one in the second block and for the output, without the read itself, which nobody watches
-    assert len(normed) == 3 and all(step.hidden is None for step in normed)
-    model.set_attn_res_implementation("eager")
-    expected = model(tokens, output_hidden_states=True).hidden_states
-    model.set_attn_res_implementation("triton")
-    found = model(tokens, output_hidden_states=True).hidden_states
-    assert len(found) == len(expected) and error(found, expected) < 0.05
-    assert error(results(model, "triton"), exact) <= 1.1 * error(results(model, "eager"), exact) + 1e-4
+@contextmanager
+def recorded_steps():
+    """The results of all calls of the fused step."""
+    import kernels_attnres
+
+    step, steps = kernels_attnres.depth_step, []
+
+    def spy(*args, **kwargs):
+        steps.append(step(*args, **kwargs))
+        return steps[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels_attnres, "depth_step", spy)
+        yield steps
+
+
+def check_model(device, mode, block_size, dtype):
+    model, tokens = tiny_model(device, mode, block_size)
+    exact = model_results(model.double(), tokens, "eager")
+    with recorded_steps() as steps:
+        assert total_error(model_results(model, tokens, "triton"), exact) < 1e-11 and not steps  # goes to PyTorch
+        found = model_results(model.to(dtype), tokens)
+        # sum, read and norm in one, without the read itself, which nobody watches
+        assert len(steps) == model.config.num_depth_reads
+        assert all(step.normed is not None and step.hidden is None for step in steps)
+    assert total_error(found, exact) <= 1.1 * total_error(model_results(model, tokens, "eager"), exact) + 1e-4
 
 
 def check_works(device):
@@ -611,15 +671,81 @@ def test_kernels_are_tried_before_they_are_used(run):
     run(check_works)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+MODELS = [(mode, block_size) for mode in ("block", "full") for block_size in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "mode, block_size, dtype",
+    [
+        *(pytest.param(*model, torch.float32, id="{} {}, fp32".format(*model)) for model in MODELS),
+        pytest.param("block", 2, torch.bfloat16, id="block 2, bf16"),
+        pytest.param("full", 2, torch.bfloat16, id="full 2, bf16"),
+    ],
+)
+def test_model(run, mode, block_size, dtype):
+    """A model's logits, weights and gradients are eager's, in bfloat16 as far off; each read is one fused step."""
+    run(check_model, mode, block_size, dtype)
+
+
+def check_watched_model(device, mode, use_reentrant):
+    model, tokens = tiny_model(device, mode, 1, num_hidden_layers=2)
+    watched = {}
+    norm = model.model.layers[1].mlp_norm
+
+    def results(implementation):
+        found = model_results(model, tokens, implementation)
+        with torch.no_grad():
+            hidden_states = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+        return [*found, *hidden_states, watched.pop("norm")]
+
+    handle = norm.register_forward_hook(lambda module, args, output: watched.update(norm=args[0].detach()))
+    expected = results("eager")
+    with recorded_steps() as steps:
+        assert_near(results("triton"), expected, 1e-4)
+        norms = [step.normed is not None for step in steps]
+        reads = model.config.num_depth_reads
+        assert len(norms) == 2 * reads and norms.count(False) == 2  # the norm with a hook, once in each forward
+        handle.remove()
+        expected = model_results(model, tokens)
+        model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        steps.clear()
+        assert_near(model_results(model, tokens), expected, 1e-4)
+        assert len(steps) == 2 * reads - 1 and all(step.normed is not None for step in steps)
+
+
+@pytest.mark.parametrize("mode, use_reentrant", [("block", True), ("full", False)])
+def test_watched_model(run, mode, use_reentrant):
+    """Hooks see what they see in eager, hidden states are there, and checkpointing changes nothing."""
+    run(check_watched_model, mode, use_reentrant)
+
+
+def check_compiled_model(device, mode):
+    model, tokens = tiny_model(device, mode, 1, num_hidden_layers=2)
+    expected = model_results(model, tokens, "triton")
+    model.model.forward = torch.compile(
+        model.model.forward, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor"
+    )
+    assert_near(model_results(model, tokens), expected, 1e-4)
+
+
 @pytest.mark.parametrize("mode", ["block", "full"])
-def test_model(run, mode, dtype):
-    """A whole model's logits, depth weights and gradients are eager's; in bfloat16 as far from float64 as eager's."""
-    run(check_model, mode, dtype)
+def test_compiled_model(run, mode):
+    """A whole model compiles into one graph, kernels included."""
+    run(check_compiled_model, mode)
 
 
-@pytest.mark.parametrize("hidden_size, num_reads", [(2048, 8), (100, 24)])
-def test_compiles_for_gpus(hidden_size, num_reads):
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize(
+    "hidden_size, num_reads, absent",
+    [
+        pytest.param(2048, 8, ["HAS_SCORE"], id="block"),
+        pytest.param(100, 24, ["HAS_SCORE", "HAS_LSE"], id="first block"),
+        pytest.param(100, 1, ["HAS_OUTPUT"], id="first read"),
+        pytest.param(33, 1, ["HAS_PARTIAL"], id="full"),
+    ],
+)
+def test_compiles_for_gpus(hidden_size, num_reads, absent):
     """The kernels compile for a GPU of compute capability 9.0, also where there is none."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
@@ -646,7 +772,7 @@ def test_compiles_for_gpus(hidden_size, num_reads):
         kernels._step_forward,
         kernels._step_backward,
     ):
-        given = {p.name: constants.get(p.name, p.name != "HAS_SCORE") for p in kernel.params if p.is_constexpr}
+        given = {p.name: constants.get(p.name, p.name not in absent) for p in kernel.params if p.is_constexpr}
         if kernel is kernels._products_backward:
             given["TOKENS"] = 32
         others = {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in given}
