@@ -130,13 +130,13 @@ def to_inverse_rms_(norms: torch.Tensor, hidden: int, eps: float) -> torch.Tenso
 
 
 def rms_norm_forward(
-    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
+    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Llama's RMSNorm in few passes over memory, and the inverse root mean squares that its backward pass takes."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
     inverse_rms = to_inverse_rms_(norms, hidden_states.shape[-1], eps)
-    normed = (hidden_states * inverse_rms).to(hidden_states.dtype)
+    normed = hidden_states.mul_(inverse_rms) if in_place else (hidden_states * inverse_rms).to(hidden_states.dtype)
     return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight, inverse_rms
 
 
@@ -196,8 +196,9 @@ class DepthAttentionFunction(torch.autograd.Function):
         norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
         inverse_rms = to_inverse_rms_(norms, hidden, eps)  # (num_sources, batch, seq)
         with torch.autocast(products.device.type, enabled=False):
-            scores = torch.stack([products @ v.reshape(-1, hidden).to(dtype).T for v in sources], dim=1)
-        scores = scores.view(len(products), *inverse_rms.shape) * inverse_rms
+            # (num_sources, batch, seq, num_reads); products @ v.T would take twice as long on a CPU
+            scores = torch.stack([nn.functional.linear(v.to(dtype), products) for v in sources])
+        scores = scores.movedim(-1, 0) * inverse_rms
         all_scores = scores if before is None else torch.cat([before_lse[None, None], scores], dim=1)
         lse = all_scores.logsumexp(1)
         weights = (all_scores - lse.unsqueeze(1)).exp_()
@@ -372,13 +373,19 @@ class TwoPhaseDepthAttention:
         num_sources = len(sources) + (output is not None and not depth_read.extends)
         merges = num_sources - num_closed + (closed_read is not None) > 1
         many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
-        if watched or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        with_gradients = torch.is_grad_enabled()
+        if watched or torch.compiler.is_compiling() or not (merges or not with_gradients):
             return None
-        if not (many and merges and can_fuse_norm(norm)):
+        if not (many and can_fuse_norm(norm)):
             return None
-        new_sources = write(sources, output, depth_read.extends)
-        normed, weights = self.read(closed_read, new_sources, product, depth_read.eps, depth_read.scale, norm)
-        return None, weights, normed, new_sources
+        sources = write(sources, output, depth_read.extends)
+        arguments = (closed_read, sources, product, depth_read.eps, depth_read.scale)
+        if with_gradients:
+            normed, weights = self.read(*arguments, norm)
+        else:
+            mixed, weights = self.read(*arguments)
+            normed, _ = rms_norm_forward(mixed, norm.weight, norm.variance_epsilon, in_place=True)
+        return None, weights, normed, sources
 
     def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale, norm: nn.Module | None = None):
         """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without.
