@@ -1251,7 +1251,8 @@ __all__ = ["DepthStep", "closed_reads", "depth_step", "works_on"]
 class TritonDepthAttention(TwoPhaseDepthAttention):
     """The two phases in these kernels; arguments and results as those of [`TwoPhaseDepthAttention`].
 
-    Few tokens, float64, tensors on a CPU and devices on which the kernels fail are left to PyTorch.
+    Each read of a model is one fused step with what comes before and after it, unless its norm can't be fused: then
+    the norm follows. Few tokens, float64, tensors on a CPU and devices on which the kernels fail are left to PyTorch.
     """
 
     def runs(self, tensors) -> bool:
