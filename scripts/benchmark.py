@@ -177,7 +177,7 @@ def planned(args, part: str) -> list[argparse.Namespace]:
 
 def measured(part: str, shape, not_timed: dict[str, str]):
     if part.startswith("operator"):
-        return operator_rows(shape, not_timed)
+        return operator_rows(shape, not_timed, phases=part == "operators")
     return model_rows(shape, not_timed, compiled=part == "compiled")
 
 
@@ -224,7 +224,7 @@ def panels(rows: list[dict], row_key: str, width: float = 4.2, height: float = 3
     quantities = list(dict.fromkeys(name for row in rows for name in row["varied"]))
     shape = (len(values), len(quantities))
     size = (max(6.4, width * shape[1]), height * shape[0] + 0.8)
-    figure, all_axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    figure, all_axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey="row", layout="constrained")
     found = []
     for value, row_axes in zip(values, all_axes):
         for quantity, axes in zip(quantities, row_axes):

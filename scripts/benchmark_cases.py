@@ -83,8 +83,11 @@ def interleaved(calls: dict[str, Call], args, what: str, not_timed: dict[str, st
     shuffle = random.Random(0).shuffle
     for _ in tqdm(range(args.rounds), desc=what, disable=not sys.stderr.isatty()):
         shuffle(order)
+        gc.collect()
+        gc.disable()  # it takes milliseconds, whoever's turn it is
         for name in order:
             seconds[name].append(timed(calls[name], args.device, repeats[name]))
+        gc.enable()
     return seconds
 
 
@@ -101,6 +104,7 @@ def peak_memory(call: Call, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         call.run(*arguments)
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler tells whenever it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call.run(*arguments)
     total = peak = 0
@@ -206,13 +210,15 @@ def check_models(models: dict[str, torch.nn.Module], args, not_timed: dict[str, 
         exact_model = copy.deepcopy(model).double()
         exact_model.set_attn_res_implementation("eager")
         exact = computed(exact_model)
-        readable = exact_model.to(model.dtype)
-        readable.load_state_dict(model.state_dict())
+        del exact_model
+        readable = copy.deepcopy(model)
+        readable.set_attn_res_implementation("eager")
         found = {"eager": relative_error(computed(readable), exact)}
         for name, model in of_mode.items():
             with failure_noted(name, not_timed):
                 found[name] = relative_error(computed(model), exact)
-        check(found, "eager", args.tolerance, not_timed)
+        # through a whole model rounding adds up by chance; operators are held to the tolerance itself
+        check(found, "eager", 2 * args.tolerance, not_timed)
         errors |= {name: error for name, error in found.items() if name not in not_timed}
         errors[f"{mode} eager"] = found["eager"]
     return errors
@@ -287,8 +293,8 @@ def check_compiled(case: str, models, calls: dict[str, Call], tokens, args, erro
             call = model_call(case, model, tokens, args, compiled=False)
             exact = [value.double() for value in call.run(*call.prepare())]
             error = relative_error(calls[name].run(*calls[name].prepare()), exact)
-            # two that are no further from float64 than eager are no further from each other than twice that
-            bound = max(2 * args.tolerance * errors[f"{name.split()[0]} eager"], 1e-4)
+            # each of them may be that far from float64
+            bound = max(4 * args.tolerance * errors[f"{name.split()[0]} eager"], 1e-4)
             if not error <= bound:
                 failed[name] = f"it is wrong when compiled: error {error:.1e}, at most {bound:.1e}"
 
@@ -459,7 +465,7 @@ def check_operators(args, not_timed: dict[str, str]) -> dict[str, float]:
     return errors
 
 
-def operators(args, errors: dict[str, float]) -> list[Operator]:
+def operators(args, errors: dict[str, float], phases: bool) -> list[Operator]:
     """Everything that is timed on one shape, besides the copy: what has an error, which is small enough."""
     names = [(mode, name) for mode in args.modes for name in args.implementations if f"{mode} {name}" in errors]
     sources, outputs, products, gradients = random_inputs(args, args.batch_size, args.seq_len)
@@ -500,7 +506,7 @@ def operators(args, errors: dict[str, float]) -> list[Operator]:
             None,
             args.sublayers,
         )
-    for mode, name in names:
+    for mode, name in names if phases else ():
         implementation = ALL_DEPTH_ATTENTION_FUNCTIONS[name]
         if mode == "full" or not isinstance(implementation, TwoPhaseDepthAttention):
             continue
@@ -559,10 +565,14 @@ def as_graph(run: Callable, pool) -> Callable:
     return graph.replay
 
 
-def operator_rows(args, not_timed: dict[str, str]) -> Iterator[list[dict]]:
-    """A row for each operator, variant and pass; see [`model_rows`]."""
+def operator_rows(args, not_timed: dict[str, str], phases: bool) -> Iterator[list[dict]]:
+    """A row for each operator, variant and pass; see [`model_rows`].
+
+    Args:
+        phases: whether the phases are timed by themselves too.
+    """
     errors = check_operators(args, not_timed)
-    found = {f"{o.case}, {o.variant}, {o.what}": o for o in operators(args, errors)}
+    found = {f"{o.case}, {o.variant}, {o.what}": o for o in operators(args, errors, phases)}
     originals, _, _, _ = random_inputs(args, args.batch_size, args.seq_len)
     originals = [tensor.detach() for tensor in originals]
     copies = [torch.empty_like(tensor) for tensor in originals]
