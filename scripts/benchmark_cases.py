@@ -65,6 +65,17 @@ def failure_noted(name: str, not_timed: dict[str, str]):
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def without_garbage_collection():
+    """It would take milliseconds of whoever's turn it is."""
+    gc.collect(0)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def interleaved(calls: dict[str, Call], args, what: str, not_timed: dict[str, str], least_seconds: float = 0):
     """Seconds of each call in each round, in an order drawn anew for each. A round before, to warm up, doesn't count.
 
@@ -83,11 +94,9 @@ def interleaved(calls: dict[str, Call], args, what: str, not_timed: dict[str, st
     shuffle = random.Random(0).shuffle
     for _ in tqdm(range(args.rounds), desc=what, disable=not sys.stderr.isatty()):
         shuffle(order)
-        gc.collect()
-        gc.disable()  # it takes milliseconds, whoever's turn it is
-        for name in order:
-            seconds[name].append(timed(calls[name], args.device, repeats[name]))
-        gc.enable()
+        with without_garbage_collection():
+            for name in order:
+                seconds[name].append(timed(calls[name], args.device, repeats[name]))
     return seconds
 
 

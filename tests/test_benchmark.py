@@ -203,7 +203,7 @@ def test_minutes(tmp_path):
 
 def test_interrupted(tmp_path):
     """An interruption leaves the rows of the shapes before it, and ends with one line."""
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *SHAPE.split(), "--rounds", "200", "--output", tmp_path]
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *SHAPE.split(), "--rounds", "50", "--output", tmp_path]
     command += ["--parts", "models", "--modes", "block", "--cases", "training", "forward"]
     path = os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
