@@ -18,8 +18,9 @@ implementation (--tolerance), or fails, is not timed; the rest is, and the comma
 
 Traffic is time, in units of what a copy needs to move hidden_size numbers of every token, per sublayer. By the paper's
 count a plain residual stream moves 3 of them, hyper-connections with 4 streams 34, Block AttnRes in two phases N / S +
-5 and Full S + N, with N blocks and S sublayers per block. On a CPU arithmetic takes time too, and what fits into the
-cache moves faster, also in the copy. On a GPU, operators are timed as CUDA graphs where they can be captured.
+5 and Full S + N, with N blocks and S sublayers per block. On a CPU arithmetic and new memory take time too, and what
+fits into the cache moves faster, also in the copy. On a GPU, operators are timed as CUDA graphs where they can be
+captured.
 
 Rows with hardware, versions and command go to PART.json and a table to PART.md after each measurement, so that an
 interruption loses only the current one. The last line of the output is JSON. With its defaults the command takes about
@@ -333,17 +334,26 @@ def benchmark(args) -> list[Report]:
     if args.output is not None:
         prepare_output(args.output)
     started, reports = time.monotonic(), []
+
+    def late():
+        return args.minutes and time.monotonic() - started > 60 * args.minutes
+
     for part, shapes in plan:
         report = Report(args, part)
         reports.append(report)
         try:
             for shape in shapes:
-                if args.minutes and time.monotonic() - started > 60 * args.minutes:
-                    left = ", ".join(f"{name} {getattr(shape, name)}" for name in ("hidden_size", *shape.varied))
-                    report.not_timed[f"{part}, {left}"] = "--minutes have passed"
+                what = ", ".join(
+                    f"{name} {getattr(shape, name)}" for name in dict.fromkeys(["hidden_size", *shape.varied])
+                )
+                if late():
+                    report.not_timed[f"{part}, {what}"] = "--minutes have passed"
                     continue
                 for rows in measured(part, shape, report.not_timed):
                     report.add(rows, shape.varied)
+                    if part in ("models", "compiled") and rows[0]["case"] != shape.cases[-1] and late():
+                        report.not_timed[f"{part}, {what}, after {rows[0]['case']}"] = "--minutes have passed"
+                        break
             report.add([], [])
         finally:
             if report.rows:
@@ -393,7 +403,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="of models; default: all, in compiled all but forward, in model_growth training and forward",
     )
     add("--rounds", type=positive, default=9, help="default: 9")
-    add("--minutes", type=float, help="begin no shape after so many minutes")
+    add("--minutes", type=float, help="begin no other measurement after so many minutes")
     add("--tolerance", type=float, default=1.1, help="of errors, times that of eager; default: 1.1")
     add("--threads", type=positive, help="of the CPU; default: PyTorch's")
     add("--family", default="llama", help="model type of the stock model; default: llama")

@@ -28,7 +28,7 @@ from modeling_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, ClosedDepthRead, Dep
 CASES = ("training", "forward", "prefill", "decoding")
 MODEL_SHAPE = ("hidden_size", "layers", "blocks", "heads", "vocab_size", "batch_size", "seq_len", "prompt_len")
 OPERATOR_SHAPE = ("hidden_size", "sources", "sublayers", "batch_size", "seq_len")
-# Bytes moved on a GPU in less time than this are lost in the noise of the clock
+# on a GPU, what takes less is lost in the noise of the clock
 LEAST_SECONDS = 5e-3
 
 
@@ -331,9 +331,9 @@ def model_rows(args, not_timed: dict[str, str], compiled: bool) -> Iterator[list
             check_compiled(case, models, calls, tokens, args, errors, failed)
         calls = {name: call for name, call in calls.items() if name not in failed}
         seconds = interleaved(calls, args, f"{case}, {shape}", failed)
-        if "stock" not in seconds:
-            raise RuntimeError(f"the stock model fails in {case}: {failed['stock']}")
         not_timed |= {f"{name}, {case}": reason for name, reason in failed.items()}
+        if "stock" not in seconds:
+            continue
         yield [
             {
                 "case": case,
