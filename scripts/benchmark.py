@@ -1,318 +1,185 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """python scripts/benchmark.py --output outputs/benchmark
 
-Measures what Attention Residuals cost: a stock model of transformers against AttnRes models of the same shape with each
-implementation of depth attention, in a training step (forward and backward), a forward and cached decoding.
+Measures what Attention Residuals cost: a stock model of transformers against AttnRes models of the same shape, with
+each implementation of depth attention. --parts says what is measured:
 
-All variants run in turn, in an order drawn anew for each round, in one process; a ratio is that of two times of the
-same round, and medians and quartiles over rounds are reported. What is further from a float64 model than the readable
-implementation is not timed. `--operators` times the reads of a whole block alone, and `--vary hidden_size=128,512`
-repeats the measurement with other shapes and draws the overhead. Results are JSON rows, a table and a figure; the last
-line of the output is JSON.
+  models           training step (forward and backward), forward, prefill of one prompt and cached decoding: time,
+                   tokens/s, peak memory
+  compiled         the same with torch.compile, of stock and AttnRes models
+  model_growth     the overhead by width, depth and number of blocks, with a figure
+  operators        the reads of a block alone, and each of the two phases where there are two
+  operator_growth  the reads of a block by number of sources and sublayers, length and width, beside the formulas of the
+                   paper's table of memory traffic, with a figure
+
+All variants run in turn, in an order drawn anew for each round, in one process. A ratio is that of two times of the
+same round; medians and quartiles over rounds are reported. What is further from float64 than the readable
+implementation (--tolerance), or fails, is not timed; the rest is, and the command ends with an error that names it.
+
+Traffic is time, in units of what a copy needs to move hidden_size numbers of every token, per sublayer. By the paper's
+count a plain residual stream moves 3 of them, hyper-connections with 4 streams 34, Block AttnRes in two phases N / S +
+5 and Full S + N, with N blocks and S sublayers per block. On a CPU arithmetic and new memory take time too, and what
+fits into the cache moves faster, also in the copy. On a GPU, operators are timed as CUDA graphs where they can be
+captured.
+
+Rows with hardware, versions and command go to PART.json and a table to PART.md after each measurement, so that an
+interruption loses only the current one. The last line of the output is JSON. With its defaults the command takes about
+20 minutes on two CPU cores.
 """
 
 import argparse
-import copy
 import json
-import random
-import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
+from benchmark_cases import (
+    CASES,
+    MODEL_SHAPE,
+    OPERATOR_SHAPE,
+    hardware,
+    model_config,
+    model_rows,
+    operator_rows,
+)
 from training_run import RunError, plt, table, versions, write_json, write_text
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
+from transformers import CONFIG_MAPPING
 
-import attnres  # noqa: F401, registers its classes
-from configuration_attnres import attn_res_config_class
-from modeling_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, TwoPhaseDepthAttention
-
-
-CASES = ("training", "forward", "decoding")
-SHAPE = ("family", "hidden_size", "layers", "blocks", "heads", "vocab_size", "batch_size", "seq_len")
+from attnres import DepthAttentionInterface
+from modeling_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS
 
 
-def synchronize(device: str):
-    if device == "cuda":
-        torch.cuda.synchronize()
+PARTS = ("models", "compiled", "model_growth", "operators", "operator_growth")
+# by device; a head has 64 or 128 numbers
+DEFAULTS = {
+    "cpu": {"dtype": "float32", "hidden_size": 512, "layers": 12, "blocks": 6, "batch_size": 4, "seq_len": 256}
+    | {"prompt_len": 1024, "new_tokens": 16, "head_size": 64, "growth_batch_size": 1, "operator_widths": [512]},
+    "cuda": {"dtype": "bfloat16", "hidden_size": 2048, "layers": 24, "blocks": 8, "batch_size": 8, "seq_len": 2048}
+    | {"prompt_len": 8192, "new_tokens": 32, "head_size": 128, "growth_batch_size": 2}
+    | {"operator_widths": [1024, 2048, 4096, 8192]},
+}
+GROWTH = {
+    "cpu": {
+        "model_growth": {"hidden_size": [256, 512, 1024], "layers": [6, 12, 24], "blocks": [2, 4, 6, 12]},
+        "operator_growth": {
+            "sources": [2, 4, 8, 16, 32],
+            "sublayers": [2, 4, 8, 16],
+            "seq_len": [128, 256, 512, 1024],
+            "hidden_size": [256, 512, 1024, 2048],
+        },
+    },
+    "cuda": {
+        "model_growth": {"hidden_size": [1024, 2048, 4096], "layers": [12, 24, 48], "blocks": [2, 4, 8, 12, 24]},
+        "operator_growth": {
+            "sources": [2, 4, 8, 16, 32],
+            "sublayers": [2, 4, 8, 16],
+            "seq_len": [512, 1024, 2048, 4096],
+            "hidden_size": [1024, 2048, 4096, 8192],
+        },
+    },
+}
+LABELS = {
+    "sources": "closed sources of the block",
+    "sublayers": "sublayers of the block",
+    "seq_len": "sequence length",
+    "hidden_size": "hidden size",
+    "layers": "layers",
+    "blocks": "blocks",
+    "batch_size": "sequences",
+    "prompt_len": "length of the prompt",
+    "heads": "heads",
+    "vocab_size": "vocabulary",
+}
 
 
-def timed(function: Callable, device: str) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - started
+# --- What is measured
 
 
-def interleaved(functions: dict[str, Callable], rounds: int, device: str, what: str) -> dict[str, list[float]]:
-    """Seconds of each function in each round. The first round, which warms up, doesn't count."""
-    seconds, order = {name: [] for name in functions}, list(functions)
-    shuffle = random.Random(0).shuffle
-    for round_ in tqdm(range(rounds + 1), desc=what, disable=not sys.stderr.isatty()):
-        shuffle(order)
-        for name in order:
-            duration = timed(functions[name], device)
-            if round_:
-                seconds[name].append(duration)
-    return seconds
+def model_shape(args, varied: dict[str, int]) -> argparse.Namespace:
+    """The arguments with the values of `varied`, and what follows of them.
+
+    Raises:
+        RunError: there is no such model.
+    """
+    shape = argparse.Namespace(**{**vars(args), **varied})
+    of = f"{shape.layers} layers, {shape.blocks} blocks, hidden size {shape.hidden_size}"
+    shape.heads = shape.heads or max(1, shape.hidden_size // DEFAULTS[args.device]["head_size"])
+    if shape.hidden_size % shape.heads or shape.hidden_size // shape.heads % 2:
+        raise RunError(f"{of}: {shape.heads} heads don't divide the hidden size into even parts.")
+    if "layers" in varied and "blocks" not in varied:
+        shape.blocks = min(shape.blocks, shape.layers)
+    elif shape.blocks > shape.layers:
+        raise RunError(f"{of}: there can't be more blocks than layers.")
+    blocks = -(-shape.layers // -(-shape.layers // shape.blocks))  # as all but the last have the same size
+    if blocks != shape.blocks and "layers" not in varied:
+        possible = sorted({-(-shape.layers // size) for size in range(1, shape.layers + 1)})
+        raise RunError(f"{of}: blocks of one size, the last of which may be shorter, are {possible}.")
+    shape.blocks = blocks
+    if shape.new_tokens >= shape.seq_len:
+        raise RunError(f"--new-tokens {shape.new_tokens} must be less than --seq-len, the rest of which is the prompt.")
+    for mode in (None, *shape.modes):
+        try:
+            model_config(shape, mode, "eager")
+        except Exception as error:  # of the family
+            raise RunError(f"{of}: {next(iter(str(error).splitlines()), error)}") from None
+    return shape
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+def varied_values(args, part: str, names: tuple[str, ...]) -> list[tuple[list[str], dict[str, int]]]:
+    """Each shape of a growth part once: the names of which it is a value, and the values that aren't the default."""
+    values = {name: v for name, v in (args.vary or GROWTH[args.device][part]).items() if name in names}
+    if not values:
+        raise RunError(f"--parts {part} needs --vary with one of {', '.join(names)}.")
+    shapes = {}
+    for name, of_name in values.items():
+        for value in of_name:
+            changed = {} if value == getattr(args, name) else {name: value}
+            shapes.setdefault(tuple(changed.items()), []).append(name)
+    return [(varied, dict(changed)) for changed, varied in shapes.items()]
 
 
-def peak_memory(function: Callable, device: str) -> int:
-    """Bytes of tensors that a call needs at most, beyond what there is before it."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    total = peak = 0
-    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
+def planned(args, part: str) -> list[argparse.Namespace]:
+    """What a part measures, one shape after the other; each has `varied`, the names of which it is a value.
+
+    Raises:
+        RunError: one of them is impossible.
+    """
+    default = list(dict.fromkeys(["eager", "two_phase", DepthAttentionInterface.default]))
+    if part in ("compiled", "model_growth"):
+        default = [DepthAttentionInterface.default]
+    elif args.everything:
+        default += [name for name in sorted(ALL_DEPTH_ATTENTION_FUNCTIONS) if name not in default]
+    values = {**vars(args), "implementations": args.implementations or default}
+    defaults = DEFAULTS[args.device]
+    for name in ("hidden_size", "layers", "blocks", "batch_size", "seq_len", "prompt_len", "new_tokens"):
+        values[name] = values[name] or defaults[name]
+    if part == "model_growth":
+        values["batch_size"] = args.batch_size or defaults["growth_batch_size"]
+    cases = {"compiled": ["training", "prefill", "decoding"], "model_growth": ["training", "forward"]}
+    values["cases"] = args.cases or cases.get(part, list(CASES))
+    base = argparse.Namespace(**values, varied=[])
+    if part in ("models", "compiled"):
+        return [model_shape(base, {})]
+    if part == "model_growth":
+        shapes = varied_values(base, part, MODEL_SHAPE)
+        return [model_shape(base, {**changed, "varied": varied}) for varied, changed in shapes]
+    if part == "operators":
+        shapes = [
+            ([], {"hidden_size": width})
+            for width in (args.hidden_size and [args.hidden_size]) or defaults["operator_widths"]
+        ]
+    else:
+        shapes = varied_values(base, part, OPERATOR_SHAPE)
+    return [argparse.Namespace(**{**values, **changed, "varied": varied}) for varied, changed in shapes]
 
 
-def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((value.double() - exact).abs().max() / exact.abs().max()).item()
-
-
-def check(errors: dict[str, float], eager: str):
-    """Raises unless every error is at most 1.1 times that of the readable implementation, or rounding in float32."""
-    for name, error in errors.items():
-        if not error <= max(1.1 * errors[eager], 1e-5):
-            raise RunError(f"{name} is wrong and not timed: error {error:.1e}, that of {eager} {errors[eager]:.1e}.")
-
-
-# --- Models
-
-
-def new_models(args) -> dict[str, torch.nn.Module]:
-    """The stock model and, with its weights, an AttnRes model for each mode and implementation."""
-    shape = {
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.hidden_size,
-        "intermediate_size": 8 * args.hidden_size // 3 // 32 * 32,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads,
-        "num_key_value_heads": args.heads,
-        "max_position_embeddings": args.seq_len + args.new_tokens,
-    }
-    options = {"dtype": getattr(torch, args.dtype)}
-    torch.manual_seed(0)
-    models = {"stock": AutoModelForCausalLM.from_config(CONFIG_MAPPING[args.family](**shape), **options)}
-    block_size = -(-args.layers // args.blocks)
-    for mode in args.modes:
-        for implementation in args.implementations:
-            config = attn_res_config_class(args.family)(
-                **shape, attn_res_mode=mode, attn_res_block_size=block_size, attn_res_implementation=implementation
-            )
-            model = AutoModelForCausalLM.from_config(config, **options)
-            model.load_state_dict(models["stock"].state_dict(), strict=False)
-            generator = torch.Generator().manual_seed(0)
-            query = model.base_model.depth_attention.query.data
-            query.copy_(torch.randn(query.shape, generator=generator) / args.hidden_size**0.5)  # weights far from even
-            models[f"{mode} {implementation}"] = model
-    return {name: model.to(args.device) for name, model in models.items()}
-
-
-def check_models(models: dict[str, torch.nn.Module], args) -> dict[str, float]:
-    """The largest relative error of logits and query gradients, against float64, of each AttnRes model."""
-    tokens = torch.randint(args.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1)).to(args.device)
-
-    def logits_and_gradient(model):
-        model.train().zero_grad()
-        outputs = model(tokens, labels=tokens, use_cache=False)
-        outputs.loss.backward()
-        gradient = model.base_model.depth_attention.query.grad
-        model.zero_grad()
-        return outputs.logits.detach(), gradient
-
-    errors = {}
-    for mode in args.modes:
-        exact_model = copy.deepcopy(models[f"{mode} {args.implementations[0]}"]).double()
-        exact_model.set_attn_res_implementation("eager")
-        exact = logits_and_gradient(exact_model)
-        names = [f"{mode} {implementation}" for implementation in args.implementations]
-        readable = exact_model.to(models[names[0]].dtype)
-        readable.load_state_dict(models[names[0]].state_dict())
-        found = {f"{mode} eager": readable, **{name: models[name] for name in names}}
-        found = {name: logits_and_gradient(model) for name, model in found.items()}
-        of_mode = {name: max(map(relative_error, values, exact)) for name, values in found.items()}
-        check(of_mode, f"{mode} eager")
-        errors.update(of_mode)
-    return errors
-
-
-def training_step(model, tokens):
-    model.train()
-    model(tokens, labels=tokens, use_cache=False).loss.backward()
-    model.zero_grad()
-
-
-@torch.no_grad()
-def forward(model, tokens):
-    model.eval()(tokens, use_cache=False)
-
-
-@torch.no_grad()
-def decoder(model, config, tokens, args) -> Callable:
-    """A call that decodes `--new-tokens` tokens one by one after a prompt that is in the cache."""
-    model.eval()
-
-    @torch.no_grad()
-    def decode(tokens=tokens[:1], new_tokens=args.new_tokens):
-        options = {"max_cache_len": args.seq_len + args.new_tokens}
-        cache = StaticCache(config, **options) if args.compile else None
-        outputs = model(tokens[:, :-new_tokens], past_key_values=cache, use_cache=True)
-        step_tokens = tokens[:, :1]
-        seconds = 0
-        for step in range(new_tokens):
-            position = torch.tensor([[tokens.shape[1] - new_tokens + step]], device=tokens.device)
-            synchronize(args.device)
-            started = time.perf_counter()
-            outputs = model(step_tokens, past_key_values=outputs.past_key_values, use_cache=True, position_ids=position)
-            synchronize(args.device)
-            seconds += time.perf_counter() - started
-        return seconds
-
-    return decode
-
-
-def benchmark_models(args) -> list[dict]:
-    """One row for each case and variant."""
-    models = new_models(args)
-    errors = check_models(models, args)
-    tokens = torch.randint(args.vocab_size, (args.batch_size, args.seq_len), device=args.device)
-    calls = {name: torch.compile(model) if args.compile else model for name, model in models.items()}
-    rows = []
-    for case in args.cases:
-        function = {"training": training_step, "forward": forward}.get(case)
-        if function is None:
-            functions = {name: decoder(call, models[name].config, tokens, args) for name, call in calls.items()}
-            num_tokens = args.new_tokens
-        else:
-            functions = {name: (lambda f=function, m=call: f(m, tokens)) for name, call in calls.items()}
-            num_tokens = tokens.numel()
-        seconds = interleaved(functions, args.rounds, args.device, f"{case}, {describe(args)}")
-        for name, values in seconds.items():
-            rows.append(
-                {
-                    "case": case,
-                    "variant": name,
-                    "compiled": args.compile,
-                    **{key: getattr(args, key) for key in SHAPE},
-                    "seconds": quartiles(values),
-                    "ratio": quartiles([a / b for a, b in zip(values, seconds["stock"])]),
-                    "tokens_per_second": num_tokens / statistics.median(values),
-                    "peak_memory_bytes": peak_memory(functions[name], args.device),
-                    "relative_error": errors.get(name),
-                }
-            )
-    return rows
-
-
-def describe(args) -> str:
-    return f"d {args.hidden_size}, {args.layers} layers, {args.blocks} blocks, {args.batch_size} x {args.seq_len}"
-
-
-# --- Operators
-
-
-def block_of_reads(implementation: str, sources, outputs, products) -> tuple[torch.Tensor, ...]:
-    """What the sublayers of one block read: the closed sources and the sum of what the block has written so far."""
-    read = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(implementation)
-    closed_reads = None
-    if isinstance(read, TwoPhaseDepthAttention) and read.batches(sources):
-        closed_reads = read.closed_reads(sources, products, 1e-6)
-    mixed, partial = [], ()
-    for sublayer, output in enumerate(outputs):
-        if closed_reads is None:
-            mixed.append(read((*sources, *partial), products[sublayer], 1e-6, 1)[0])
-        else:
-            mixed.append(read.read(closed_reads[sublayer], (*sources, *partial), products[sublayer], 1e-6, 1)[0])
-        partial = (partial[0] + output,) if partial else (output,)
-    return tuple(mixed)
-
-
-def benchmark_operators(args) -> list[dict]:
-    """One row for each implementation: all reads of a block, forward alone and with backward."""
-    dtype = getattr(torch, args.dtype)
-    torch.manual_seed(0)
-
-    def inputs(dtype, batch_size, seq_len):
-        tensors = [torch.randn(batch_size, seq_len, args.hidden_size) for _ in range(args.sources + args.sublayers)]
-        tensors = [tensor.to(args.device, dtype).requires_grad_() for tensor in tensors]
-        products = torch.randn(args.sublayers, args.hidden_size, device=args.device) / args.hidden_size**0.5
-        return tensors, products.requires_grad_()
-
-    def run(implementation, tensors, products):
-        return block_of_reads(implementation, tensors[: args.sources], tensors[args.sources :], products)
-
-    def run_backward(implementation, tensors, products, gradients=None):
-        return torch.autograd.grad(run(implementation, tensors, products), [*tensors, products], gradients)
-
-    tensors, products = inputs(dtype, 2, 40)
-    exact_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    exact_products = products.detach().double().requires_grad_()
-    gradients = [torch.randn_like(tensor) for tensor in tensors[args.sources :]]
-    # the output of the last sublayer isn't read
-    exact = run("eager", exact_tensors, exact_products)
-    read_inputs = [*range(args.sources + args.sublayers - 1)]
-    exact_grads = torch.autograd.grad(
-        exact, [*(exact_tensors[i] for i in read_inputs), exact_products], [g.double() for g in gradients]
-    )
-    errors = {}
-    for name in {"eager": None, **dict.fromkeys(args.implementations)}:
-        mixed = run(name, tensors, products)
-        grads = torch.autograd.grad(mixed, [*(tensors[i] for i in read_inputs), products], gradients)
-        errors[name] = max(map(relative_error, (*mixed, *grads), (*exact, *exact_grads)))
-    check(errors, "eager")
-
-    tensors, products = inputs(dtype, args.batch_size, args.seq_len)
-    gradients = [torch.randn_like(tensor) for tensor in tensors[args.sources :]]
-    differentiated = [*(tensors[i] for i in read_inputs), products]
-    target, source = torch.empty_like(tensors[0]), tensors[0].detach()
-    functions = {"copy": lambda: target.copy_(source)}
-    for name in args.implementations:
-        functions[f"{name}, forward"] = torch.no_grad()(lambda name=name: run(name, tensors, products))
-        functions[f"{name}, forward and backward"] = lambda name=name: torch.autograd.grad(
-            run(name, tensors, products), differentiated, gradients
-        )
-    seconds = interleaved(functions, args.rounds, args.device, f"a block of reads, {args.sources} sources")
-    of_copy = statistics.median(seconds.pop("copy")) / 2  # the time that moving hidden_size numbers per token takes
-    size = source.numel() * source.element_size()
-    formula = args.sources / args.sublayers + 5
-    return [
-        {
-            "case": "block of reads",
-            "variant": name,
-            "sources": args.sources,
-            "sublayers": args.sublayers,
-            **{key: getattr(args, key) for key in ("hidden_size", "batch_size", "seq_len")},
-            "seconds": quartiles(values),
-            # in units of hidden_size numbers moved per token and sublayer, at the speed of a copy
-            "traffic": statistics.median(values) / of_copy / args.sublayers,
-            "traffic_by_formula": formula if name.endswith("forward") else None,
-            "gigabytes_per_second": formula * args.sublayers * size / statistics.median(values) / 1e9
-            if name.endswith("forward")
-            else None,
-            "copy_gigabytes_per_second": size / of_copy / 1e9,
-            "relative_error": errors[name.split(",")[0]],
-        }
-        for name, values in seconds.items()
-    ]
+def measured(part: str, shape, not_timed: dict[str, str]):
+    if part.startswith("operator"):
+        return operator_rows(shape, not_timed, phases=part == "operators")
+    return model_rows(shape, not_timed, compiled=part == "compiled")
 
 
 # --- Reports
@@ -331,86 +198,177 @@ def model_table(rows: list[dict]) -> str:
 
 
 def operator_table(rows: list[dict]) -> str:
-    lines = [("a block of reads", "sources", "sublayers", "d", "tokens", "ms", "traffic", "formula", "GB/s", "error")]
+    lines = [("operator", "variant", "pass", "sources", "sublayers", "d", "tokens", "ms", "traffic", "formula")]
+    lines[0] += ("GB/s", "of a copy's", "error")
     for row in rows:
-        formula = "-" if row["traffic_by_formula"] is None else f"{row['traffic_by_formula']:.1f}"
-        speed = row["gigabytes_per_second"]
+        share, error = row["share_of_copy"], row["relative_error"]
         lines.append(
             (
-                row["variant"],
+                *(row[key] for key in ("case", "variant", "pass")),
                 *(str(row[key]) for key in ("sources", "sublayers", "hidden_size")),
                 str(row["batch_size"] * row["seq_len"]),
-                f"{row['seconds'][1] * 1e3:.2f}",
+                f"{row['seconds'][1] * 1e3:.3f}",
                 f"{row['traffic']:.1f}",
-                formula,
-                "-" if speed is None else f"{speed:.0f} of {row['copy_gigabytes_per_second']:.0f}",
-                f"{row['relative_error']:.0e}",
+                "-" if share is None else f"{row['traffic_by_formula']:.1f}",
+                "-" if share is None else f"{row['gigabytes_per_second']:.0f}",
+                "-" if share is None else f"{share:.0%}",
+                "-" if error is None else f"{error:.0e}",
             )
         )
     return table(lines)
 
 
-def plot_overhead(rows: list[dict], varied: list[str], path: Path):
-    """The ratio to the stock model by each varied quantity: one panel for each of them and each case."""
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, all_axes = plt.subplots(
-        len(cases), len(varied), figsize=(4.2 * len(varied), 3.2 * len(cases)), squeeze=False, layout="constrained"
-    )
-    for case, row_axes in zip(cases, all_axes):
-        for quantity, axes in zip(varied, row_axes):
-            chosen = [row for row in rows if row["case"] == case and row["varied"] == quantity]
-            for variant in dict.fromkeys(row["variant"] for row in chosen if row["variant"] != "stock"):
-                points = sorted((row[quantity], row["ratio"]) for row in chosen if row["variant"] == variant)
-                x, ratios = zip(*points)
-                lower, median, upper = zip(*ratios)
-                (line,) = axes.plot(x, median, marker="o", markersize=4, label=variant)
-                axes.fill_between(x, lower, upper, color=line.get_color(), alpha=0.15, linewidth=0)
-            axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_xticks(sorted({row[quantity] for row in chosen}))
-            axes.set_xlabel(quantity.replace("_", " "))
-            axes.set_ylabel(f"{case}: time / stock")
+def panels(rows: list[dict], row_key: str, width: float = 4.2, height: float = 3.2):
+    """A figure with a row of panels for each value of `row_key` and a column for each varied quantity, and for each
+    panel its axes, its value, its quantity and its rows."""
+    values = list(dict.fromkeys(row[row_key] for row in rows))
+    quantities = list(dict.fromkeys(name for row in rows for name in row["varied"]))
+    shape = (len(values), len(quantities))
+    size = (max(6.4, width * shape[1]), height * shape[0] + 0.8)
+    figure, all_axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey="row", layout="constrained")
+    found = []
+    for value, row_axes in zip(values, all_axes):
+        for quantity, axes in zip(quantities, row_axes):
+            chosen = [row for row in rows if row[row_key] == value and quantity in row["varied"]]
+            ticks = sorted({row[quantity] for row in chosen})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, list(map(str, ticks)))
+            axes.minorticks_off()
+            axes.set_xlabel(LABELS[quantity])
             axes.grid(alpha=0.3)
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
-    figure.suptitle("Overhead of Attention Residuals; medians, bands: quartiles")
+            found.append((axes, value, quantity, sorted(chosen, key=lambda row: row[quantity])))
+    return figure, found
+
+
+def save(figure, first_axes, title: str, path: Path):
+    handles, labels = first_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def with_values(args, **values) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **values})
+def plot_overhead(rows: list[dict], path: Path):
+    """The ratio to the stock model by each varied quantity: one panel for each of them and each case."""
+    figure, found = panels(rows, "case")
+    for axes, case, quantity, chosen in found:
+        for variant in dict.fromkeys(row["variant"] for row in chosen if row["variant"] != "stock"):
+            points = [(row[quantity], *row["ratio"]) for row in chosen if row["variant"] == variant]
+            x, lower, median, upper = zip(*points)
+            (line,) = axes.plot(x, median, marker="o", markersize=4, label=variant)
+            axes.fill_between(x, lower, upper, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_ylabel(f"{case}: time / stock")
+    save(figure, found[0][0], "Overhead of Attention Residuals: medians, and quartiles as bands", path)
 
 
-def benchmark(args) -> dict:
-    """Measures everything that was asked for.
+def plot_traffic(rows: list[dict], path: Path):
+    """The traffic of a block of reads by each varied quantity, measured and by formula."""
+    figure, found = panels([row for row in rows if row["case"] == "block of reads"], "pass")
+    for axes, what, quantity, chosen in found:
+        for variant in dict.fromkeys(row["variant"] for row in chosen):
+            points = [row for row in chosen if row["variant"] == variant]
+            x = [row[quantity] for row in points]
+            label = f"{variant}, measured"
+            (line,) = axes.plot(x, [row["traffic"] for row in points], "o-", markersize=4, linewidth=0.8, label=label)
+            if points[0]["traffic_by_formula"] is not None:
+                formula = [row["traffic_by_formula"] for row in points]
+                axes.plot(x, formula, "--", color=line.get_color(), label=f"{variant}, formula")
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{what}: traffic / d")
+    save(
+        figure, found[0][0], "Memory traffic of a block of reads, per token and sublayer, at the speed of a copy", path
+    )
+
+
+class Report:
+    """The rows of a part, written after each measurement."""
+
+    def __init__(self, args, part: str):
+        self.part, self.output, self.rows, self.not_timed = part, args.output, [], {}
+        self.is_operator = part.startswith("operator")
+        self.results = {
+            "command": ["benchmark.py", *args.command],
+            "hardware": hardware(args.device),
+            "versions": versions(),
+            "dtype": args.dtype,
+            "rounds": args.rounds,
+            "tolerance": args.tolerance,
+        }
+
+    def table(self) -> str:
+        text = (operator_table if self.is_operator else model_table)(self.rows)
+        return text + "".join(f"\nNot timed: {name}: {reason}\n" for name, reason in self.not_timed.items())
+
+    def add(self, rows: list[dict], varied: list[str]):
+        self.rows += [{**row, "varied": varied} for row in rows]
+        if self.output is not None:
+            write_json(
+                self.output / f"{self.part}.json", {**self.results, "not_timed": self.not_timed, "rows": self.rows}
+            )
+            write_text(self.output / f"{self.part}.md", self.table())
+
+    def plot(self):
+        if self.output is not None and self.rows and self.part.endswith("growth"):
+            plot, name = (plot_traffic, "traffic.png") if self.is_operator else (plot_overhead, "overhead.png")
+            plot(self.rows, self.output / name)
+
+
+def prepare_output(folder: Path):
+    """Raises a `RunError` unless files can be written to the folder, which is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+
+
+def benchmark(args) -> list[Report]:
+    """Measures everything that was asked for, in that order.
 
     Raises:
-        RunError: an implementation is wrong or can't run here.
+        RunError: it is impossible, or nothing can be written.
     """
-    shapes = [with_values(args, varied=None)]
-    if args.vary:
-        shapes = [
-            with_values(args, **{name: value}, varied=name) for name, values in args.vary.items() for value in values
-        ]
-    measure = benchmark_operators if args.operators else benchmark_models
-    rows = [{**row, "varied": shape.varied} for shape in shapes for row in measure(shape)]
-    text = (operator_table if args.operators else model_table)(rows)
-    print(text)
-    name = "operators" if args.operators else "models"
-    results = {
-        "command": ["benchmark.py", *args.command],
-        "versions": versions(),
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "rows": rows,
-    }
+    plan = [(part, planned(args, part)) for part in args.parts]
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_json(args.output / f"{name}.json", results)
-        write_text(args.output / f"{name}.md", text)
-        if args.vary and not args.operators:
-            plot_overhead(rows, list(args.vary), args.output / "overhead.png")
-    return results
+        prepare_output(args.output)
+    started, reports = time.monotonic(), []
+
+    def late():
+        return args.minutes and time.monotonic() - started > 60 * args.minutes
+
+    for part, shapes in plan:
+        report = Report(args, part)
+        reports.append(report)
+        try:
+            for shape in shapes:
+                what = ", ".join(
+                    f"{name} {getattr(shape, name)}" for name in dict.fromkeys(["hidden_size", *shape.varied])
+                )
+                if late():
+                    report.not_timed[f"{part}, {what}"] = "--minutes have passed"
+                    continue
+                for rows in measured(part, shape, report.not_timed):
+                    report.add(rows, shape.varied)
+                    if part in ("models", "compiled") and rows[0]["case"] != shape.cases[-1] and late():
+                        report.not_timed[f"{part}, {what}, after {rows[0]['case']}"] = "--minutes have passed"
+                        break
+            report.add([], [])
+        finally:
+            if report.rows:
+                report.plot()
+                print(f"{part}\n\n{report.table()}", flush=True)
+    return reports
+
+
+# --- Options
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -418,49 +376,77 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         prog="benchmark.py",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: " + __doc__.split("\n\n", 1)[0],
+        epilog=f"""examples:
+  {__doc__.split(chr(10), 1)[0]}
+  python scripts/benchmark.py --parts compiled --cases training
+  python scripts/benchmark.py --parts model_growth --vary layers=4,8,16 --modes block --output outputs/depth
+  python scripts/benchmark.py --everything --minutes 9 --output outputs/gpu      (on a GPU)""",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("--output", type=Path, help="folder for rows, table and figure")
+    add("--parts", nargs="+", choices=PARTS, help="default: all but compiled")
+    add("--everything", action="store_true", help="all parts and all installed implementations")
+    add("--output", type=Path, help="folder for rows, tables and figures")
     add("--device", choices=("cpu", "cuda"), default=device, help=f"default: {device}")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on CPU, bfloat16 on GPU")
-    add("--implementations", nargs="+", default=["eager", "two_phase"], metavar="NAME", help="default: eager two_phase")
+    add(
+        "--implementations",
+        nargs="+",
+        metavar="NAME",
+        help="default: eager, two_phase and the models' default; the last alone in compiled and model_growth",
+    )
     add("--modes", nargs="+", choices=("block", "full"), default=["block", "full"])
-    add("--cases", nargs="+", choices=CASES, default=list(CASES))
-    add("--compile", action="store_true", help="torch.compile the stock and the AttnRes models")
-    add("--rounds", type=int, default=15, help="default: 15")
-    add("--threads", type=int, help="of the CPU; default: PyTorch's")
+    add(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        help="of models; default: all, in compiled all but forward, in model_growth training and forward",
+    )
+    add("--rounds", type=positive, default=9, help="default: 9")
+    add("--minutes", type=float, help="begin no other measurement after so many minutes")
+    add("--tolerance", type=float, default=1.1, help="of errors, times that of eager; default: 1.1")
+    add("--threads", type=positive, help="of the CPU; default: PyTorch's")
     add("--family", default="llama", help="model type of the stock model; default: llama")
-    add("--hidden-size", type=int, default=512, help="default: 512")
-    add("--layers", type=int, default=12, help="default: 12")
-    add("--blocks", type=int, default=6, help="default: 6")
-    add("--heads", type=int, default=8, help="default: 8")
-    add("--vocab-size", type=int, default=4096, help="default: 4096")
-    add("--batch-size", type=int, default=4, help="default: 4")
-    add("--seq-len", type=int, default=256, help="default: 256")
-    add("--new-tokens", type=int, default=16, help="decoded in a round; default: 16")
-    add("--operators", action="store_true", help="time the reads of one block alone, not models")
-    add("--sources", type=int, default=8, help="closed sources of the block, with --operators; default: 8")
-    add("--sublayers", type=int, default=8, help="of the block, with --operators; default: 8")
-    add("--vary", nargs="+", default=[], metavar="NAME=V1,V2", help="repeat with other values, one name at a time")
+    on = {name: f"default: {DEFAULTS['cpu'][name]}, on a GPU {DEFAULTS['cuda'][name]}" for name in DEFAULTS["cpu"]}
+    add("--hidden-size", type=positive, help=on["hidden_size"] + "; operators on a GPU 1024 to 8192")
+    add("--layers", type=positive, help=on["layers"])
+    add("--blocks", type=positive, help=on["blocks"])
+    add("--heads", type=positive, help="default: hidden size / 64, on a GPU / 128")
+    add("--vocab-size", type=positive, default=4096, help="default: 4096")
+    add("--batch-size", type=positive, help=on["batch_size"] + "; in model_growth 1, on a GPU 2")
+    add("--seq-len", type=positive, help=on["seq_len"])
+    add("--prompt-len", type=positive, help="of prefill; " + on["prompt_len"])
+    add("--new-tokens", type=positive, help="decoded after a prompt of the rest of --seq-len; " + on["new_tokens"])
+    add("--sources", type=positive, default=8, help="closed sources of a block of reads; default: 8")
+    add("--sublayers", type=positive, default=8, help="sublayers of a block of reads; default: 8")
+    add("--vary", nargs="+", default=[], metavar="NAME=V1,V2", help="for the growth parts, one name at a time")
     args = parser.parse_args(argv)
     args.command = argv
-    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    for name in args.implementations:
+    args.dtype = args.dtype or DEFAULTS[args.device]["dtype"]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device")
+    if args.everything and args.parts:
+        parser.error("--everything has all parts; leave --parts out")
+    if args.everything:
+        args.parts = ["operators", "models", "compiled", "model_growth", "operator_growth"]
+    args.parts = args.parts or [part for part in PARTS if part != "compiled"]
+    for name in args.implementations or ():
         if name not in ALL_DEPTH_ATTENTION_FUNCTIONS:
             parser.error(f"--implementations {name}: choose of {', '.join(sorted(ALL_DEPTH_ATTENTION_FUNCTIONS))}")
     if args.family not in CONFIG_MAPPING:
         parser.error(f"--family {args.family} is unknown to transformers")
-    if args.new_tokens >= args.seq_len:
-        parser.error("--new-tokens must be less than --seq-len, the rest of which is the prompt")
     varied = {}
     for option in args.vary:
         name, _, values = option.partition("=")
-        if not isinstance(getattr(args, name, None), int) or not all(v.isdigit() and int(v) for v in values.split(",")):
-            parser.error(f"--vary {option}: give a number's name and values, such as hidden_size=128,512")
-        varied[name] = [int(value) for value in values.split(",")]
+        if name not in {*MODEL_SHAPE, *OPERATOR_SHAPE}:
+            parser.error(f"--vary {option}: choose of {', '.join(dict.fromkeys(MODEL_SHAPE + OPERATOR_SHAPE))}")
+        if not all(value.isdigit() and int(value) for value in values.split(",")):
+            parser.error(f"--vary {option}: give whole numbers above 0, such as {name}=2,4")
+        varied[name] = sorted({int(value) for value in values.split(",")})
     args.vary = varied
+    growth = [part for part in args.parts if part.endswith("growth")]
+    if varied and not growth:
+        parser.error("--vary is for the parts model_growth and operator_growth")
     return args
 
 
@@ -470,12 +456,22 @@ def main(argv: list[str] | None = None):
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        results = benchmark(args)
-    except (RunError, ValueError) as error:
+        reports = benchmark(args)
+    except RunError as error:
         raise SystemExit(f"benchmark: {error}") from None
-    name, unit = ("seconds", "seconds") if args.operators else ("ratio", "times the stock model")
-    medians = {f"{row['case']}, {row['variant']}": round(row[name][1], 4) for row in results["rows"]}
-    print(json.dumps({"output": args.output and str(args.output), "unit": unit, "medians": medians}))
+    except KeyboardInterrupt:
+        raise SystemExit("benchmark: interrupted; what was measured before is written.") from None
+    ratios = {
+        f"{report.part}: {row['case']}, {row['variant']}": round(row["ratio"][1], 4)
+        for report in reports
+        if report.part in ("models", "compiled")
+        for row in report.rows
+    }
+    rows = {report.part: len(report.rows) for report in reports}
+    print(json.dumps({"output": args.output and str(args.output), "rows": rows, "ratios": ratios}))
+    failed = {name: reason for report in reports for name, reason in report.not_timed.items()}
+    if failed:
+        raise SystemExit("benchmark: not timed: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
 
 if __name__ == "__main__":
