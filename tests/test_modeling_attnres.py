@@ -673,7 +673,7 @@ def test_one_token_of_extreme_scores(score, expected):
     depth_read, norm = DepthRead(config, 5), torch.nn.Identity()
     *sources, output = torch.randn(4, 1, 1, config.hidden_size).unbind(0)
     token_scores = TokenScores(torch.zeros(config.num_depth_reads, config.hidden_size), 1e-5)
-    token_scores.of_sources = [[s] * config.num_depth_reads for s in (-1600.0, -1600.0, score)]
+    token_scores.values, token_scores.scores[5] = list(sources), [-1600.0, -1600.0, score]
     _, _, mixed, _ = token_scores.step(depth_read, token_scores.products[5], sources, output, norm)
     torch.testing.assert_close(mixed, expected * sources[2] + (1 - expected) * output, equal_nan=True)
 

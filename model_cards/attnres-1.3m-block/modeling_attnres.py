@@ -22,7 +22,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -439,7 +438,8 @@ class TokenScores:
 
     def __init__(self, products: torch.Tensor, eps: float):
         self.products, self.eps = products, eps  # (num_reads, hidden)
-        self.of_sources = []  # for each closed source, its scores in all reads
+        self.values = []  # the closed sources (1, 1, hidden), in the dtype of the products
+        self.scores = [[] for _ in range(products.shape[0])]  # for each read, those of these sources
 
     @staticmethod
     def fit(hidden_states: torch.Tensor, products: torch.Tensor) -> bool:
@@ -455,23 +455,27 @@ class TokenScores:
     def step(self, depth_read, product, sources, output, norm) -> tuple:
         """Everything that [`DepthRead`] does, with its arguments and result."""
         sources = write(sources, output, depth_read.extends)
-        dtype, row, scale = product.dtype, depth_read.row, depth_read.scale
-        values = [source if source.dtype == dtype else source.to(dtype) for source in sources]
-        for source in values[len(self.of_sources) : depth_read.num_closed_sources]:
+        dtype, scale = product.dtype, depth_read.scale
+        for source in sources[len(self.values) : depth_read.num_closed_sources]:
+            source = source.to(dtype)
             vector = source.reshape(-1)
             factor = self.inverse_rms(vector, self.eps)
-            self.of_sources.append([score * factor for score in torch.mv(self.products, vector).tolist()])
-        scores = [of_source[row] for of_source in self.of_sources]
-        if len(values) > len(scores):  # the open block
-            vector = values[-1].reshape(-1)
-            scores.append(torch.dot(vector, product).item() * self.inverse_rms(vector, self.eps))
+            self.values.append(source)
+            for scores, score in zip(self.scores, torch.mv(self.products, vector).tolist()):
+                scores.append(score * factor)
+        values, scores = self.values, self.scores[depth_read.row]
+        if len(sources) > len(values):  # the open block
+            source = sources[-1].to(dtype)
+            vector = source.reshape(-1)
+            score = torch.dot(vector, product).item() * self.inverse_rms(vector, self.eps)
+            values, scores = [*values, source], [*scores, score]
         highest = max(scores)
         mixed, total = values[0], math.exp(scores[0] - highest)
-        for source, score in zip(values[1:], scores[1:]):
-            weight = math.exp(score - highest)
+        for index in range(1, len(values)):
+            weight = math.exp(scores[index] - highest)
             if weight != 0:
                 total += weight
-                mixed = torch.lerp(mixed, source, weight / total)
+                mixed = torch.lerp(mixed, values[index], weight / total)
         if sources[0].dtype == torch.float32 and can_fuse_norm(norm) and norm.weight.dtype == torch.float32:
             factor = scale * self.inverse_rms(mixed.reshape(-1), norm.variance_epsilon, scale)
             return None, None, torch.addcmul(ZERO, mixed, norm.weight, value=factor), sources
@@ -653,7 +657,7 @@ class OutputRead(DepthRead, HiddenStateRecorded):
     """The read before the final norm."""
 
 
-class AttnResDecoderLayerMixin(GradientCheckpointingLayer, HiddenStateRecorded):
+class AttnResDecoderLayerMixin(HiddenStateRecorded):
     """A donor's decoder layer that reads sources where the donor's adds to a residual stream.
 
     The sources of a token are one tuple of tensors `(batch, seq, hidden)`: the embedding, the finished blocks and, at
@@ -928,7 +932,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             output_depth_attentions = self.config.output_depth_attentions
         with_weights = output_depth_attentions or depth_attentions is not None
         all_weights = []
-        layers = list(self.layers[: self.config.num_hidden_layers])
+        layers = list(self.layers)[: self.config.num_hidden_layers]
         block_size = self.config.attn_res_block_size
         products = self.depth_attention()
         product_of_read = products.unbind(0)
