@@ -197,7 +197,7 @@ class DepthAttentionFunction(torch.autograd.Function):
         with torch.autocast(products.device.type, enabled=False):
             # (num_sources, batch, seq, num_reads); products @ v.T would take twice as long on a CPU
             scores = torch.stack([nn.functional.linear(v.to(dtype), products) for v in sources])
-        scores = scores.movedim(-1, 0) * inverse_rms
+        scores = scores.movedim(-1, 0).contiguous().mul_(inverse_rms)
         all_scores = scores if before is None else torch.cat([before_lse[None, None], scores], dim=1)
         lse = all_scores.logsumexp(1)
         weights = (all_scores - lse.unsqueeze(1)).exp_()
@@ -277,15 +277,14 @@ def gradients_by_scores(
     dtype, hidden = products.dtype, products.shape[-1]
     by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
     by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
-    product_grad, source_grads = torch.zeros_like(products), []
-    for source, values in enumerate(sources):
-        values = values.to(dtype)
-        for read in range(len(products)):
-            product_grad[read].add_(values.reshape(-1, hidden).T @ by_product[read, source])
-        source_grads.append((values * by_value[source]).contiguous() if needed[source] else None)
-        if needed[source]:
-            for read, product in enumerate(products):
-                source_grads[-1].view(-1, hidden).addr_(by_product[read, source], product)
+    product_grad, source_grads = torch.zeros_like(products), [None] * len(sources)
+    with torch.autocast(products.device.type, enabled=False):
+        for source, values in enumerate(sources):
+            values = values.to(dtype)
+            product_grad += by_product[:, source] @ values.reshape(-1, hidden)
+            if needed[source]:
+                source_grads[source] = (values * by_value[source]).contiguous()
+                source_grads[source].view(-1, hidden).addmm_(by_product[:, source].T, products)
     return product_grad, source_grads
 
 
