@@ -665,6 +665,19 @@ def test_one_token_is_read_otherwise_where_more_is_asked(monkeypatch):
     check(token_by_token(model, input_ids, output_hidden_states=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("seq_len", [1, 40])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_early_exit(mode, num_layers, seq_len):
+    """Models of which only the first layers run, as in self-speculative decoding, read as eager does."""
+    model = tiny_model(attn_res_mode=mode, attn_res_block_size=2)
+    model.config.num_hidden_layers = num_layers
+    logits = model(tokens(1, seq_len), use_cache=False).logits
+    model.set_attn_res_implementation("eager")
+    assert_close(logits, model(tokens(1, seq_len), use_cache=False).logits, 1e-5)
+
+
 @pytest.mark.parametrize("score, expected", [(800.0, 1), (-800.0, 0), (float("nan"), float("nan"))])
 @torch.no_grad()
 def test_one_token_of_extreme_scores(score, expected):

@@ -372,9 +372,9 @@ class TwoPhaseDepthAttention:
         merges = num_sources - num_closed + (closed_read is not None) > 1
         many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
         with_gradients = torch.is_grad_enabled()
-        if watched or torch.compiler.is_compiling() or not (merges or not with_gradients):
+        if watched or torch.compiler.is_compiling():
             return None
-        if not (many and can_fuse_norm(norm)):
+        if not (many and can_fuse_norm(norm)) or (with_gradients and not merges):
             return None
         sources = write(sources, output, depth_read.extends)
         arguments = (closed_read, sources, product, depth_read.eps, depth_read.scale)
@@ -938,7 +938,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         sources, output = (), self.embed(inputs_embeds)
         watched = with_weights or any(layer._forward_hooks for layer in layers)
         two_phases = isinstance(self.output_read.depth_attention, TwoPhaseDepthAttention)
-        scores_tokens = two_phases and not watched and TokenScores.fit(output, products)
+        scores_tokens = is_last = two_phases and not watched and TokenScores.fit(output, products)
         if scores_tokens:
             closed_reads = (2 * block_size + 1) * [TokenScores(products, self.output_read.eps)]
         for layer_idx, decoder_layer in enumerate(layers):
@@ -947,9 +947,9 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                 sources, output = write(sources, output, decoder_layer.attention_read.extends), None
                 if not scores_tokens:
                     block = layers[layer_idx : layer_idx + block_size]
-                    end = layer_idx + len(block)
-                    rows = slice(row, 2 * end + (end == len(layers)))  # the last block's with the read of the output
-                    closed_reads = self.closed_reads(block, products[rows], sources)
+                    end = 2 * (layer_idx + len(block))
+                    is_last = end + 1 == products.shape[0]  # which is read by the output as well
+                    closed_reads = self.closed_reads(block, products[row : end + is_last], sources)
             _, attention_weights, mlp_weights, *written, output = decoder_layer(
                 *sources,
                 output,
@@ -968,7 +968,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         # layers may lie on several devices
         device = (sources[-1] if output is None else output).device
         sources = tuple(source.to(device) for source in sources)
-        closed_read = closed_reads[-1]
+        closed_read = closed_reads[-1] if is_last else None  # fewer layers than there are may have run
         if isinstance(closed_read, ClosedDepthRead):
             closed_read = closed_read.to(device)
         _, output_weights, hidden_states, _ = self.output_read(
