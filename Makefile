@@ -64,7 +64,7 @@ evaluate: $(READY) ## compare checkpoints on text, questions or tasks; ARGS="--h
 plot-depth: $(READY) ## draw what happens over depth; ARGS="--help" lists the options
 	$(BIN)/python scripts/plot_depth_attention.py $(ARGS)
 
-bench: $(READY) ## measure speed and memory against stock models, and growth; writes outputs/benchmark (20 minutes)
+bench: $(READY) ## measure speed and memory against stock models, and growth; writes outputs/benchmark (15 minutes)
 	$(BIN)/python scripts/benchmark.py --output outputs/benchmark $(ARGS)
 
 conformance: $(READY) ## run the model tests of transformers on every family

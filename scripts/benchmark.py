@@ -24,7 +24,7 @@ captured.
 
 Rows with hardware, versions and command go to PART.json and a table to PART.md after each measurement, so that an
 interruption loses only the current one. The last line of the output is JSON. With its defaults the command takes about
-20 minutes on two CPU cores.
+15 minutes on two CPU cores.
 """
 
 import argparse
