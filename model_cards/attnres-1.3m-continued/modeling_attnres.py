@@ -938,7 +938,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         sources, output = (), self.embed(inputs_embeds)
         watched = with_weights or any(layer._forward_hooks for layer in layers)
         two_phases = isinstance(self.output_read.depth_attention, TwoPhaseDepthAttention)
-        scores_tokens = is_last = two_phases and not watched and TokenScores.fit(output, products)
+        scores_tokens = with_output_read = two_phases and not watched and TokenScores.fit(output, products)
         if scores_tokens:
             closed_reads = (2 * block_size + 1) * [TokenScores(products, self.output_read.eps)]
         for layer_idx, decoder_layer in enumerate(layers):
@@ -948,8 +948,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                 if not scores_tokens:
                     block = layers[layer_idx : layer_idx + block_size]
                     end = 2 * (layer_idx + len(block))
-                    is_last = end + 1 == products.shape[0]  # which is read by the output as well
-                    closed_reads = self.closed_reads(block, products[row : end + is_last], sources)
+                    with_output_read = end + 1 == products.shape[0]  # the model's last block
+                    closed_reads = self.closed_reads(block, products[row : end + with_output_read], sources)
             _, attention_weights, mlp_weights, *written, output = decoder_layer(
                 *sources,
                 output,
@@ -968,7 +968,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         # layers may lie on several devices
         device = (sources[-1] if output is None else output).device
         sources = tuple(source.to(device) for source in sources)
-        closed_read = closed_reads[-1] if is_last else None  # fewer layers than there are may have run
+        closed_read = closed_reads[-1] if with_output_read else None  # fewer layers than there are may have run
         if isinstance(closed_read, ClosedDepthRead):
             closed_read = closed_read.to(device)
         _, output_weights, hidden_states, _ = self.output_read(
