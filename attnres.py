@@ -16,6 +16,8 @@ import configuration_attnres
 import modeling_attnres
 from configuration_attnres import *  # noqa: F403
 from configuration_attnres import __getattr__  # noqa: F401
+from cpu_kernels_attnres import CPP_KERNELS, compiler
+from fused_attnres import FusedDepthAttention
 from modeling_attnres import *  # noqa: F403
 from peers_attnres import register_peers
 
@@ -32,9 +34,13 @@ for _name in configuration_attnres.__all__:
             getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)
 
 register_peers()
-if find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-    from kernels_attnres import TritonDepthAttention
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if compiler() is not None and not _INTERPRETED:  # whose kernels run on a CPU too
+    modeling_attnres.DepthAttentionInterface.register("cpp", FusedDepthAttention(CPP_KERNELS))
+    modeling_attnres.DepthAttentionInterface.default = "cpp"
+if find_spec("triton") is not None and (torch.cuda.is_available() or _INTERPRETED):
+    from kernels_attnres import TRITON_KERNELS
 
-    modeling_attnres.DepthAttentionInterface.register("triton", TritonDepthAttention())
-    if torch.cuda.is_available():  # on a CPU, and where the kernels fail, it is two_phase
+    modeling_attnres.DepthAttentionInterface.register("triton", FusedDepthAttention(TRITON_KERNELS))
+    if torch.cuda.is_available():
         modeling_attnres.DepthAttentionInterface.default = "triton"

@@ -1,29 +1,13 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Fused operators of depth attention (Kimi Team, arXiv 2603.15031) for GPUs, written in Triton.
+"""The kernels of fused_attnres.py for GPUs, written in Triton.
 
-Two operators share the work of a block, as in the two-phase computation of the paper. [`closed_reads`] reads each
-closed source once for all reads of the block; [`depth_step`], once per sublayer, adds the sublayer's output to the open
-partial sum, merges that sum into the read by an online softmax, and normalises the result for the next sublayer.
-
-Letters in shapes: `tokens` is any number of leading dimensions (batch, seq), d the hidden size, n the number of closed
-sources, S the number of reads. The score of source i in read s is
-
-    score_si = (p_s . v_i) * rsqrt(mean(v_i^2) + eps),    p_s = query_s * key_norm_s
-
-and its weight the softmax over i. Arithmetic is float32, with one rounding per result. Gradients are the same on every
-run: sums over tokens are partial sums in a fixed order, without atomics.
-
-Both are custom operators that `torch.compile` takes whole and CUDA graphs capture. Where there is no GPU, they run in
-Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported.
+Where there is no GPU, they run in Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
-from typing import NamedTuple
 
 import torch
-from transformers.utils import logging
 
 
 try:
@@ -32,20 +16,11 @@ try:
 except ImportError as error:
     raise ImportError("kernels_attnres needs triton (pip install triton).") from error
 
-from modeling_attnres import (
-    ClosedDepthRead,
-    TwoPhaseDepthAttention,
-    can_fuse_norm,
-    eager_depth_attention,
-    write,
-)
+from fused_attnres import KERNELS, DepthKernels
 
-
-logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TABLE_ARGUMENTS = 16
-MOST_READS = 32  # of one kernel; more would not fit into registers
 
 
 @triton.jit
@@ -546,15 +521,9 @@ def _step_backward(
 
 def _on_device(tensor: torch.Tensor):
     """Context of kernel launches, which go to the current device, not to the tensors'."""
-    on_cpu = tensor.device.type == "cpu"
-    if on_cpu != INTERPRETED.value:
-        raise RuntimeError(
-            "The Triton kernels got tensors on the CPU: move the model to a GPU, or choose another "
-            "attn_res_implementation (two_phase, eager)."
-            if on_cpu
-            else "TRITON_INTERPRET=1 runs the Triton kernels on the CPU only: unset it to use the GPU."
-        )
-    return nullcontext() if on_cpu else torch.cuda.device(tensor.device)
+    if INTERPRETED.value and tensor.is_cuda:
+        raise RuntimeError("TRITON_INTERPRET=1 runs the Triton kernels on the CPU only: unset it to use the GPU.")
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _num_processors(tensor: torch.Tensor) -> int:
@@ -628,703 +597,194 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_war
     }
 
 
-# Schemas are written out because older versions of torch infer fewer types
+def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
+    return min(max(triton.next_power_of_2(hidden_size) // columns_per_warp, 1), 16)
 
 
-@torch.library.custom_op(
-    "attnres::closed_reads",
-    mutates_args=(),
-    schema="(Tensor[] sources, Tensor products, float eps, ScalarType dtype) -> (Tensor[], Tensor, Tensor, Tensor)",
-)
-def _closed_reads(
-    sources: list[torch.Tensor], products: torch.Tensor, eps: float, dtype: torch.dtype
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    (num_reads, hidden_size), num_sources, shape = products.shape, len(sources), sources[0].shape
-    sources = [source.contiguous() for source in sources]
-    products = products.contiguous()
-    num_tokens = shape[:-1].numel()
-    mixed = [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_reads)]
-    lse = products.new_empty(num_reads, *shape[:-1])
-    scores = products.new_empty(num_sources, num_reads, num_tokens)
-    inverse_rms = products.new_empty(num_sources, num_tokens)
-    if num_tokens == 0:
-        return mixed, lse, scores, inverse_rms
-    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=64, most_warps=16)
-    with _on_device(products):
-        _closed_forward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
-            sources[0],
-            mixed[0],
-            _address_table([*sources, *mixed]),
-            products,
-            lse,
-            scores,
-            inverse_rms,
-            num_tokens,
-            num_sources,
-            eps,
-            S=num_reads,
-            D=hidden_size,
-            ALIGN=_alignment([*sources, *mixed], hidden_size),
-            PRECISION=_precision(products),
-            **tiles,
-        )
-    return mixed, lse, scores, inverse_rms
+class TritonKernels(DepthKernels):
+    name = "triton"
+    dtypes = tuple(DTYPES)
 
+    def closed_forward(self, sources, products, eps, mixed, lse, scores, inverse_rms):
+        (num_reads, hidden_size), (num_sources, num_tokens) = products.shape, inverse_rms.shape
+        tiles = _closed_tiles(sources, num_reads, chunk_per_warp=64, most_warps=16)
+        with _on_device(products):
+            _closed_forward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
+                sources[0],
+                mixed[0],
+                _address_table([*sources, *mixed]),
+                products,
+                lse,
+                scores,
+                inverse_rms,
+                num_tokens,
+                num_sources,
+                eps,
+                S=num_reads,
+                D=hidden_size,
+                ALIGN=_alignment([*sources, *mixed], hidden_size),
+                PRECISION=_precision(products),
+                **tiles,
+            )
 
-@_closed_reads.register_fake
-def _(sources, products, eps, dtype):
-    (num_reads, _), num_sources, shape = products.shape, len(sources), sources[0].shape
-    num_tokens = sources[0].numel() // shape[-1]
-    return (
-        [torch.empty(shape, dtype=dtype, device=products.device) for _ in range(num_reads)],
-        products.new_empty(num_reads, *shape[:-1]),
-        products.new_empty(num_sources, num_reads, num_tokens),
-        products.new_empty(num_sources, num_tokens),
-    )
-
-
-@torch.library.custom_op(
-    "attnres::closed_reads_backward",
-    mutates_args=(),
-    schema="(Tensor[] sources, Tensor products, Tensor lse, Tensor scores, Tensor inverse_rms, Tensor[] grad_mixed, "
-    "Tensor grad_lse, Tensor? grad_scores, bool need_sources, bool need_products) -> (Tensor[], Tensor)",
-)
-def _closed_reads_backward(
-    sources: list[torch.Tensor],
-    products: torch.Tensor,
-    lse: torch.Tensor,
-    scores: torch.Tensor,
-    inverse_rms: torch.Tensor,
-    grad_mixed: list[torch.Tensor],
-    grad_lse: torch.Tensor,
-    grad_scores: torch.Tensor | None,
-    need_sources: bool,
-    need_products: bool,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    (num_reads, hidden_size), num_sources, num_tokens = products.shape, len(sources), inverse_rms.shape[1]
-    sources = [source.contiguous() for source in sources]
-    grad_mixed = [grad.contiguous() for grad in grad_mixed]
-    products, grad_lse = products.contiguous(), grad_lse.contiguous()
-    grad_sources = [torch.empty_like(source) for source in sources] if need_sources else []
-    if num_tokens == 0:
-        return grad_sources, torch.zeros_like(products) if need_products else products.new_empty(0)
-    tiles = _closed_tiles(sources, num_reads, chunk_per_warp=32, most_warps=8)
-    tensors = [*sources, *grad_mixed, *grad_sources]
-    alignment, precision = _alignment(tensors, hidden_size), _precision(products)
-    given_grad_scores, grad_scores = grad_scores, torch.empty_like(scores)
-    with _on_device(products):
-        table = _address_table(tensors)
-        _closed_backward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
-            sources[0],
-            grad_mixed[0],
-            table,
-            products,
-            lse,
-            grad_lse,
-            scores,
-            inverse_rms,
-            scores if given_grad_scores is None else given_grad_scores.contiguous(),
-            grad_scores,
-            num_tokens,
-            num_sources,
-            S=num_reads,
-            D=hidden_size,
-            ALIGN=alignment,
-            PRECISION=precision,
-            HAS_GRAD_SCORES=given_grad_scores is not None,
-            GRAD_SOURCES=need_sources,
-            **tiles,
-        )
-        if not need_products:
-            return grad_sources, products.new_empty(0)
-        chunk, tokens = min(max(triton.next_power_of_2(hidden_size), 16), 128), 32
-        chunks = triton.cdiv(hidden_size, chunk)
-        programs = max(1, min(triton.cdiv(4 * _num_processors(products), chunks), triton.cdiv(num_tokens, tokens)))
-        tokens_per_program = triton.cdiv(triton.cdiv(num_tokens, programs), tokens) * tokens
-        programs = triton.cdiv(num_tokens, tokens_per_program)
-        partial_sums = products.new_empty(programs, num_reads, hidden_size)
-        _products_backward[(chunks, programs)](
-            sources[0],
-            table,
-            inverse_rms,
-            grad_scores,
-            partial_sums,
-            num_tokens,
-            num_sources,
-            tokens_per_program,
-            S=num_reads,
-            D=hidden_size,
-            READS_DOT=tiles["READS_DOT"],
-            TOKENS=tokens,
-            CHUNK=chunk,
-            ALIGN=alignment,
-            PRECISION=precision,
-            num_warps=4,
-        )
-    return grad_sources, partial_sums.sum(0)
-
-
-@_closed_reads_backward.register_fake
-def _(sources, products, lse, scores, inverse_rms, grad_mixed, grad_lse, grad_scores, need_sources, need_products):
-    grad_sources = [source.new_empty(source.shape) for source in sources] if need_sources else []
-    return grad_sources, products.new_empty(products.shape if need_products else 0)
-
-
-def _closed_reads_setup(ctx, inputs, output):
-    sources, products, _, ctx.dtype = inputs
-    _, lse, scores, inverse_rms = output
-    ctx.save_for_backward(*sources, products, lse, scores, inverse_rms)
-    ctx.mark_non_differentiable(inverse_rms)
-    ctx.set_materialize_grads(False)
-
-
-def _closed_reads_autograd(ctx, grad_mixed, grad_lse, grad_scores, _):
-    *sources, products, lse, scores, inverse_rms = ctx.saved_tensors
-    need_sources, need_products = any(ctx.needs_input_grad[0]), ctx.needs_input_grad[1]
-    if any(grad is None for grad in grad_mixed):  # a read that nothing used
-        zeros = torch.zeros_like(sources[0], dtype=ctx.dtype)
-        grad_mixed = [zeros if grad is None else grad for grad in grad_mixed]
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    grad_sources, grad_products = _closed_reads_backward(
+    def closed_backward(
+        self,
         sources,
         products,
         lse,
         scores,
         inverse_rms,
-        list(grad_mixed),
+        grad_mixed,
         grad_lse,
         grad_scores,
-        need_sources,
+        grad_sources,
         need_products,
-    )
-    grad_sources = list(grad_sources) if need_sources else [None] * len(sources)
-    return grad_sources, grad_products if need_products else None, None, None
+    ):
+        (num_reads, hidden_size), (num_sources, num_tokens) = products.shape, inverse_rms.shape
+        tiles = _closed_tiles(sources, num_reads, chunk_per_warp=32, most_warps=8)
+        tensors = [*sources, *grad_mixed, *grad_sources]
+        alignment, precision = _alignment(tensors, hidden_size), _precision(products)
+        given_grad_scores, grad_scores = grad_scores, torch.empty_like(scores)
+        with _on_device(products):
+            table = _address_table(tensors)
+            _closed_backward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
+                sources[0],
+                grad_mixed[0],
+                table,
+                products,
+                lse,
+                grad_lse,
+                scores,
+                inverse_rms,
+                scores if given_grad_scores is None else given_grad_scores,
+                grad_scores,
+                num_tokens,
+                num_sources,
+                S=num_reads,
+                D=hidden_size,
+                ALIGN=alignment,
+                PRECISION=precision,
+                HAS_GRAD_SCORES=given_grad_scores is not None,
+                GRAD_SOURCES=len(grad_sources) > 0,
+                **tiles,
+            )
+            if not need_products:
+                return None
+            chunk, tokens = min(max(triton.next_power_of_2(hidden_size), 16), 128), 32
+            chunks = triton.cdiv(hidden_size, chunk)
+            programs = max(1, min(triton.cdiv(4 * _num_processors(products), chunks), triton.cdiv(num_tokens, tokens)))
+            tokens_per_program = triton.cdiv(triton.cdiv(num_tokens, programs), tokens) * tokens
+            programs = triton.cdiv(num_tokens, tokens_per_program)
+            partial_sums = products.new_empty(programs, num_reads, hidden_size)
+            _products_backward[(chunks, programs)](
+                sources[0],
+                table,
+                inverse_rms,
+                grad_scores,
+                partial_sums,
+                num_tokens,
+                num_sources,
+                tokens_per_program,
+                S=num_reads,
+                D=hidden_size,
+                READS_DOT=tiles["READS_DOT"],
+                TOKENS=tokens,
+                CHUNK=chunk,
+                ALIGN=alignment,
+                PRECISION=precision,
+                num_warps=4,
+            )
+        return partial_sums.sum(0)
 
+    def step_forward(
+        self, partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, norm_eps, dtype, results
+    ):
+        num_tokens, hidden_size = mixed.shape[:-1].numel(), mixed.shape[-1]
 
-_closed_reads.register_autograd(_closed_reads_autograd, setup_context=_closed_reads_setup)
+        def given(tensor):
+            return mixed if tensor is None else tensor
 
-
-def closed_reads(
-    sources: Sequence[torch.Tensor],
-    products: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-    return_weights: bool = False,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor] | tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-    """All reads of a block over its closed sources, `mixed_s = sum_i softmax_i(score_si) v_i`, not yet scaled.
-
-    Moves (n + S) d numbers per token to and from memory, in the backward pass (2n + S) d, and n d more where the
-    products need a gradient. Saves 4 (nS + n + S) bytes per token besides its arguments.
-
-    Args:
-        sources: n tensors `(*tokens, d)`, the values v_i, float32, bfloat16 or float16. Where dtypes differ, that of
-            the first counts.
-        products: `(S, d)`, query times key norm gain of each read.
-        eps: epsilon of the RMSNorm of the keys.
-        dtype: of the result; default the sources'. float32 leaves the only rounding to what follows.
-        return_weights: also return the weights.
-
-    Returns:
-        S tensors `(*tokens, d)` (tensors of their own, so that their gradients need no copy), and float32
-        `(S, *tokens)`, the log of the sum of exponentials of the scores, with which more sources can be merged; on
-        request the weights, float32 `(S, n, *tokens)`.
-
-    Raises:
-        ValueError: no source, or shapes that don't agree.
-        TypeError: a dtype without kernels, such as float64.
-    """
-    if not sources:
-        raise ValueError("closed_reads needs at least one source.")
-    shape = sources[0].shape
-    if any(source.shape != shape for source in sources):
-        raise ValueError(f"Sources differ in shape: {sorted({tuple(source.shape) for source in sources})}.")
-    if products.dim() != 2 or products.shape[0] == 0 or products.shape[1:] != shape[-1:]:
-        raise ValueError(f"products {tuple(products.shape)} is not (reads, {shape[-1]}), with at least one read.")
-    source_dtype = sources[0].dtype
-    _check_dtypes(*(source.dtype for source in sources), products.dtype)
-    if dtype not in (None, source_dtype, torch.float32):
-        raise TypeError(f"closed_reads of {source_dtype} sources gives {source_dtype} or torch.float32, not {dtype}.")
-    sources = [source.to(source_dtype) for source in sources]
-    parts = [_closed_reads(sources, part, eps, dtype or source_dtype) for part in products.float().split(MOST_READS)]
-    lse = parts[0][1] if len(parts) == 1 else torch.cat([lse for _, lse, _, _ in parts])
-    mixed = tuple(read for mixed, _, _, _ in parts for read in mixed)
-    if not return_weights:
-        return mixed, lse
-    scores = torch.cat([scores for _, _, scores, _ in parts], dim=1).transpose(0, 1)
-    return mixed, lse, (scores.view(len(products), len(sources), *shape[:-1]) - lse.unsqueeze(1)).exp()
-
-
-def _check_dtypes(*dtypes: torch.dtype | None):
-    for dtype in dtypes:
-        if dtype is not None and dtype not in DTYPES:
-            raise TypeError(
-                f"The Triton kernels take float32, bfloat16 and float16, not {dtype}: choose another "
-                "attn_res_implementation (two_phase, eager)."
+        with _on_device(mixed):
+            _step_forward[(num_tokens,)](
+                given(partial),
+                given(output),
+                mixed,
+                given(lse),
+                given(score),
+                given(product),
+                given(norm_weight),
+                *results,
+                num_tokens,
+                key_eps,
+                scale,
+                norm_eps,
+                D=hidden_size,
+                WIDTH=triton.next_power_of_2(hidden_size),
+                HAS_PARTIAL=partial is not None,
+                HAS_OUTPUT=output is not None,
+                HAS_LSE=lse is not None,
+                HAS_SCORE=score is not None,
+                HAS_NORM=norm_weight is not None,
+                WRITE_HIDDEN=results[2].numel() > 0,
+                DTYPE=DTYPES[dtype],
+                num_warps=_step_warps(hidden_size, 512),
             )
 
-
-def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
-    return min(max(triton.next_power_of_2(hidden_size) // columns_per_warp, 1), 16)
-
-
-@torch.library.custom_op(
-    "attnres::depth_step",
-    mutates_args=(),
-    schema="(Tensor? partial, Tensor? output, Tensor mixed, Tensor? lse, Tensor? product, Tensor? score, "
-    "float key_eps, float scale, Tensor? norm_weight, float norm_eps, bool return_hidden, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _depth_step(
-    partial: torch.Tensor | None,
-    output: torch.Tensor | None,
-    mixed: torch.Tensor,
-    lse: torch.Tensor | None,
-    product: torch.Tensor | None,
-    score: torch.Tensor | None,
-    key_eps: float,
-    scale: float,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    return_hidden: bool,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_tokens, hidden_size = mixed.shape[:-1].numel(), mixed.shape[-1]
-    results = _depth_step_results(partial, output, mixed, norm_weight, return_hidden, dtype)
-    if num_tokens == 0:
-        return results
-    mixed = mixed.contiguous()
-
-    def given(tensor):
-        return mixed if tensor is None else tensor.contiguous()
-
-    with _on_device(mixed):
-        _step_forward[(num_tokens,)](
-            given(partial),
-            given(output),
-            mixed,
-            given(lse),
-            given(score),
-            given(product),
-            given(norm_weight),
-            *results,
-            num_tokens,
-            key_eps,
-            scale,
-            norm_eps,
-            D=hidden_size,
-            WIDTH=triton.next_power_of_2(hidden_size),
-            HAS_PARTIAL=partial is not None,
-            HAS_OUTPUT=output is not None,
-            HAS_LSE=lse is not None,
-            HAS_SCORE=score is not None,
-            HAS_NORM=norm_weight is not None,
-            WRITE_HIDDEN=return_hidden,
-            DTYPE=DTYPES[dtype],
-            num_warps=_step_warps(hidden_size, 512),
-        )
-    return results
-
-
-def _depth_step_results(partial, output, mixed, norm_weight, return_hidden, dtype):
-    """Uninitialised results; those that are not asked for are empty."""
-    absent = (0,)
-    if partial is None:
-        new_partial = mixed.new_empty(absent)
-    else:
-        new_partial = mixed.new_empty(mixed.shape, dtype=torch.promote_types(partial.dtype, output.dtype))
-    if norm_weight is None:
-        normed = mixed.new_empty(absent)
-    else:
-        normed = mixed.new_empty(mixed.shape, dtype=torch.promote_types(dtype, norm_weight.dtype))
-    return (
-        new_partial,
-        normed,
-        mixed.new_empty(mixed.shape if return_hidden else absent, dtype=dtype),
-        mixed.new_empty(absent if output is None else mixed.shape[:-1], dtype=torch.float32),
-        mixed.new_empty(5, mixed.shape[:-1].numel(), dtype=torch.float32),
-    )
-
-
-@_depth_step.register_fake
-def _(partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, norm_eps, return_hidden, dtype):
-    return _depth_step_results(partial, output, mixed, norm_weight, return_hidden, dtype)
-
-
-@torch.library.custom_op(
-    "attnres::depth_step_backward",
-    mutates_args=(),
-    schema="(Tensor? value, Tensor mixed, Tensor? product, Tensor? norm_weight, Tensor statistics, bool has_lse, "
-    "Tensor? grad_partial, Tensor? grad_normed, Tensor? grad_hidden, Tensor? grad_weight, float scale, "
-    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _depth_step_backward(
-    value: torch.Tensor | None,
-    mixed: torch.Tensor,
-    product: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    statistics: torch.Tensor,
-    has_lse: bool,
-    grad_partial: torch.Tensor | None,
-    grad_normed: torch.Tensor | None,
-    grad_hidden: torch.Tensor | None,
-    grad_weight: torch.Tensor | None,
-    scale: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_tokens, hidden_size = statistics.shape[1], mixed.shape[-1]
-    mixed = mixed.contiguous()
-    grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight = _depth_step_grads(
-        value, mixed, product, norm_weight, statistics, has_lse, grad_normed
-    )
-    if num_tokens == 0:
-        return grad_value, grad_mixed, grad_lse, grad_product.zero_(), grad_norm_weight.zero_()
-    has_product = value is not None and product is not None
-
-    def given(tensor):
-        return mixed if tensor is None else tensor.contiguous()
-
-    warps = _step_warps(hidden_size, 256)
-    programs = min(num_tokens, max(20 // warps, 1) * _num_processors(mixed))  # as many as run at one time
-    product_sums = statistics.new_empty(programs if has_product else 0, hidden_size)
-    norm_sums = statistics.new_empty(programs if grad_normed is not None else 0, hidden_size)
-    with _on_device(mixed):
-        _step_backward[(programs,)](
-            given(value),
-            mixed,
-            given(product),
-            given(norm_weight),
-            statistics,
-            given(grad_partial),
-            given(grad_normed),
-            given(grad_hidden),
-            given(grad_weight),
-            grad_value,
-            grad_mixed,
-            grad_lse,
-            product_sums,
-            norm_sums,
-            num_tokens,
-            scale,
-            D=hidden_size,
-            WIDTH=triton.next_power_of_2(hidden_size),
-            HAS_OUTPUT=value is not None,
-            HAS_LSE=has_lse,
-            HAS_SCORE=product is None,
-            HAS_GRAD_PARTIAL=grad_partial is not None,
-            HAS_GRAD_NORMED=grad_normed is not None,
-            HAS_GRAD_HIDDEN=grad_hidden is not None,
-            HAS_GRAD_WEIGHT=grad_weight is not None,
-            DTYPE=DTYPES[dtype],
-            num_warps=warps,
-        )
-    if has_product:
-        grad_product = product_sums.sum(0)
-    if grad_normed is not None:
-        grad_norm_weight = norm_sums.sum(0).to(grad_norm_weight.dtype)
-    return grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight
-
-
-def _depth_step_grads(value, mixed, product, norm_weight, statistics, has_lse, grad_normed):
-    return (
-        mixed.new_empty(0) if value is None else value.new_empty(value.shape),
-        mixed.new_empty(mixed.shape),
-        statistics.new_empty(mixed.shape[:-1] if has_lse and value is not None else 0),
-        statistics.new_empty(0 if value is None or product is None else product.shape),
-        mixed.new_empty(0) if grad_normed is None else norm_weight.new_empty(norm_weight.shape),
-    )
-
-
-@_depth_step_backward.register_fake
-def _(
-    value,
-    mixed,
-    product,
-    norm_weight,
-    statistics,
-    has_lse,
-    grad_partial,
-    grad_normed,
-    grad_hidden,
-    grad_weight,
-    scale,
-    dtype,
-):
-    return _depth_step_grads(value, mixed, product, norm_weight, statistics, has_lse, grad_normed)
-
-
-def _depth_step_setup(ctx, inputs, output):
-    partial, sublayer_output, mixed, lse, product, score, _, ctx.scale, norm_weight, *_ = inputs
-    new_partial, _, _, _, statistics = output
-    ctx.return_hidden, ctx.dtype = inputs[-2:]
-    ctx.has_lse, ctx.has_score = lse is not None, score is not None
-    ctx.input_dtypes = [None if t is None else t.dtype for t in (partial, sublayer_output)]
-    value = sublayer_output if partial is None else new_partial
-    ctx.save_for_backward(value, mixed, product, norm_weight, statistics)
-    ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)
-
-
-def _depth_step_autograd(ctx, grad_partial, grad_normed, grad_hidden, grad_weight, _):
-    value, mixed, product, norm_weight, statistics = ctx.saved_tensors
-    partial_dtype, output_dtype = ctx.input_dtypes
-    if partial_dtype is None:
-        grad_partial = None
-    if norm_weight is None:
-        grad_normed = None
-    if not ctx.return_hidden:
-        grad_hidden = None
-    if value is None:
-        grad_weight = None
-    grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight = _depth_step_backward(
+    def step_backward(
+        self,
         value,
         mixed,
         product,
         norm_weight,
         statistics,
-        ctx.has_lse,
-        grad_partial,
-        grad_normed,
-        grad_hidden,
-        grad_weight,
-        ctx.scale,
-        ctx.dtype,
-    )
-    return (
-        None if partial_dtype is None else grad_value.to(partial_dtype),
-        None if output_dtype is None else grad_value.to(output_dtype),
+        has_lse,
+        grads,
+        scale,
+        dtype,
+        grad_value,
         grad_mixed,
-        grad_lse if ctx.has_lse and value is not None else None,
-        None if value is None or product is None else grad_product,
-        -grad_lse if ctx.has_score else None,
-        None,
-        None,
-        None if grad_normed is None else grad_norm_weight,
-        None,
-        None,
-        None,
-    )
-
-
-_depth_step.register_autograd(_depth_step_autograd, setup_context=_depth_step_setup)
-
-
-class DepthStep(NamedTuple):
-    """What [`depth_step`] returns; what was not asked for, or does not exist, is None."""
-
-    partial: torch.Tensor | None  # (*tokens, d), the open partial sum with the new output in it
-    normed: torch.Tensor | None  # (*tokens, d), the pre-norm of the read
-    hidden: torch.Tensor | None  # (*tokens, d), the read
-    weight: torch.Tensor | None  # (*tokens), float32, the weight of the partial sum in the read
-
-
-def depth_step(
-    partial: torch.Tensor | None,
-    output: torch.Tensor | None,
-    mixed: torch.Tensor,
-    lse: torch.Tensor | None,
-    product: torch.Tensor | None,
-    key_eps: float,
-    scale: float = 1.0,
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 0.0,
-    return_hidden: bool = False,
-    dtype: torch.dtype | None = None,
-    score: torch.Tensor | None = None,
-) -> DepthStep:
-    """Everything between two sublayers in one pass over the tokens.
-
-        v = partial + output,    beta = sigmoid(score(v) - lse)
-        hidden = scale * ((1 - beta) * mixed + beta * v)
-        normed = norm_weight * RMSNorm(hidden), cast before the weight is applied, as in Llama
-
-    Moves 5d numbers per token to and from memory, in the backward pass 6d.
-
-    Args:
-        partial: `(*tokens, d)`, the open partial sum, or None where `output` is the first of its block.
-        output: `(*tokens, d)`, what the last sublayer wrote, or None at the first read of a block, which sees closed
-            sources only.
-        mixed: `(*tokens, d)`, this read's result of [`closed_reads`].
-        lse: `(*tokens)`, likewise; None where a single source is closed, which is then given as `mixed` itself: its
-            score is computed here.
-        product: `(d,)`, query times key norm gain of this read; None without an output, or with a `score`.
-        key_eps: epsilon of the RMSNorm of the keys.
-        scale: factor of the read.
-        norm_weight: `(d,)`, gain of the pre-norm, or None for no pre-norm.
-        norm_eps: epsilon of the pre-norm.
-        return_hidden: also write `hidden`; without a pre-norm it always is.
-        dtype: of `hidden` and of the normalised value before the gain; default that of `mixed`.
-        score: `(*tokens)`, where `output` is itself a mix of sources: their log-sum-exp, which is then its score. So
-            the results of two [`closed_reads`] are merged, as Full mode needs it.
-
-    Raises:
-        ValueError: arguments that don't go together, or shapes that don't agree.
-        TypeError: a dtype without kernels, such as float64.
-    """
-    if partial is not None and output is None:
-        raise ValueError("depth_step got a partial sum without an output to add to it.")
-    if (product is None) == (score is None) and output is not None:
-        raise ValueError("depth_step needs a product or the score of the output, and not both.")
-    if score is not None and (partial is not None or output is None or lse is None):
-        raise ValueError("depth_step takes a score with an output alone and a lse, without a partial sum.")
-    tensors = (partial, output, mixed, lse, product, score, norm_weight)
-    _check_dtypes(*(None if tensor is None else tensor.dtype for tensor in tensors), dtype)
-    hidden_size = mixed.shape[-1:]
-    for name, tensor, shape in (
-        ("partial", partial, mixed.shape),
-        ("output", output, mixed.shape),
-        ("lse", lse, mixed.shape[:-1]),
-        ("score", score, mixed.shape[:-1]),
-        ("product", product, hidden_size),
-        ("norm_weight", norm_weight, hidden_size),
+        grad_lse,
     ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}; with mixed {tuple(mixed.shape)} it is {tuple(shape)}.")
-    return_hidden = return_hidden or norm_weight is None
-    new_partial, normed, hidden, weight, _ = _depth_step(
-        partial,
-        output,
-        mixed,
-        None if lse is None else lse.float(),
-        None if product is None else product.float(),
-        None if score is None else score.float(),
-        key_eps,
-        float(scale),
-        norm_weight,
-        norm_eps,
-        return_hidden,
-        dtype or mixed.dtype,
-    )
-    return DepthStep(
-        partial=output if partial is None else new_partial,
-        normed=None if norm_weight is None else normed,
-        hidden=hidden if return_hidden else None,
-        weight=None if output is None else weight,
-    )
+        num_tokens, hidden_size = statistics.shape[1], mixed.shape[-1]
+        grad_partial, grad_normed, grad_hidden, grad_weight = grads
+        has_product = value is not None and product is not None
+
+        def given(tensor):
+            return mixed if tensor is None else tensor
+
+        warps = _step_warps(hidden_size, 256)
+        programs = min(num_tokens, max(20 // warps, 1) * _num_processors(mixed))  # as many as run at one time
+        product_sums = statistics.new_empty(programs if has_product else 0, hidden_size)
+        norm_sums = statistics.new_empty(programs if grad_normed is not None else 0, hidden_size)
+        with _on_device(mixed):
+            _step_backward[(programs,)](
+                given(value),
+                mixed,
+                given(product),
+                given(norm_weight),
+                statistics,
+                *map(given, grads),
+                grad_value,
+                grad_mixed,
+                grad_lse,
+                product_sums,
+                norm_sums,
+                num_tokens,
+                scale,
+                D=hidden_size,
+                WIDTH=triton.next_power_of_2(hidden_size),
+                HAS_OUTPUT=value is not None,
+                HAS_LSE=has_lse,
+                HAS_SCORE=product is None,
+                HAS_GRAD_PARTIAL=grad_partial is not None,
+                HAS_GRAD_NORMED=grad_normed is not None,
+                HAS_GRAD_HIDDEN=grad_hidden is not None,
+                HAS_GRAD_WEIGHT=grad_weight is not None,
+                DTYPE=DTYPES[dtype],
+                num_warps=warps,
+            )
+        return product_sums.sum(0) if has_product else None, norm_sums.sum(0) if grad_normed is not None else None
 
 
-@cache
-def works_on(device: torch.device) -> bool:
-    """Whether the kernels give on `device` what eager depth attention gives; if not, a warning says why. Asked once."""
-    reason = "they are wrong"
-    try:
-        if _error_on(device) < 1e-2:
-            return True
-    except Exception as error:  # of Triton's compiler, the driver, a GPU that lacks something
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    logger.warning(f"The Triton kernels don't run on {device} ({reason}): depth attention runs in PyTorch instead.")
-    return False
-
-
-def _error_on(device: torch.device) -> float:
-    """The largest relative error of results and gradients of a small block of reads in bfloat16."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape):
-            return torch.randn(shape, generator=generator).to(device).requires_grad_()
-
-        sources, output = [random(2, 24, 80) for _ in range(3)], random(2, 24, 80)
-        product, gain = random(80), random(80)
-        inputs = (*sources, output, product, gain)
-
-        def fused(*inputs):
-            *sources, output, product, gain = inputs
-            (mixed,), lse = closed_reads([v.bfloat16() for v in sources], product[None], 1e-5, torch.float32)
-            step = depth_step(None, output.bfloat16(), mixed, lse[0], product, 1e-5, 1.0, gain, 1e-5, True)
-            return step.normed, step.hidden
-
-        def eager(*inputs):
-            *sources, product, gain = inputs
-            hidden = eager_depth_attention(tuple(v.bfloat16().float() for v in sources), product, 1e-5, 1.0)[0]
-            return torch.nn.functional.rms_norm(hidden, gain.shape, gain, 1e-5), hidden
-
-        found, exact = (
-            [*results, *torch.autograd.grad([r.float().square().sum() for r in results], inputs)]
-            for results in (fused(*inputs), eager(*inputs))
-        )
-        return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact))
-
-
-__all__ = ["DepthStep", "closed_reads", "depth_step", "works_on"]
-
-
-class TritonDepthAttention(TwoPhaseDepthAttention):
-    """The two phases in these kernels; arguments and results as those of [`TwoPhaseDepthAttention`].
-
-    Each read of a model is one fused step with what comes before and after it, unless its norm can't be fused: then
-    the norm follows. Few tokens, float64, tensors on a CPU and devices on which the kernels fail are left to PyTorch.
-    """
-
-    def runs(self, tensors) -> bool:
-        if tensors[0].shape[:-1].numel() <= self.few_tokens or any(tensor.dtype not in DTYPES for tensor in tensors):
-            return False
-        if INTERPRETED.value or torch.compiler.is_compiling():
-            return tensors[0].is_cuda or INTERPRETED.value
-        return tensors[0].is_cuda and works_on(tensors[0].device)
-
-    def closed_reads(self, sources, products, eps):
-        if not self.runs(sources):
-            return super().closed_reads(sources, products, eps)
-        mixed, lse, weights = closed_reads(sources, products.float(), eps, torch.float32, return_weights=True)
-        return [
-            ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
-            for read in range(len(products))
-        ]
-
-    def mix(self, sources, product, eps) -> ClosedDepthRead:
-        """One read of the sources. A single one is not copied, and its score is left to [`depth_step`]."""
-        if len(sources) > 1:
-            return self.closed_reads(sources, product.unsqueeze(0), eps)[0]
-        weights = torch.ones_like(sources[0][..., 0], dtype=torch.float32).unsqueeze(1)
-        return ClosedDepthRead(sources[0], None, weights, 1)
-
-    def step(self, depth_read, product, sources, output, norm, closed_read, watched):
-        if not self.runs(sources if output is None else (*sources, output)):
-            return super().step(depth_read, product, sources, output, norm, closed_read, watched)
-        place = (depth_read.extends, product, depth_read.eps, depth_read.scale)
-        if can_fuse_norm(norm) and norm.weight.dtype in DTYPES:
-            return self.fused(closed_read, sources, output, *place, norm, watched)
-        hidden, weights, _, sources = self.fused(closed_read, sources, output, *place)
-        return hidden, weights, norm(hidden), sources
-
-    def read(self, closed_read, sources, product, eps, scale, norm=None):
-        if not self.runs(sources):
-            return super().read(closed_read, sources, product, eps, scale, norm)
-        hidden, weights, normed, _ = self.fused(closed_read, sources, None, False, product, eps, scale, norm)
-        return hidden if norm is None else normed, weights
-
-    def fused(self, closed_read, sources, output, extends, product, eps, scale, norm=None, watched=False):
-        """A read, the output that joins its sources before and the norm after it; the result is [`DepthRead`]'s."""
-        dtype, extends = sources[0].dtype, extends and output is not None
-        if closed_read is None:
-            closed_read = self.mix(sources[: len(sources) - extends], product, eps)
-        num_closed = closed_read.num_sources
-        partial, score, new_weights = None, None, 1
-        if output is not None and len(sources) - num_closed == extends:
-            partial = sources[-1].to(dtype) if extends else None
-        else:  # several sources have come since, or the output is among them
-            sources, output = write(sources, output, extends), None
-            if len(sources) > num_closed:
-                new_read = self.mix(sources[num_closed:], product, eps)
-                output, score, new_weights = new_read.mixed, new_read.lse, new_read.weights
-        step = depth_step(
-            partial,
-            output,
-            closed_read.mixed,
-            closed_read.lse,
-            None if output is None or score is not None else product.float(),
-            eps,
-            scale,
-            None if norm is None else norm.weight,
-            0.0 if norm is None else norm.variance_epsilon,
-            return_hidden=watched,
-            dtype=dtype,
-            score=score,
-        )
-        weights = closed_read.weights
-        if output is not None:
-            weight = step.weight.unsqueeze(1)
-            weights = torch.cat([weights * (1 - weight), new_weights * weight], dim=1)
-        if score is None and output is not None:
-            sources = (*sources[:num_closed], step.partial)
-        return step.hidden, weights, step.normed, sources
+TRITON_KERNELS = TritonKernels()
+KERNELS["cpu" if INTERPRETED.value else "cuda"] = TRITON_KERNELS

@@ -20,7 +20,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    py_modules=["attnres", "configuration_attnres", "kernels_attnres", "modeling_attnres", "peers_attnres"],
+    py_modules=[
+        "attnres",
+        "configuration_attnres",
+        "cpu_kernels_attnres",
+        "fused_attnres",
+        "kernels_attnres",
+        "modeling_attnres",
+        "peers_attnres",
+    ],
     packages=["attnres_convert"],
     package_dir={"attnres_convert": "convert"},
     install_requires=[

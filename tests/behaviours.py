@@ -45,6 +45,7 @@ def loss_and_gradients(model, input_ids: torch.Tensor, **kwargs) -> tuple:
 
 class FamilyBehaviours:
     conversion_error = 3e-6  # relative, of the logits in float32
+    reordering_error = REORDERED
 
     @MODES
     @torch.no_grad()
@@ -172,8 +173,9 @@ class FamilyBehaviours:
         both = model(input_ids, output_depth_attentions=True)
         for row in range(2):
             alone = model(input_ids[row : row + 1], output_depth_attentions=True)
-            assert_close(both.logits[row : row + 1], alone.logits)
-            assert_close(both.depth_attentions[-1][row : row + 1], alone.depth_attentions[-1])
+            assert_close(both.logits[row : row + 1], alone.logits, self.reordering_error)
+            weights = both.depth_attentions[-1][row : row + 1]
+            assert_close(weights, alone.depth_attentions[-1], self.reordering_error)
 
     @torch.no_grad()
     def test_inputs_embeds_and_logits_to_keep(self, family):
@@ -204,7 +206,7 @@ class FamilyBehaviours:
             outputs, gradients = loss_and_gradients(model, tokens(), **options)
             assert_close(outputs.loss, expected.loss)
             for name, gradient in gradients.items():
-                assert_close(gradient, expected_gradients[name])
+                assert_close(gradient, expected_gradients[name], self.reordering_error)
         assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
         assert len(outputs.depth_attentions) == model.config.num_depth_reads
 

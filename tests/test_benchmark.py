@@ -24,6 +24,7 @@ import benchmark  # noqa: E402
 
 
 SHAPE = "--device cpu --hidden-size 32 --layers 3 --blocks 2 --heads 2 --vocab-size 64 --batch-size 2 --seq-len 20"
+IMPLEMENTATIONS = list(dict.fromkeys(["eager", "two_phase", DepthAttentionInterface.default]))
 SHAPE += " --prompt-len 24 --new-tokens 2 --rounds 2"
 
 
@@ -49,9 +50,9 @@ def test_models(tmp_path, capsys):
     """Each case has a row for the stock model and each mode and implementation, with ratio, memory and error."""
     run("--parts", "models", "--output", tmp_path)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["output"] == str(tmp_path) and summary["rows"] == {"models": 20}
+    assert summary["output"] == str(tmp_path) and summary["rows"] == {"models": len(IMPLEMENTATIONS) * 8 + 4}
     rows = rows_of(tmp_path, "models")
-    variants = ["stock", *(f"{mode} {name}" for mode in ("block", "full") for name in ("eager", "two_phase"))]
+    variants = ["stock", *(f"{mode} {name}" for mode in ("block", "full") for name in IMPLEMENTATIONS)]
     assert [(row["case"], row["variant"]) for row in rows] == [
         (case, variant) for case in ("training", "forward", "prefill", "decoding") for variant in variants
     ]
@@ -83,7 +84,8 @@ def test_model_growth(tmp_path):
     """Each shape is measured once, also where it is a value of several names, and the overhead is drawn."""
     vary = ["layers=2,3", "blocks=2,3", "hidden_size=32"]
     run("--parts", "model_growth", "--cases", "forward", "--modes", "block", "--output", tmp_path, "--vary", *vary)
-    rows = [row for row in rows_of(tmp_path, "model_growth") if row["variant"] == "block two_phase"]
+    rows = [row for row in rows_of(tmp_path, "model_growth") if row["variant"] != "stock"]
+    assert {row["variant"] for row in rows} == {f"block {DepthAttentionInterface.default}"}
     assert [(row["layers"], row["blocks"], row["varied"]) for row in rows] == [
         (2, 2, ["layers"]),
         (3, 2, ["layers", "blocks", "hidden_size"]),
@@ -96,6 +98,12 @@ def test_operators(tmp_path):
     """The reads of a block in both modes and its phases alone, forward and with backward, beside what they move."""
     run("--parts", "operators", "--sources", "3", "--sublayers", "2", "--output", tmp_path)
     rows = rows_of(tmp_path, "operators")
+    assert {f"full {name}" for name in IMPLEMENTATIONS} < {row["variant"] for row in rows}
+    if "cpp" in IMPLEMENTATIONS:  # each source once, the mix, and the sum that begins with the second output
+        found = [row for row in rows if row["case"] == "block of reads" and row["pass"] == "forward"]
+        found = [row["traffic_by_formula"] for row in found if row["variant"].endswith("cpp")]
+        assert found == [(4 + 5) / 2] * 2
+        rows = [row for row in rows if not row["variant"].endswith("cpp")]
     assert all(row["traffic"] > 0 and row["seconds"][0] > 0 for row in rows)
     assert all((row["relative_error"] or 0) < 1e-5 for row in rows)
     formulas = {(row["case"], row["variant"], row["pass"]): row["traffic_by_formula"] for row in rows}
@@ -148,7 +156,7 @@ def test_everything(tmp_path, wrong):
     assert names == {f"{part}.{kind}" for part in parts for kind in ("json", "md")} | {"overhead.png", "traffic.png"}
     for part in parts:
         variants = {row["variant"] for row in rows_of(tmp_path, part)}
-        assert "block two_phase" in variants and "block wrong" not in variants
+        assert f"block {DepthAttentionInterface.default}" in variants and "block wrong" not in variants
     assert all(row["compiled"] for row in rows_of(tmp_path, "compiled"))
     assert "Not timed: block wrong: it is wrong" in (tmp_path / "models.md").read_text()
 
@@ -231,7 +239,7 @@ def test_interrupted(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--implementations", "cuda"], "--implementations cuda: choose of eager, .*two_phase"),
+        (["--implementations", "cuda"], "--implementations cuda: choose of .*eager, .*two_phase"),
         (["--vary", "layers=two"], "--vary layers=two: give whole numbers above 0, such as layers=2,4"),
         (["--vary", "colour=2"], "--vary colour=2: choose of hidden_size, layers"),
         (["--parts", "models", "--vary", "layers=2"], "--vary is for the parts model_growth and operator_growth"),

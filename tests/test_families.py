@@ -110,7 +110,7 @@ class TestFamilies(DonorBehaviours):
 @pytest.mark.parametrize("family", [family for family in AVAILABLE if family in LOOSE])
 class TestLooseFamilies(DonorBehaviours):
     conversion_error = 2e-5
-    decoding_error = 5e-5
+    decoding_error = reordering_error = 5e-5
 
 
 # --- What a donor is, before and after
@@ -272,7 +272,7 @@ model.save_pretrained(target)
 @torch.no_grad()
 def test_folder_loads_without_the_project(family, tmp_path):
     """Logits, generation and saving in a process that has transformers only; experts have other names on disk."""
-    model = tiny_model(family)
+    model = tiny_model(family, attn_res_implementation="two_phase")  # all that a folder has
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "target").mkdir()
     torch.save(tokens(), tmp_path / "target" / "input_ids.pt")
@@ -340,7 +340,7 @@ def test_absent_donor():
 @torch.no_grad()
 def test_absent_donor_does_not_matter_to_a_folder(tmp_path):
     """The code in a saved folder loads where a donor of another family is absent."""
-    model = tiny_model("qwen2")
+    model = tiny_model("qwen2", attn_res_implementation="two_phase")  # all that a folder has
     model.save_pretrained(tmp_path / "model")
     torch.save(tokens(), tmp_path / "input_ids.pt")
     run_python(

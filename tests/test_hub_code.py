@@ -69,7 +69,8 @@ except ValueError:
 @torch.no_grad()
 def test_folder_loads_and_saves_itself(python, tmp_path):
     """Logits bit for bit in a fresh process, saved again there, and from that folder in another; generation works."""
-    model = tiny_model(attn_res_block_size=2, attn_res_sum_scale=True)
+    options = {"attn_res_block_size": 2, "attn_res_sum_scale": True}
+    model = tiny_model(**options, attn_res_implementation="two_phase")  # all that a folder has
     model.save_pretrained(tmp_path / "first")
     script = """
 source, target = sys.argv[2:]
@@ -103,7 +104,7 @@ def test_every_family_loads(python, tmp_path):
     """A folder of each family gives its logits, bit for bit, without the project, and loads a second time."""
     expected = {}
     for family in FAMILIES:
-        model = tiny_model(family)
+        model = tiny_model(family, attn_res_implementation="two_phase")  # all that a folder has
         model.save_pretrained(tmp_path / family)
         expected[family] = model(tokens()).logits
     script = """
@@ -124,7 +125,7 @@ def test_heads_load(python, tmp_path):
     """A head's folder loads as that head, and as every other class of the family."""
     expected = {}
     for head in (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
-        model = tiny_model(auto_class=head, num_labels=3)
+        model = tiny_model(auto_class=head, num_labels=3, attn_res_implementation="two_phase")
         model.save_pretrained(tmp_path / head.__name__)
         expected[head.__name__] = model(tokens())[0]
     script = """

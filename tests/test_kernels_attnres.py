@@ -1,7 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The Triton operators against the plain formula, in Triton's interpreter and, where there is one, on a GPU.
+"""The fused operators against the plain formula: the kernels in C++, those in Triton's interpreter and on a GPU.
 
-The checks are functions of a device. For the CPU they run in a process of their own, as the interpreter has to be
+The checks are functions of a device. Triton's interpreter runs on the CPU, in a process of its own, as it has to be
 chosen before triton is imported and would then replace the compiler for every other test.
 """
 
@@ -15,11 +15,23 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from cpu_kernels_attnres import compiler
+from fused_attnres import KERNELS, FusedDepthAttention
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 KEY_EPS = 1e-2  # both far from what rounding could hide, and different
 NORM_EPS = 1e-1
+
+
+def run_here(check, *arguments):
+    return check("cpu", *arguments)
+
+
+def load_triton_kernels():
+    import kernels_attnres  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +40,35 @@ def interpreter():
         patch.setenv("TRITON_INTERPRET", "1")
         pool.submit(torch.set_num_threads, 1).result()  # starts the process
         patch.undo()
+        pool.submit(load_triton_kernels).result()
         yield pool
 
 
 @pytest.fixture(
     params=[
-        "cpu",
-        pytest.param(
-            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-        ),
+        pytest.param("cpp", marks=pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")),
+        pytest.param("interpreter", marks=needs_triton),
+        pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_gpu]),
     ]
 )
 def run(request):
     """Runs a check on a device."""
     if request.param == "cuda":
+        load_triton_kernels()
         return lambda check, *arguments: check("cuda", *arguments)
+    if request.param == "cpp":
+        return run_here
     pool = request.getfixturevalue("interpreter")
     return lambda check, *arguments: pool.submit(check, "cpu", *arguments).result()
+
+
+def kernels_on(device):
+    return KERNELS[torch.device(device).type]
+
+
+def skip_float16_in_cpp(run, dtype):
+    if dtype == torch.float16 and run is run_here:
+        pytest.skip("the kernels in C++ leave float16 to PyTorch")
 
 
 def reference_closed_reads(sources, products, eps):
@@ -101,7 +125,7 @@ def assert_near(results, references, tolerance=None):
 
 
 def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtype):
-    from kernels_attnres import closed_reads
+    from fused_attnres import closed_reads
 
     # products so large that the weights are far from equal
     products64, products = leaves(device, torch.float32, (num_reads, hidden_size), std=2 * hidden_size**-0.5, seed=2)
@@ -136,11 +160,12 @@ def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtyp
 )
 def test_closed_reads(run, num_sources, num_reads, tokens, hidden_size, dtype):
     """Results, the log-sum-exp, weights and every gradient equal those of the plain formula in float64."""
+    skip_float16_in_cpp(run, dtype)
     run(check_closed_reads, num_sources, num_reads, tokens, hidden_size, dtype)
 
 
 def check_merge(device, dtype):
-    from kernels_attnres import closed_reads, depth_step
+    from fused_attnres import closed_reads, depth_step
 
     shape = (2, 3, 40)
     sources64, sources = leaves(device, dtype, *[shape] * 5)
@@ -167,7 +192,7 @@ def test_closed_reads_of_200_sources(run):
 
 
 def check_step(device, present, tokens, hidden_size, dtype):
-    from kernels_attnres import depth_step
+    from fused_attnres import depth_step
 
     shapes = {"partial": (*tokens, hidden_size), "output": (*tokens, hidden_size), "norm_weight": (hidden_size,)}
     names = [name for name in shapes if name in present]
@@ -238,7 +263,7 @@ def test_step(run, present, tokens, hidden_size, dtype):
 def check_order_of_casts(device):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from kernels_attnres import depth_step
+    from fused_attnres import depth_step
 
     _, (mixed, gain) = leaves(device, torch.bfloat16, (20, 100), (100,))
     norm = LlamaRMSNorm(100, NORM_EPS).to(device, torch.bfloat16)
@@ -298,7 +323,7 @@ class Block:
 
     @staticmethod
     def fused(sources, outputs, norms, products, with_norm=True):
-        from kernels_attnres import closed_reads, depth_step
+        from fused_attnres import closed_reads, depth_step
 
         dtype = sources[0].dtype
         # without the norm there is one rounding in eager, so the first phase must not add one
@@ -338,11 +363,11 @@ def check_error(device, dtype, with_norm):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_error(run, dtype, with_norm):
     """In half precision a block's results and all gradients are at most 1.1 times as far off as eager's."""
+    skip_float16_in_cpp(run, dtype)
     run(check_error, dtype, with_norm)
 
 
 def check_error_of_read(device, num_closed, num_open, extends):
-    from kernels_attnres import TritonDepthAttention
     from modeling_attnres import eager_depth_attention, write
 
     (product64,), (product,) = leaves(device, torch.float32, (512,), std=0.1, seed=2)
@@ -352,11 +377,11 @@ def check_error_of_read(device, num_closed, num_open, extends):
         return eager_depth_attention(write(sources, output, extends), product, KEY_EPS, 3)
 
     def fused(sources, output, product):
-        attention = TritonDepthAttention()
+        attention = FusedDepthAttention(kernels_on(device))
         closed_read = None
         if num_open > extends:
             (closed_read,) = attention.closed_reads(sources[:num_closed], product[None], KEY_EPS)
-        return attention.fused(closed_read, sources, output, extends, product, KEY_EPS, 3)[:2]
+        return attention.fused(closed_read, sources, output, extends, product, KEY_EPS, 3, None, True)[:2]
 
     def results(function, tensors, product):
         *sources, output = tensors
@@ -398,7 +423,7 @@ def test_deterministic(run):
 
 
 def check_strides(device):
-    from kernels_attnres import closed_reads, depth_step
+    from fused_attnres import closed_reads, depth_step
 
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 4, 2 * 33, generator=generator).to(device)
@@ -419,7 +444,7 @@ def test_strides(run):
 
 
 def check_some_gradients(device):
-    from kernels_attnres import closed_reads, depth_step
+    from fused_attnres import closed_reads, depth_step
 
     _, (first, second, products, output) = leaves(device, torch.float32, (2, 3, 20), (2, 3, 20), (2, 20), (2, 3, 20))
 
@@ -442,7 +467,7 @@ def test_some_gradients(run):
 
 
 def check_no_tokens(device):
-    from kernels_attnres import closed_reads, depth_step
+    from fused_attnres import closed_reads, depth_step
 
     _, (source, products, gain) = leaves(device, torch.bfloat16, (2, 0, 20), (3, 20), (20,))
     mixed, lse = closed_reads([source, source], products, KEY_EPS)
@@ -459,7 +484,7 @@ def test_no_tokens(run):
 
 
 def check_dtypes(device):
-    from kernels_attnres import closed_reads, depth_step
+    from fused_attnres import closed_reads, depth_step
 
     generator = torch.Generator().manual_seed(0)
     mixture = [torch.randn(3, 20, generator=generator).to(device, dt) for dt in (torch.float32, torch.bfloat16)]
@@ -509,8 +534,6 @@ def test_dtypes(run):
 
 
 def check_opcheck(device):
-    import kernels_attnres  # noqa: F401
-
     _, tensors = leaves(device, torch.float32, (2, 3, 20), (2, 3, 20), (2, 3, 20), (20,))
     _, (lse, products) = leaves(device, torch.float32, (2, 3), (2, 20))
     ops = torch.ops.attnres
@@ -543,9 +566,11 @@ def test_compile(run):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_triton
+@needs_gpu
 def test_cuda_graph():
     """A captured block, forward and backward, gives for new inputs what it gives without a graph."""
+    load_triton_kernels()
     block = Block("cuda", torch.bfloat16, num_sources=20)  # more tensors than one launch of the address table takes
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -569,13 +594,12 @@ def test_cuda_graph():
     assert all(torch.equal(a, b) for a, b in zip(captured, step()))
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes them")
-def test_needs_gpu_or_interpreter():
-    """Without the interpreter, tensors on the CPU are refused with what to do instead."""
-    from kernels_attnres import closed_reads
+def test_unknown_device():
+    """Tensors on a device without kernels are refused with what to do instead."""
+    from fused_attnres import closed_reads
 
-    with pytest.raises(RuntimeError, match="attn_res_implementation"):
-        closed_reads([torch.zeros(2, 8)], torch.zeros(1, 8), KEY_EPS)
+    with pytest.raises(RuntimeError, match="no fused kernels for tensors on the device meta.*attn_res_implementation"):
+        closed_reads([torch.zeros(2, 8, device="meta")], torch.zeros(1, 8, device="meta"), KEY_EPS)
 
 
 def tiny_model(device, mode, block_size, num_hidden_layers=3):
@@ -616,27 +640,32 @@ def total_error(found, exact):
 
 
 @contextmanager
-def recorded_steps():
-    """The results of all calls of the fused step."""
-    import kernels_attnres
+def recorded_steps(device):
+    """The results of all calls of the fused step, but for those that try whether it works."""
+    import fused_attnres
 
-    step, steps = kernels_attnres.depth_step, []
+    assert fused_attnres.works_on(torch.device(device))
+    step, steps = fused_attnres.depth_step, []
 
     def spy(*args, **kwargs):
         steps.append(step(*args, **kwargs))
         return steps[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_attnres, "depth_step", spy)
+        patch.setattr(fused_attnres, "depth_step", spy)
         yield steps
 
 
 def check_model(device, mode, block_size, dtype):
     model, tokens = tiny_model(device, mode, block_size)
     exact = model_results(model.double(), tokens, "eager")
-    with recorded_steps() as steps:
-        assert total_error(model_results(model, tokens, "triton"), exact) < 1e-11 and not steps  # goes to PyTorch
+    with recorded_steps(device) as steps:
+        assert (
+            total_error(model_results(model, tokens, kernels_on(device).name), exact) < 1e-11 and not steps
+        )  # goes to PyTorch
         found = model_results(model.to(dtype), tokens)
+        steps.clear()
+        model(tokens).logits.sum().backward()
         # sum, read and norm in one, without the read itself, which nobody watches
         assert len(steps) == model.config.num_depth_reads
         assert all(step.normed is not None and step.hidden is None for step in steps)
@@ -646,24 +675,24 @@ def check_model(device, mode, block_size, dtype):
 def check_works(device):
     from transformers.utils import logging
 
-    import kernels_attnres
+    import fused_attnres
 
     device, warnings = torch.device(device), []
     handler = type("Handler", (logging.logging.Handler,), {"emit": lambda self, record: warnings.append(record.msg)})()
-    kernels_attnres.logger.addHandler(handler)
-    assert kernels_attnres.works_on(device) and not warnings
-    step = kernels_attnres.depth_step
+    fused_attnres.logger.addHandler(handler)
+    assert fused_attnres.works_on(device) and not warnings
+    step = fused_attnres.depth_step
     for wrong, reason in (
         (lambda *args: (result := step(*args))._replace(normed=1.1 * result.normed), "they are wrong"),
         (lambda *args: step(*args, score=args[3]), "ValueError: depth_step needs a product"),
     ):
-        kernels_attnres.depth_step = wrong
-        kernels_attnres.works_on.cache_clear()
-        assert not kernels_attnres.works_on(device) and not kernels_attnres.works_on(device)
+        fused_attnres.depth_step = wrong
+        fused_attnres.try_on.cache_clear()
+        assert not fused_attnres.works_on(device) and not fused_attnres.works_on(device)
         assert reason in warnings.pop() and not warnings
-    kernels_attnres.depth_step = step
-    kernels_attnres.works_on.cache_clear()
-    kernels_attnres.logger.removeHandler(handler)
+    fused_attnres.depth_step = step
+    fused_attnres.try_on.cache_clear()
+    fused_attnres.logger.removeHandler(handler)
 
 
 def test_kernels_are_tried_before_they_are_used(run):
@@ -700,11 +729,12 @@ def check_watched_model(device, mode, use_reentrant):
 
     handle = norm.register_forward_hook(lambda module, args, output: watched.update(norm=args[0].detach()))
     expected = results("eager")
-    with recorded_steps() as steps:
-        assert_near(results("triton"), expected, 1e-4)
+    with recorded_steps(device) as steps:
+        assert_near(results(kernels_on(device).name), expected, 1e-4)
         norms = [step.normed is not None for step in steps]
         reads = model.config.num_depth_reads
-        assert len(norms) == 2 * reads and norms.count(False) == 2  # the norm with a hook, once in each forward
+        forwards = 1 if kernels_on(device).reads_at_once else 2  # without gradients, a read is no step then
+        assert len(norms) == forwards * reads and norms.count(False) == forwards  # the norm with a hook
         handle.remove()
         expected = model_results(model, tokens)
         model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -721,7 +751,7 @@ def test_watched_model(run, mode, use_reentrant):
 
 def check_compiled_model(device, mode):
     model, tokens = tiny_model(device, mode, 1, num_hidden_layers=2)
-    expected = model_results(model, tokens, "triton")
+    expected = model_results(model, tokens, kernels_on(device).name)
     model.model.forward = torch.compile(
         model.model.forward, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor"
     )
@@ -735,6 +765,7 @@ def test_compiled_model(run, mode):
 
 
 @pytest.mark.slow
+@needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize(
     "hidden_size, num_reads, absent",

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from behaviours import FamilyBehaviours, assert_close, greedy_without_cache, loss_and_gradients
+from behaviours import REORDERED, FamilyBehaviours, assert_close, greedy_without_cache, loss_and_gradients
 from families import COMMON, attn_res_from_donor, perturb, relative_error, tiny_config, tiny_donor, tiny_model, tokens
 from reference import read, reference_forward, reference_loss
 from transformers import (
@@ -35,6 +35,7 @@ from attnres import (
     TwoPhaseDepthAttention,
     eager_depth_attention,
 )
+from cpu_kernels_attnres import CppTokenReads, compiler
 from modeling_attnres import DepthRead, TokenScores, fixed_depth_mix, fused_rms_norm, stacked_depth_attention
 
 
@@ -495,22 +496,22 @@ def test_users_implementation(nearest, tmp_path):
     models[0].save_pretrained(tmp_path / "again")
     assert nearest not in (tmp_path / "again" / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert again.config._attn_res_implementation == "two_phase"
+    assert again.config._attn_res_implementation == DepthAttentionInterface.default
     assert torch.equal(again(tokens()).logits, expected)
-    model.set_attn_res_implementation("two_phase")
+    model.set_attn_res_implementation(DepthAttentionInterface.default)
     assert torch.equal(model(tokens()).logits, expected)
 
 
 def test_unknown_implementation(tmp_path):
     """An unknown name raises wherever it is given, lists the choices, and leaves model and configuration usable."""
-    message = "'cuda' is not an implementation of depth attention; choose one of eager, .*two_phase"
+    message = "'cuda' is not an implementation of depth attention; choose one of .*eager, .*two_phase"
     config = tiny_config()
     with pytest.raises(ValueError, match=message):
         AttnResForCausalLM(config, attn_res_implementation="cuda")
     model = AttnResForCausalLM(config)
     with pytest.raises(ValueError, match=message):
         model.set_attn_res_implementation("cuda")
-    assert model.config._attn_res_implementation == "two_phase"
+    assert model.config._attn_res_implementation == DepthAttentionInterface.default
     with pytest.raises(ValueError, match=message):
         AttnResForCausalLM(tiny_config(attn_res_implementation="cuda"))
     with pytest.raises(ValueError, match=message):
@@ -608,19 +609,28 @@ def token_by_token(model, input_ids: torch.Tensor, **kwargs) -> list:
     return outputs
 
 
-def counted_steps(monkeypatch) -> list:
-    """Grows by one with each read of a single token from the scores of its sources."""
-    steps, step = [], TokenScores.step
-    monkeypatch.setattr(TokenScores, "step", lambda *args: steps.append(1) or step(*args))
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+READ_TOKENS = pytest.mark.parametrize(
+    "implementation, token_reads",
+    [("two_phase", TokenScores), pytest.param("cpp", CppTokenReads, marks=needs_compiler)],
+    ids=["two_phase", "cpp"],
+)
+
+
+def counted_steps(monkeypatch, token_reads) -> list:
+    """Grows by one with each read of a single token by `token_reads`."""
+    steps, step = [], token_reads.step
+    monkeypatch.setattr(token_reads, "step", lambda *args: steps.append(1) or step(*args))
     return steps
 
 
+@READ_TOKENS
 @pytest.mark.parametrize("sum_scale", [False, True])
 @pytest.mark.parametrize("mode, block_size", [("block", 1), ("block", 2), ("block", 5), ("full", 1), ("full", 2)])
-def test_reads_of_one_token(monkeypatch, mode, block_size, sum_scale):
-    """Token by token, every read from numbers, the logits are those of eager reads of all tokens in float64."""
+def test_reads_of_one_token(monkeypatch, mode, block_size, sum_scale, implementation, token_reads):
+    """Token by token, read by the code for one, the logits are those of eager reads of all tokens in float64."""
     options = {"attn_res_mode": mode, "attn_res_block_size": block_size, "attn_res_sum_scale": sum_scale}
-    steps, input_ids = counted_steps(monkeypatch), tokens(1, 6)
+    steps, input_ids = counted_steps(monkeypatch, token_reads), tokens(1, 6)
     exact = with_float64_norms(tiny_model(**options, attn_res_implementation="eager"))(input_ids, use_cache=False)
 
     def error(dtype, implementation):
@@ -630,14 +640,15 @@ def test_reads_of_one_token(monkeypatch, mode, block_size, sum_scale):
         return relative_error(logits, exact.logits)
 
     for dtype in (torch.float32, torch.bfloat16):
-        assert error(dtype, "two_phase") <= 1.5 * error(dtype, "eager")
+        assert error(dtype, implementation) <= max(REORDERED, 1.5 * error(dtype, "eager"))
     assert len(steps) == 2 * 6 * tiny_config(**options).num_depth_reads
 
 
+@READ_TOKENS
 @torch.no_grad()
-def test_one_token_is_read_otherwise_where_more_is_asked(monkeypatch):
-    """Weights, hooks, gradients and autocast leave numbers aside, and the result is the same."""
-    model, steps, seen = tiny_model(), counted_steps(monkeypatch), []
+def test_one_token_is_read_otherwise_where_more_is_asked(monkeypatch, implementation, token_reads):
+    """Weights, hooks, gradients and autocast leave the code for one token aside, and the result is the same."""
+    model, steps, seen = tiny_model(attn_res_implementation=implementation), counted_steps(monkeypatch, token_reads), []
     input_ids = tokens(1, 3)
     expected = [output.logits for output in token_by_token(model, input_ids)]
     num_steps = len(steps)
@@ -847,8 +858,9 @@ def test_device_maps(head, tmp_path):
     for name, device_map in device_maps.items():
         loaded = head.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / name)
         outputs = loaded(tokens(), output_hidden_states=True, output_depth_attentions=True)
-        assert torch.equal(outputs[0], expected[0]), name
-        assert torch.equal(outputs.depth_attentions[-1], expected.depth_attentions[-1]), name
+        # with accelerate's hooks, a norm is not fused with the read before it
+        assert_close(outputs[0], expected[0])
+        assert_close(outputs.depth_attentions[-1], expected.depth_attentions[-1])
         if name in ("layers", "depth attention too"):
             assert any(parameter.device.type == "meta" for parameter in loaded.parameters()), name
         if head is AutoModelForCausalLM:
@@ -862,9 +874,9 @@ def test_cpu_and_disk_offload_of_accelerate(tmp_path):
     from accelerate import cpu_offload, disk_offload
 
     expected = tiny_model()(tokens()).logits
-    assert torch.equal(cpu_offload(tiny_model(), execution_device="cpu")(tokens()).logits, expected)
+    assert_close(cpu_offload(tiny_model(), execution_device="cpu")(tokens()).logits, expected)
     offloaded = disk_offload(tiny_model(), tmp_path, execution_device="cpu")
-    assert torch.equal(offloaded(tokens()).logits, expected)
+    assert_close(offloaded(tokens()).logits, expected)
 
 
 def test_no_split():

@@ -352,18 +352,20 @@ class TwoPhaseDepthAttention:
             return stacked_depth_attention(sources, product, eps, scale)
         return self.read(None, sources, product, eps, scale)
 
-    def batches(self, sources) -> bool:
-        """Whether it pays to read the closed `sources` for a whole block."""
+    def batches(self, sources, products: torch.Tensor) -> bool:
+        """Whether it pays to read the closed `sources` for a whole block, with the `products` of its reads."""
         return len(sources) > 1 and sources[0].shape[:-1].numel() > self.few_tokens
 
-    def closed_reads(self, sources, products: torch.Tensor, eps: float) -> list[ClosedDepthRead]:
-        """Phase 1, for reads with the products `(num_reads, hidden)`."""
+    def closed_reads(self, sources, products: torch.Tensor, eps: float, watched: bool = True) -> list[ClosedDepthRead]:
+        """Phase 1, for reads with the products `(num_reads, hidden)`; with their weights only if they are `watched`."""
         products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
         lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, None, 0, *sources)
-        return [
-            ClosedDepthRead(mixed[read], lse[read], weights[read].transpose(0, 1).contiguous(), len(sources))
-            for read in range(len(products))
-        ]
+        weights = [w.transpose(0, 1).contiguous() for w in weights] if watched else [None] * len(mixed)
+        return [ClosedDepthRead(*read, len(sources)) for read in zip(mixed, lse.unbind(), weights)]
+
+    def token_reads(self, hidden_states, products: torch.Tensor, eps: float) -> "TokenReads | None":
+        """What does all reads of a single token, if these are such a token's `hidden_states`."""
+        return TokenScores(products, eps) if TokenReads.fit(hidden_states, products) else None
 
     def step(self, depth_read, product, sources, output, norm, closed_read, watched: bool):
         """Everything that [`DepthRead`] does, with its arguments and result, at once; None if it can't be."""
@@ -405,6 +407,8 @@ class TwoPhaseDepthAttention:
         weights = weights[0].transpose(0, 1)
         if closed_read is None:
             weights = weights.contiguous()
+        elif closed_read.weights is None:
+            weights = None
         else:
             weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
         return mixed if norm[0] is not None else mixed.to(sources[0].dtype), weights
@@ -420,6 +424,8 @@ class TwoPhaseDepthAttention:
         mixed = closed_read.mixed.lerp_(values, weight.unsqueeze(-1))
         if scale != 1:
             mixed *= scale
+        if closed_read.weights is None:
+            return mixed.to(source.dtype), None
         weight = weight.unsqueeze(1)
         return mixed.to(source.dtype), torch.cat([closed_read.weights * (1 - weight), weight], dim=1)
 
@@ -428,17 +434,8 @@ class TwoPhaseDepthAttention:
 ZERO = torch.zeros((), device="cpu")
 
 
-class TokenScores:
-    """The scores of a single token's sources, as numbers of Python. For decoding on a CPU.
-
-    There a read costs the calls of its operations, not their arithmetic. So a source gets its scores in all reads when
-    it is closed, and a read mixes the sources one by one in an online softmax. Without gradients and without weights.
-    """
-
-    def __init__(self, products: torch.Tensor, eps: float):
-        self.products, self.eps = products, eps  # (num_reads, hidden)
-        self.values = []  # the closed sources (1, 1, hidden), in the dtype of the products
-        self.scores = [[] for _ in range(products.shape[0])]  # for each read, those of these sources
+class TokenReads:
+    """All reads of a single token, without gradients and without weights. For decoding on a CPU."""
 
     @staticmethod
     def fit(hidden_states: torch.Tensor, products: torch.Tensor) -> bool:
@@ -453,6 +450,21 @@ class TokenScores:
 
     def step(self, depth_read, product, sources, output, norm) -> tuple:
         """Everything that [`DepthRead`] does, with its arguments and result."""
+        raise NotImplementedError
+
+
+class TokenScores(TokenReads):
+    """Keeps the scores of the sources as numbers of Python, as a read costs its operations, not their arithmetic.
+
+    A source gets its scores in all reads when it is closed; a read mixes the sources one by one in an online softmax.
+    """
+
+    def __init__(self, products: torch.Tensor, eps: float):
+        self.products, self.eps = products, eps  # (num_reads, hidden)
+        self.values = []  # the closed sources (1, 1, hidden), in the dtype of the products
+        self.scores = [[] for _ in range(products.shape[0])]  # for each read, those of these sources
+
+    def step(self, depth_read, product, sources, output, norm) -> tuple:
         sources = write(sources, output, depth_read.extends)
         dtype, scale = product.dtype, depth_read.scale
         for source in sources[len(self.values) : depth_read.num_closed_sources]:
@@ -614,7 +626,7 @@ class DepthRead(nn.Module):
         sources: tuple[torch.Tensor, ...],
         output: torch.Tensor | None,
         norm: nn.Module,
-        closed_read: ClosedDepthRead | TokenScores | None = None,
+        closed_read: ClosedDepthRead | TokenReads | None = None,
         watched: bool = False,
     ) -> tuple:
         """
@@ -624,14 +636,16 @@ class DepthRead(nn.Module):
             output: `(batch, seq, hidden)`, which the sublayer before has put out, or None if it is in the sources.
             norm: what is applied to the result before the sublayer gets it.
             closed_read: what the read has got from the first sources, if anything, or what it needs for a single token.
-            watched: whether the read itself is needed, not only what the norm makes of it.
+            watched: whether the read itself and its weights are needed, not only what the norm makes of it.
 
         Returns:
-            The read, or None if it isn't needed and wasn't computed; its weights `(batch, num_sources, seq)`; the read
-            after the norm; the sources with `output`.
+            The read and its weights `(batch, num_sources, seq)`, Nones if they aren't needed and weren't computed; the
+            read after the norm; the sources with `output`.
         """
         watched = watched or bool(self._forward_hooks)
-        if isinstance(closed_read, TokenScores):
+        if watched and isinstance(closed_read, ClosedDepthRead) and closed_read.weights is None:
+            closed_read = None
+        if isinstance(closed_read, TokenReads):
             if product.is_cpu and not watched:  # layers may lie on several devices
                 return closed_read.step(self, product, sources, output, norm)
             closed_read = None
@@ -694,6 +708,7 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
         self,
         *sources_and_products: torch.Tensor | None,
         closed_reads: tuple[ClosedDepthRead | None, ...] = (None, None),
+        watched: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple:
         """
@@ -702,19 +717,23 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
                 `(hidden,)` of this layer's two reads. Positional, as re-entrant checkpointing sees only positional
                 tensors.
             closed_reads: what the two reads have got from the sources before this layer's block, if anything.
+            watched: whether the depth weights are needed.
             kwargs: what the donor's attention takes.
 
         Returns:
             What attention reads, or None in the first layer, where it is the first source, or if nobody watches; the
-            depth weights of the two reads `(batch, num_sources, seq)`; the sources that are new or changed, all but the
-            first `num_closed_sources`; and this layer's output, or None if it is among them.
+            depth weights of the two reads `(batch, num_sources, seq)`, or Nones; the sources that are new or changed,
+            all but the first `num_closed_sources`; and this layer's output, or None if it is among them.
         """
         *sources, output, attention_product, mlp_product = sources_and_products
+        watched = watched or bool(self._forward_hooks)
         attention_input, attention_weights, normed, sources = self.attention_read(
-            attention_product, sources, output, self.attention_norm, closed_reads[0], bool(self._forward_hooks)
+            attention_product, sources, output, self.attention_norm, closed_reads[0], watched
         )
         output = self.attend(normed, **kwargs)
-        _, mlp_weights, normed, sources = self.mlp_read(mlp_product, sources, output, self.mlp_norm, closed_reads[1])
+        _, mlp_weights, normed, sources = self.mlp_read(
+            mlp_product, sources, output, self.mlp_norm, closed_reads[1], watched
+        )
         output = self.transform(normed)
         if self.gradient_checkpointing and self.training:  # what a layer returns is kept until the backward pass
             sources, output = write(sources, output, self.output_extends), None
@@ -869,19 +888,21 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         """What the layers' attention takes as `position_embeddings`; a dictionary if it depends on the layer type."""
         return self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-    def closed_reads(self, block: list, products: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> list:
+    def closed_reads(
+        self, block: list, products: torch.Tensor, sources: tuple[torch.Tensor, ...], watched: bool
+    ) -> list:
         """What reads with `products` get from the `sources` that are there when their `block` of layers opens.
 
         Nones if each read does it itself.
         """
         depth_attention = self.output_read.depth_attention
-        if not (isinstance(depth_attention, TwoPhaseDepthAttention) and depth_attention.batches(sources)):
+        if not (isinstance(depth_attention, TwoPhaseDepthAttention) and depth_attention.batches(sources, products)):
             return products.shape[0] * [None]
         if self.training and any(layer.gradient_checkpointing for layer in block):
             return products.shape[0] * [None]  # which would be kept for the backward pass
         device = sources[-1].device  # earlier layers may lie on others
         sources = [v.to(device) for v in sources]
-        return depth_attention.closed_reads(sources, products.to(device), self.output_read.eps)
+        return depth_attention.closed_reads(sources, products.to(device), self.output_read.eps, watched)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -937,24 +958,28 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         product_of_read = products.unbind(0)
         sources, output = (), self.embed(inputs_embeds)
         watched = with_weights or any(layer._forward_hooks for layer in layers)
-        two_phases = isinstance(self.output_read.depth_attention, TwoPhaseDepthAttention)
-        scores_tokens = with_output_read = two_phases and not watched and TokenScores.fit(output, products)
-        if scores_tokens:
-            closed_reads = (2 * block_size + 1) * [TokenScores(products, self.output_read.eps)]
+        depth_attention, token_reads = self.output_read.depth_attention, None
+        if isinstance(depth_attention, TwoPhaseDepthAttention) and not watched:
+            token_reads = depth_attention.token_reads(output, products, self.output_read.eps)
+        closed_reads = (2 * block_size + 1) * [token_reads]
+        with_output_read = token_reads is not None
         for layer_idx, decoder_layer in enumerate(layers):
             row, row_in_block = 2 * layer_idx, 2 * (layer_idx % block_size)
             if row_in_block == 0:
                 sources, output = write(sources, output, decoder_layer.attention_read.extends), None
-                if not scores_tokens:
+                if token_reads is None:
                     block = layers[layer_idx : layer_idx + block_size]
                     end = 2 * (layer_idx + len(block))
                     with_output_read = end + 1 == products.shape[0]  # the model's last block
-                    closed_reads = self.closed_reads(block, products[row : end + with_output_read], sources)
+                    closed_reads = self.closed_reads(
+                        block, products[row : end + with_output_read], sources, with_weights
+                    )
             _, attention_weights, mlp_weights, *written, output = decoder_layer(
                 *sources,
                 output,
                 *product_of_read[row : row + 2],
                 closed_reads=closed_reads[row_in_block : row_in_block + 2],
+                watched=with_weights,
                 attention_mask=for_layer(causal_mask, layer_idx),
                 position_embeddings=for_layer(position_embeddings, layer_idx),
                 position_ids=position_ids,
@@ -972,7 +997,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if isinstance(closed_read, ClosedDepthRead):
             closed_read = closed_read.to(device)
         _, output_weights, hidden_states, _ = self.output_read(
-            product_of_read[-1].to(device), sources, output, self.norm, closed_read
+            product_of_read[-1].to(device), sources, output, self.norm, closed_read, with_weights
         )
         all_weights.append(output_weights)
         if with_weights and output_weights is None:

@@ -1,0 +1,851 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""The kernels of fused_attnres.py for CPUs, written in C++.
+
+They are compiled for the processor at hand by g++, or what CXX names, when they are first needed: two seconds, once, as
+the library is kept in `~/.cache/attnres`, or under XDG_CACHE_HOME. They run on the threads of PyTorch.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fused_attnres import KERNELS, DepthKernels, is_plain
+from modeling_attnres import TokenReads, can_fuse_norm
+
+
+SOURCE = r"""
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+enum Dtype : int64_t { FLOAT32, BFLOAT16 };
+
+namespace {
+
+// Sixteen numbers at a time, which the compiler splits into what the processor has.
+constexpr int64_t LANES = 16;
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+
+template <class V> V load(const float* from) {
+    V values;
+    std::memcpy(&values, from, sizeof(V));
+    return values;
+}
+
+template <class V> void store(float* to, const V& values) { std::memcpy(to, &values, sizeof(V)); }
+
+// Calls body(d, zero) for all columns d, LANES at a time and the rest one by one; the zero says by its type which.
+template <class Body> inline void for_columns(int64_t width, Body body) {
+    int64_t d = 0;
+    for (; d + LANES <= width; d += LANES) body(d, Vector{});
+    for (; d < width; d++) body(d, 0.0f);
+}
+
+struct Sum {
+    Vector lanes{};
+    float rest = 0;
+
+    void operator+=(const Vector& values) { lanes += values; }
+    void operator+=(float value) { rest += value; }
+    float total() const {
+        float parts[LANES];
+        store(parts, lanes);
+#pragma GCC unroll 4
+        for (int64_t half = LANES / 2; half > 0; half /= 2)
+            for (int64_t k = 0; k < half; k++) parts[k] += parts[k + half];
+        return parts[0] + rest;
+    }
+};
+
+float from_bfloat16(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+uint16_t to_bfloat16(float value) {  // the nearest, of two the even one
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return value != value ? 0x7FC0 : uint16_t(rounded);
+}
+
+void round_to(Dtype dtype, float* values, int64_t width) {
+    if (dtype == FLOAT32) return;
+#pragma omp simd
+    for (int64_t d = 0; d < width; d++) values[d] = from_bfloat16(to_bfloat16(values[d]));
+}
+
+}  // namespace
+
+// A tensor (tokens, width) of one of the dtypes; no tensor if data is null.
+struct Rows {
+    void* data;
+    Dtype dtype;
+
+    explicit operator bool() const { return data != nullptr; }
+
+    // A token's row as float32: where it lies, or in the buffer. The next token's is sent for.
+    const float* load(int64_t token, int64_t width, float* buffer) const {
+        int64_t bytes = width * (dtype == FLOAT32 ? 4 : 2);
+        const char* start = static_cast<const char*>(data) + token * bytes;
+        for (int64_t next = bytes; next < 2 * bytes; next += 64) __builtin_prefetch(start + next);
+        if (dtype == FLOAT32) return reinterpret_cast<const float*>(start);
+        const uint16_t* row = reinterpret_cast<const uint16_t*>(start);
+#pragma omp simd
+        for (int64_t d = 0; d < width; d++) buffer[d] = from_bfloat16(row[d]);
+        return buffer;
+    }
+
+    // Where a token's row can be computed: where it lies, or in the buffer.
+    float* place(int64_t token, int64_t width, float* buffer) const {
+        return dtype == FLOAT32 ? static_cast<float*>(data) + token * width : buffer;
+    }
+
+    // Puts into place what has been computed there.
+    void store(int64_t token, int64_t width, const float* buffer) const {
+        if (dtype == FLOAT32) return;
+        uint16_t* row = static_cast<uint16_t*>(data) + token * width;
+#pragma omp simd
+        for (int64_t d = 0; d < width; d++) row[d] = to_bfloat16(buffer[d]);
+    }
+};
+
+namespace {
+
+// The dot products of a row with COUNT others: sums of sums, as in long sums rounding errors grow.
+template <int COUNT>
+inline void dots(const float* row, const float* const* others, int64_t width, float* results) {
+    constexpr int64_t PART = 32 * LANES;
+    for (int k = 0; k < COUNT; k++) results[k] = 0;
+    for (int64_t start = 0; start < width; start += PART) {
+        Sum sums[COUNT];
+        for_columns(std::min(width - start, PART), [&](int64_t d, auto zero) {
+            using V = decltype(zero);
+            const V value = load<V>(row + start + d);
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) sums[k] += value * load<V>(others[k] + start + d);
+        });
+        for (int k = 0; k < COUNT; k++) results[k] += sums[k].total();
+    }
+}
+
+void dots(const float* row, const float* const* others, int64_t count, int64_t width, float* results) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) dots<4>(row, others + k, width, results + k);
+    for (; k < count; k++) dots<1>(row, others + k, width, results + k);
+}
+
+// COUNT sums of rows, the weight of row i in sum k being weights[i * count + k], added to what is there if asked to.
+template <int COUNT>
+inline void combine(float* const* sums, const float* const* rows, int64_t num_rows, const float* weights, int64_t count,
+                    int64_t width, bool add) {
+    for_columns(width, [&](int64_t d, auto zero) {
+        using V = decltype(zero);
+        V totals[COUNT];
+#pragma GCC unroll 4
+        for (int k = 0; k < COUNT; k++) totals[k] = add ? load<V>(sums[k] + d) : V{};
+        for (int64_t i = 0; i < num_rows; i++) {
+            const V value = load<V>(rows[i] + d);
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) totals[k] += weights[i * count + k] * value;
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < COUNT; k++) store<V>(sums[k] + d, totals[k]);
+    });
+}
+
+void combine(float* const* sums, const float* const* rows, int64_t num_rows, const float* weights, int64_t count,
+             int64_t width, bool add) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) combine<4>(sums + k, rows, num_rows, weights + k, count, width, add);
+    for (; k < count; k++) combine<1>(sums + k, rows, num_rows, weights + k, count, width, add);
+}
+
+// Turns scores into softmax weights, and returns the log of the sum of their exponentials.
+float softmax(float* scores, int64_t count, int64_t stride) {
+    float highest = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < count; i++) highest = std::fmax(highest, scores[i * stride]);
+    for (int64_t i = 0; i < count; i++) sum += scores[i * stride] = std::exp(scores[i * stride] - highest);
+    for (int64_t i = 0; i < count; i++) scores[i * stride] /= sum;
+    return highest + std::log(sum);
+}
+
+float inverse_rms_of(float square_sum, int64_t width, float eps) { return 1 / std::sqrt(square_sum / width + eps); }
+
+// The score of a row, and its inverse RMS.
+float score_of(const float* row, const float* product, int64_t width, float eps, float* inverse_rms) {
+    const float* others[] = {row, product};
+    float results[2];
+    dots<2>(row, others, width, results);
+    *inverse_rms = inverse_rms_of(results[0], width, eps);
+    return results[1] * *inverse_rms;
+}
+
+// Fills `normed` with a read times its inverse RMS, rounded to a dtype, times the gain. Returns the inverse RMS.
+float normalise(const float* read, const float* gain, float eps, Dtype dtype, const Rows& normed, int64_t token,
+                int64_t width, float* buffer) {
+    float squares;
+    dots<1>(read, &read, width, &squares);
+    float inverse_rms = inverse_rms_of(squares, width, eps);
+    float* result = normed.place(token, width, buffer);
+    if (dtype == FLOAT32) {
+        for_columns(width, [&](int64_t d, auto zero) {
+            using V = decltype(zero);
+            store<V>(result + d, load<V>(read + d) * inverse_rms * load<V>(gain + d));
+        });
+    } else {
+        for (int64_t d = 0; d < width; d++) result[d] = read[d] * inverse_rms;
+        round_to(dtype, result, width);
+        for (int64_t d = 0; d < width; d++) result[d] *= gain[d];
+    }
+    normed.store(token, width, result);
+    return inverse_rms;
+}
+
+// The sum of two rows, rounded as it is stored.
+const float* sum_of(const float* a, const float* b, const Rows& sums, int64_t token, int64_t width, float* buffer) {
+    float* sum = sums.place(token, width, buffer);
+    for_columns(width, [&](int64_t d, auto zero) {
+        using V = decltype(zero);
+        store<V>(sum + d, load<V>(a + d) + load<V>(b + d));
+    });
+    round_to(sums.dtype, sum, width);
+    sums.store(token, width, sum);
+    return sum;
+}
+
+// Buffers of one row each, for a thread.
+struct Buffers {
+    std::vector<float> numbers;
+    int64_t width;
+    Buffers(int64_t count, int64_t width) : numbers(count * width), width(width) {}
+    float* operator[](int64_t index) { return numbers.data() + index * width; }
+};
+
+// Half-open ranges of tokens, as many whatever the number of threads, so that sums over them don't depend on it.
+struct Range {
+    int64_t first, last;
+    Range(int64_t index, int64_t ranges, int64_t tokens)
+        : first(tokens * index / ranges), last(tokens * (index + 1) / ranges) {}
+};
+
+// With fewer numbers, starting threads takes longer than the work.
+bool is_much(int64_t tokens, int64_t numbers_per_token) { return tokens > 1 && tokens * numbers_per_token > 1 << 15; }
+
+}  // namespace
+
+extern "C" {
+
+// `scores` and `inverse_rms` may be null.
+void closed_forward(int64_t threads, int64_t tokens, int64_t width, int64_t num_sources, int64_t reads,
+                    void* const* sources, Dtype source_dtype, const float* products, double eps, void* const* mixed,
+                    Dtype mixed_dtype, float* lse, float* scores, float* inverse_rms) {
+#pragma omp parallel num_threads(threads) if (is_much(tokens, width * num_sources))
+    {
+        Buffers buffers(num_sources + reads, width);
+        std::vector<float> weights(num_sources * reads), products_with_row(reads + 1);
+        std::vector<const float*> rows(num_sources), others(reads + 1);
+        std::vector<float*> results(reads);
+        for (int64_t s = 0; s < reads; s++) others[s] = products + s * width;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            for (int64_t i = 0; i < num_sources; i++) {
+                others[reads] = rows[i] = Rows{sources[i], source_dtype}.load(t, width, buffers[i]);
+                dots(rows[i], others.data(), reads + 1, width, products_with_row.data());
+                float rms = inverse_rms_of(products_with_row[reads], width, eps);
+                if (inverse_rms) inverse_rms[i * tokens + t] = rms;
+                for (int64_t s = 0; s < reads; s++) {
+                    weights[i * reads + s] = products_with_row[s] * rms;
+                    if (scores) scores[(i * reads + s) * tokens + t] = weights[i * reads + s];
+                }
+            }
+            for (int64_t s = 0; s < reads; s++) {
+                lse[s * tokens + t] = softmax(weights.data() + s, num_sources, reads);
+                results[s] = Rows{mixed[s], mixed_dtype}.place(t, width, buffers[num_sources + s]);
+            }
+            combine(results.data(), rows.data(), num_sources, weights.data(), reads, width, false);
+            for (int64_t s = 0; s < reads; s++) Rows{mixed[s], mixed_dtype}.store(t, width, results[s]);
+        }
+    }
+}
+
+// `product_sums` is (ranges, reads, width), or null; `given` the gradients of what else the scores go into, or null.
+void closed_backward(int64_t threads, int64_t tokens, int64_t width, int64_t num_sources, int64_t reads,
+                     void* const* sources, Dtype source_dtype, const float* products, void* const* grad_mixed,
+                     Dtype mixed_dtype, const float* lse, const float* grad_lse, const float* scores,
+                     const float* inverse_rms, const float* given, void* const* grad_sources, float* product_sums,
+                     int64_t ranges) {
+#pragma omp parallel num_threads(threads) if (is_much(tokens, width * num_sources))
+    {
+        Buffers buffers(2 * num_sources + reads, width);
+        std::vector<float> weights(num_sources * reads), grads(num_sources * reads), along(num_sources);
+        // what the gradients of the sources are sums of: gradients of the reads and products, and their weights
+        std::vector<float> part_weights(2 * reads * num_sources);
+        std::vector<const float*> rows(num_sources), parts(2 * reads);
+        std::vector<float*> results(num_sources), sums(reads);
+        for (int64_t s = 0; s < reads; s++) parts[reads + s] = products + s * width;
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < ranges; index++) {
+            Range range(index, ranges, tokens);
+            if (product_sums) {
+                for (int64_t s = 0; s < reads; s++) sums[s] = product_sums + (index * reads + s) * width;
+                std::memset(sums[0], 0, reads * width * sizeof(float));
+            }
+            for (int64_t t = range.first; t < range.last; t++) {
+                for (int64_t s = 0; s < reads; s++)
+                    parts[s] = Rows{grad_mixed[s], mixed_dtype}.load(t, width, buffers[num_sources + s]);
+                for (int64_t i = 0; i < num_sources; i++) {
+                    rows[i] = Rows{sources[i], source_dtype}.load(t, width, buffers[i]);
+                    dots(rows[i], parts.data(), reads, width, grads.data() + i * reads);
+                }
+                for (int64_t s = 0; s < reads; s++) {  // of the loss by the scores
+                    float mean = -grad_lse[s * tokens + t];
+                    for (int64_t k = s; k < num_sources * reads; k += reads) {
+                        weights[k] = std::exp(scores[k * tokens + t] - lse[s * tokens + t]);
+                        mean += weights[k] * grads[k];
+                    }
+                    for (int64_t k = s; k < num_sources * reads; k += reads)
+                        grads[k] = weights[k] * (grads[k] - mean) + (given ? given[k * tokens + t] : 0);
+                }
+                for (int64_t i = 0; i < num_sources; i++) {
+                    float rms = inverse_rms[i * tokens + t];
+                    along[i] = 0;
+                    for (int64_t s = 0; s < reads; s++) {
+                        int64_t k = i * reads + s;
+                        along[i] -= scores[k * tokens + t] * grads[k] * rms * rms / width;
+                        grads[k] *= rms;
+                        part_weights[s * num_sources + i] = weights[k];
+                        part_weights[(reads + s) * num_sources + i] = grads[k];
+                    }
+                }
+                if (product_sums)
+                    combine(sums.data(), rows.data(), num_sources, grads.data(), reads, width, true);
+                if (!grad_sources) continue;
+                for (int64_t i = 0; i < num_sources; i++) {
+                    results[i] = Rows{grad_sources[i], source_dtype}.place(t, width, buffers[num_sources + reads + i]);
+                    combine(&results[i], &rows[i], 1, &along[i], 1, width, false);
+                }
+                combine(results.data(), parts.data(), 2 * reads, part_weights.data(), num_sources, width, true);
+                for (int64_t i = 0; i < num_sources; i++)
+                    Rows{grad_sources[i], source_dtype}.store(t, width, results[i]);
+            }
+        }
+    }
+}
+
+// `weights` and `statistics` may be null. `normed` may be `mixed`.
+void step_forward(int64_t threads, int64_t tokens, int64_t width, Rows partial, Rows output, Rows mixed,
+                  const float* lse, const float* product, const float* given_score, double key_eps, double scale,
+                  Rows gain, double norm_eps, Dtype norm_dtype, Rows new_partial, Rows normed, Rows hidden,
+                  float* weights, float* statistics) {
+#pragma omp parallel num_threads(threads) if (is_much(tokens, width))
+    {
+        Buffers buffers(5, width);
+        const float* gains = gain ? gain.load(0, width, buffers[0]) : nullptr;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *closed = mixed.load(t, width, buffers[1]), *value = closed;
+            float score = 0, rms = 0, closed_score = 0, closed_rms = 0, norm_rms = 0, weight = 0;
+            if (output) {
+                value = output.load(t, width, buffers[2]);
+                if (partial) {
+                    const float* before = partial.load(t, width, buffers[3]);
+                    value = sum_of(before, value, new_partial, t, width, buffers[4]);
+                }
+                score = given_score ? given_score[t] : score_of(value, product, width, key_eps, &rms);
+                closed_score = lse ? lse[t] : score_of(closed, product, width, key_eps, &closed_rms);
+                weight = 1 / (1 + std::exp(closed_score - score));
+                if (weights) weights[t] = weight;
+            }
+            const float factors[] = {float(scale * (1 - weight)), float(scale * weight)};
+            const float* rows[] = {closed, value};
+            float* read = hidden ? hidden.place(t, width, buffers[3]) : buffers[3];
+            combine<1>(&read, rows, 2, factors, 1, width, false);
+            if (gain) norm_rms = normalise(read, gains, norm_eps, norm_dtype, normed, t, width, buffers[2]);
+            if (hidden) hidden.store(t, width, read);
+            if (!statistics) continue;
+            const float numbers[] = {score, rms, closed_score, closed_rms, norm_rms};
+            for (int64_t k = 0; k < 5; k++) statistics[k * tokens + t] = numbers[k];
+        }
+    }
+}
+
+// `product_sums` and `norm_sums` are (ranges, width), or null.
+void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, Rows mixed, const float* product,
+                   Rows gain, const float* statistics, Rows grad_partial, Rows grad_normed, Rows grad_hidden,
+                   const float* grad_weights, double scale, Dtype norm_dtype, Rows grad_value, Rows grad_mixed,
+                   float* grad_lse, float* product_sums, float* norm_sums, int64_t ranges) {
+#pragma omp parallel num_threads(threads) if (is_much(tokens, width))
+    {
+        Buffers buffers(8, width);
+        const float* gains = gain ? gain.load(0, width, buffers[0]) : nullptr;
+        float *unit = buffers[1], *grad = buffers[2];
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < ranges; index++) {
+            Range range(index, ranges, tokens);
+            float* product_sum = product_sums ? product_sums + index * width : nullptr;
+            float* norm_sum = norm_sums ? norm_sums + index * width : nullptr;
+            if (product_sum) std::memset(product_sum, 0, width * sizeof(float));
+            if (norm_sum) std::memset(norm_sum, 0, width * sizeof(float));
+            for (int64_t t = range.first; t < range.last; t++) {
+                float score = statistics[t], rms = statistics[tokens + t], closed_score = statistics[2 * tokens + t];
+                float closed_rms = statistics[3 * tokens + t], norm_rms = statistics[4 * tokens + t], weight = 0;
+                const float *closed = mixed.load(t, width, buffers[3]), *value = closed;
+                if (values) {
+                    value = values.load(t, width, buffers[4]);
+                    weight = 1 / (1 + std::exp(closed_score - score));
+                }
+                const float factors[] = {float(scale * (1 - weight)), float(scale * weight)};
+                if (grad_normed) {
+                    const float* given = grad_normed.load(t, width, buffers[5]);
+                    const float* rows[] = {closed, value};
+                    const float unit_factors[] = {norm_rms * factors[0], norm_rms * factors[1]};
+                    combine<1>(&unit, rows, 2, unit_factors, 1, width, false);
+                    const float* normed = unit;
+                    if (norm_dtype != FLOAT32) {
+                        std::memcpy(buffers[6], unit, width * sizeof(float));
+                        round_to(norm_dtype, buffers[6], width);
+                        normed = buffers[6];
+                    }
+                    Sum products;
+                    for_columns(width, [&](int64_t d, auto zero) {
+                        using V = decltype(zero);
+                        const V by_result = load<V>(given + d), by_unit = by_result * load<V>(gains + d);
+                        store<V>(norm_sum + d, load<V>(norm_sum + d) + by_result * load<V>(normed + d));
+                        store<V>(grad + d, by_unit);
+                        products += by_unit * load<V>(unit + d);
+                    });
+                    const float along = products.total() / width;
+                    for_columns(width, [&](int64_t d, auto zero) {
+                        using V = decltype(zero);
+                        store<V>(grad + d, norm_rms * (load<V>(grad + d) - along * load<V>(unit + d)));
+                    });
+                } else {
+                    std::memset(grad, 0, width * sizeof(float));
+                }
+                if (grad_hidden) {
+                    const float *given = grad_hidden.load(t, width, buffers[5]), one = 1;
+                    combine<1>(&grad, &given, 1, &one, 1, width, true);
+                }
+                // of the loss by the score, of which one part is along the product and one along the source
+                float by_product = 0, by_value = 0, closed_by_product = 0, by_closed = 0;
+                if (values) {
+                    const float* rows[] = {value, closed};
+                    float products[2];
+                    dots<2>(grad, rows, width, products);
+                    float by_weight = scale * (products[0] - products[1]) + (grad_weights ? grad_weights[t] : 0);
+                    float by_score = by_weight * weight * (1 - weight);
+                    by_product = by_score * rms, by_value = -by_product * score * rms / width;
+                    closed_by_product = -by_score * closed_rms;
+                    by_closed = -closed_by_product * closed_score * closed_rms / width;
+                    if (grad_lse) grad_lse[t] = -by_score;
+                    if (product_sum) {
+                        const float sum_factors[] = {by_product, closed_by_product};
+                        combine<1>(&product_sum, rows, grad_lse ? 1 : 2, sum_factors, 1, width, true);
+                    }
+                    // what is multiplied by zeros in the sums below is left out of them, as it may be missing
+                    const float* parts[4] = {grad};
+                    float part_factors[4] = {factors[1]};
+                    int64_t count = 1;
+                    if (product) {
+                        parts[count] = product, part_factors[count++] = by_product;
+                        parts[count] = value, part_factors[count++] = by_value;
+                    }
+                    if (grad_partial) parts[count] = grad_partial.load(t, width, buffers[5]), part_factors[count++] = 1;
+                    float* result = grad_value.place(t, width, buffers[7]);
+                    combine<1>(&result, parts, count, part_factors, 1, width, false);
+                    grad_value.store(t, width, result);
+                }
+                const float* parts[] = {grad, product, closed};
+                const float part_factors[] = {factors[0], closed_by_product, by_closed};
+                float* result = grad_mixed.place(t, width, buffers[7]);
+                combine<1>(&result, parts, values && !grad_lse ? 3 : 1, part_factors, 1, width, false);
+                grad_mixed.store(t, width, result);
+            }
+        }
+    }
+}
+
+// A whole read. `output` joins the last source, and `new_partial` is the sum; or it is one more source; or it is null.
+// `weights` is (batch, sources, seq), or null.
+void read_forward(int64_t threads, int64_t tokens, int64_t seq, int64_t width, int64_t num_sources,
+                  void* const* sources, const unsigned char* dtypes, Rows output, Rows new_partial,
+                  const float* product, double eps, double scale, Rows gain, double norm_eps, Dtype norm_dtype,
+                  Rows normed, Rows hidden, float* weights) {
+    int64_t count = num_sources + (output && !new_partial);
+#pragma omp parallel num_threads(threads) if (is_much(tokens, width * count))
+    {
+        Buffers buffers(count + 4, width);
+        std::vector<float> scores(count);
+        std::vector<const float*> rows(count);
+        const float* gains = gain ? gain.load(0, width, buffers[count]) : nullptr;
+        float rms;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            for (int64_t i = 0; i < count; i++) {
+                Rows source = i < num_sources ? Rows{sources[i], Dtype(dtypes[i])} : output;
+                rows[i] = source.load(t, width, buffers[i]);
+                if (new_partial && i + 1 == count) {
+                    const float* added = output.load(t, width, buffers[count + 1]);
+                    rows[i] = sum_of(rows[i], added, new_partial, t, width, buffers[count + 2]);
+                }
+                scores[i] = score_of(rows[i], product, width, eps, &rms);
+            }
+            softmax(scores.data(), count, 1);
+            for (int64_t i = 0; i < count; i++) {
+                if (weights) weights[(t / seq * count + i) * seq + t % seq] = scores[i];
+                scores[i] *= scale;
+            }
+            float* read = hidden ? hidden.place(t, width, buffers[count + 3]) : buffers[count + 3];
+            combine<1>(&read, rows.data(), count, scores.data(), 1, width, false);
+            if (gain) normalise(read, gains, norm_eps, norm_dtype, normed, t, width, buffers[count + 1]);
+            if (hidden) hidden.store(t, width, read);
+        }
+    }
+}
+
+// What the reads of one token share. Its tensors are of one dtype, but for products, float32, and gains.
+struct Token {
+    int64_t width;
+    Dtype dtype;
+    const float* products;  // (reads, width)
+    double eps;
+    void* const* sources;
+};
+
+// A read of one token, with the product `row`. Without a gain, the read itself is the result.
+void token_read(const Token* token, int64_t row, int64_t num_sources, double scale, void* output, void* new_partial,
+                void* gain, Dtype gain_dtype, double norm_eps, void* result) {
+    const Dtype dtype = token->dtype, normed_dtype = dtype == FLOAT32 ? FLOAT32 : gain_dtype;
+    const std::vector<unsigned char> dtypes(num_sources, dtype);
+    const Rows normed{gain ? result : nullptr, normed_dtype}, read{gain ? nullptr : result, dtype};
+    read_forward(1, 1, 1, token->width, num_sources, token->sources, dtypes.data(), Rows{output, dtype},
+                 Rows{new_partial, dtype}, token->products + row * token->width, token->eps, scale,
+                 Rows{gain, gain_dtype}, norm_eps, dtype, normed, read, nullptr);
+}
+
+}  // extern "C"
+"""
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int64)]
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ABSENT = Rows(None, 0)
+RANGES = 64  # of tokens, over which a gradient is summed up separately
+
+INTEGER, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+SIGNATURES = {
+    "closed_forward": [INTEGER] * 5 + [POINTER, INTEGER, POINTER, FLOAT, POINTER, INTEGER] + [POINTER] * 3,
+    "closed_backward": [INTEGER] * 5 + [POINTER, INTEGER, POINTER, POINTER, INTEGER] + [POINTER] * 7 + [INTEGER],
+    "step_forward": [INTEGER] * 3
+    + [Rows] * 3
+    + [POINTER] * 3
+    + [FLOAT, FLOAT, Rows, FLOAT, INTEGER]
+    + [Rows] * 3
+    + [POINTER] * 2,
+    "step_backward": [INTEGER] * 3
+    + [Rows, Rows, POINTER, Rows, POINTER, Rows, Rows, Rows, POINTER, FLOAT, INTEGER, Rows, Rows]
+    + [POINTER] * 3
+    + [INTEGER],
+    "read_forward": [INTEGER] * 5
+    + [POINTER, ctypes.c_char_p, Rows, Rows, POINTER, FLOAT, FLOAT, Rows, FLOAT, INTEGER, Rows, Rows, POINTER],
+    "token_read": [POINTER, INTEGER, INTEGER, FLOAT, POINTER, POINTER, POINTER, INTEGER, FLOAT, POINTER],
+}
+
+
+def compiler() -> str | None:
+    """The path of the C++ compiler, None where there is none or the kernels aren't for the system."""
+    return shutil.which(os.environ.get("CXX") or "g++") if sys.platform == "linux" else None
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; the message holds its first error.
+    """
+    if compiler() is None:
+        raise RuntimeError("no C++ compiler: install g++, or name one in CXX")
+    command = [compiler(), "-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    cpu = Path("/proc/cpuinfo")
+    features = {line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))}
+    parts = (SOURCE, *command, version, platform.machine(), *sorted(features))
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnres"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = tempfile.TemporaryDirectory(dir=folder)
+    except OSError:  # not ours to write in: compiled again in each process
+        temporary = tempfile.TemporaryDirectory()
+        folder = Path(temporary.name)
+    with temporary:
+        path = folder / f"kernels-{key}.so"
+        if not path.exists():
+            built = Path(temporary.name) / "kernels.so"
+            result = subprocess.run(
+                [*command, "-x", "c++", "-", "-o", str(built)], input=SOURCE, capture_output=True, text=True
+            )
+            if result.returncode != 0:
+                errors = [line for line in result.stderr.splitlines() if "error" in line] or ["the compiler failed"]
+                raise RuntimeError(f"{command[0]}: {errors[0].strip()}")
+            os.replace(built, path)  # another process may have been as fast
+        loaded = ctypes.CDLL(str(path))
+    for name, types in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
+    return loaded
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def pointers(tensors) -> ctypes.Array:
+    return (POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def rows(tensor: torch.Tensor | None) -> Rows:
+    return ABSENT if tensor is None or tensor.numel() == 0 else Rows(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+class Token(ctypes.Structure):
+    _fields_ = [("width", INTEGER), ("dtype", INTEGER), ("products", POINTER), ("eps", FLOAT), ("sources", POINTER)]
+
+
+class CppTokenReads(TokenReads):
+    """Checks once, and keeps a table of the sources, so that little is left to do around the kernel."""
+
+    def __init__(self, hidden_states: torch.Tensor, products: torch.Tensor, eps: float):
+        self.like, self.products = hidden_states.contiguous(), products.contiguous()
+        self.addresses = (POINTER * (products.shape[0] + 1))()
+        self.num_closed = 0  # of the sources, whose addresses are in the table
+        fields = hidden_states.shape[-1], DTYPES[hidden_states.dtype], self.products.data_ptr(), eps
+        self.token = Token(*fields, ctypes.addressof(self.addresses))
+        self.arguments = ctypes.addressof(self.token)
+        self.read = library().token_read
+        self.is_uniform = True
+
+    def step(self, depth_read, product, sources, output, norm) -> tuple:
+        like, addresses, num_sources = self.like, self.addresses, len(sources)
+        if output is not None and (output.dtype != like.dtype or not output.is_contiguous()):
+            self.is_uniform = False
+        if not self.is_uniform:
+            return depth_read.forward(product, sources, output, norm)
+        for index in range(self.num_closed, num_sources):
+            addresses[index] = sources[index].data_ptr()
+        self.num_closed = depth_read.num_closed_sources
+        added = new_partial = None
+        if output is not None and depth_read.extends:
+            partial = torch.empty_like(like)
+            added, new_partial = output.data_ptr(), partial.data_ptr()
+            sources = (*sources[:-1], partial)
+        elif output is not None:
+            addresses[num_sources] = output.data_ptr()
+            num_sources += 1
+            sources = (*sources, output)
+        gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
+        if fits := can_fuse_norm(norm) and norm.weight.dtype in DTYPES and is_plain(norm.weight):
+            weight, norm_eps = norm.weight, norm.variance_epsilon
+            gain, gain_dtype = weight.data_ptr(), DTYPES[weight.dtype]
+            if weight.dtype != dtype:
+                dtype = torch.float32
+        result = torch.empty_like(like, dtype=dtype)
+        self.read(
+            self.arguments,
+            depth_read.row,
+            num_sources,
+            depth_read.scale,
+            added,
+            new_partial,
+            gain,
+            gain_dtype,
+            norm_eps,
+            result.data_ptr(),
+        )
+        return None, None, result if fits else norm(result), sources
+
+
+class CppKernels(DepthKernels):
+    name = "cpp"
+    dtypes = tuple(DTYPES)
+    few_tokens = 0
+    reads_at_once = True
+
+    def token_reads(self, hidden_states, products, eps):
+        return CppTokenReads(hidden_states, products, eps)
+
+    def closed_forward(self, sources, products, eps, mixed, lse, scores, inverse_rms):
+        (num_reads, width), (num_sources, num_tokens) = products.shape, inverse_rms.shape
+        library().closed_forward(
+            torch.get_num_threads(),
+            num_tokens,
+            width,
+            num_sources,
+            num_reads,
+            pointers(sources),
+            DTYPES[sources[0].dtype],
+            products.data_ptr(),
+            eps,
+            pointers(mixed),
+            DTYPES[mixed[0].dtype],
+            lse.data_ptr(),
+            scores.data_ptr(),
+            inverse_rms.data_ptr(),
+        )
+
+    def closed_backward(
+        self,
+        sources,
+        products,
+        lse,
+        scores,
+        inverse_rms,
+        grad_mixed,
+        grad_lse,
+        grad_scores,
+        grad_sources,
+        need_products,
+    ):
+        (num_reads, width), (num_sources, num_tokens) = products.shape, inverse_rms.shape
+        ranges = min(RANGES, num_tokens)
+        product_sums = products.new_empty(ranges, num_reads, width) if need_products else None
+        library().closed_backward(
+            torch.get_num_threads(),
+            num_tokens,
+            width,
+            num_sources,
+            num_reads,
+            pointers(sources),
+            DTYPES[sources[0].dtype],
+            products.data_ptr(),
+            pointers(grad_mixed),
+            DTYPES[grad_mixed[0].dtype],
+            lse.data_ptr(),
+            grad_lse.data_ptr(),
+            scores.data_ptr(),
+            inverse_rms.data_ptr(),
+            pointer(grad_scores),
+            pointers(grad_sources) if grad_sources else None,
+            pointer(product_sums),
+            ranges,
+        )
+        return product_sums.sum(0) if need_products else None
+
+    def step_forward(
+        self, partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, norm_eps, dtype, results
+    ):
+        new_partial, normed, hidden, weight, statistics = results
+        library().step_forward(
+            torch.get_num_threads(),
+            statistics.shape[1],
+            mixed.shape[-1],
+            rows(partial),
+            rows(output),
+            rows(mixed),
+            pointer(lse),
+            pointer(product),
+            pointer(score),
+            key_eps,
+            scale,
+            rows(norm_weight),
+            norm_eps,
+            DTYPES[dtype],
+            rows(new_partial),
+            rows(normed),
+            rows(hidden),
+            pointer(weight),
+            statistics.data_ptr(),
+        )
+
+    def step_backward(
+        self,
+        value,
+        mixed,
+        product,
+        norm_weight,
+        statistics,
+        has_lse,
+        grads,
+        scale,
+        dtype,
+        grad_value,
+        grad_mixed,
+        grad_lse,
+    ):
+        grad_partial, grad_normed, grad_hidden, grad_weight = grads
+        width, ranges = mixed.shape[-1], min(RANGES, statistics.shape[1])
+        product_sums = norm_sums = None
+        if value is not None and product is not None:
+            product_sums = statistics.new_empty(ranges, width)
+        if grad_normed is not None:
+            norm_sums = statistics.new_empty(ranges, width)
+        library().step_backward(
+            torch.get_num_threads(),
+            statistics.shape[1],
+            width,
+            rows(value),
+            rows(mixed),
+            pointer(product),
+            rows(norm_weight),
+            statistics.data_ptr(),
+            rows(grad_partial),
+            rows(grad_normed),
+            rows(grad_hidden),
+            pointer(grad_weight),
+            scale,
+            DTYPES[dtype],
+            rows(grad_value),
+            rows(grad_mixed),
+            pointer(grad_lse),
+            pointer(product_sums),
+            pointer(norm_sums),
+            ranges,
+        )
+        return tuple(None if sums is None else sums.sum(0) for sums in (product_sums, norm_sums))
+
+    def read_forward(
+        self, sources, output, product, eps, scale, norm_weight, norm_eps, dtype, partial, normed, hidden, weights
+    ):
+        batch, seq, _ = sources[0].shape
+        library().read_forward(
+            torch.get_num_threads(),
+            batch * seq,
+            seq,
+            product.shape[0],
+            len(sources),
+            pointers(sources),
+            bytes(DTYPES[source.dtype] for source in sources),
+            rows(output),
+            rows(partial),
+            product.data_ptr(),
+            eps,
+            scale,
+            rows(norm_weight),
+            norm_eps,
+            DTYPES[dtype],
+            rows(normed),
+            rows(hidden),
+            pointer(weights),
+        )
+
+
+CPP_KERNELS = CppKernels()
+KERNELS.setdefault("cpu", CPP_KERNELS)  # unless Triton's interpreter has them
