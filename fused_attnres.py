@@ -235,31 +235,56 @@ def _closed_reads_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _closed_reads_autograd(ctx, grad_mixed, grad_lse, grad_scores, _):
+def _closed_reads_gradients(ctx, grad_mixed, grad_lse, grad_scores, need_sources, need_products):
     *sources, products, lse, scores, inverse_rms = ctx.saved_tensors
-    need_sources, need_products = any(ctx.needs_input_grad[0]), ctx.needs_input_grad[1]
     if any(grad is None for grad in grad_mixed):  # a read that nothing used
         zeros = torch.zeros_like(sources[0], dtype=ctx.dtype)
         grad_mixed = [zeros if grad is None else grad for grad in grad_mixed]
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    run = _closed_reads_backward_kernel if is_untraced() else _closed_reads_backward
-    grad_sources, grad_products = run(
+    grad_sources, grad_products = (_closed_reads_backward_kernel if is_untraced() else _closed_reads_backward)(
         sources,
         products,
         lse,
         scores,
         inverse_rms,
         list(grad_mixed),
-        grad_lse,
+        torch.zeros_like(lse) if grad_lse is None else grad_lse,
         grad_scores,
         need_sources,
         need_products,
     )
-    grad_sources = list(grad_sources) if need_sources else [None] * len(sources)
-    return grad_sources, grad_products if need_products else None, None, None
+    return list(grad_sources) if need_sources else [None] * len(sources), grad_products if need_products else None
+
+
+def _closed_reads_autograd(ctx, grad_mixed, grad_lse, grad_scores, _):
+    needs = any(ctx.needs_input_grad[0]), ctx.needs_input_grad[1]
+    return *_closed_reads_gradients(ctx, grad_mixed, grad_lse, grad_scores, *needs), None, None
 
 
 _closed_reads.register_autograd(_closed_reads_autograd, setup_context=_closed_reads_setup)
+
+
+class ClosedReadsFunction(torch.autograd.Function):
+    """The operator without the dispatcher, which may take longer than the kernel does."""
+
+    @staticmethod
+    def forward(ctx, products, eps, dtype, *sources):
+        inputs = (sources, products, eps, dtype)
+        output = _closed_reads_kernel(*inputs)
+        _closed_reads_setup(ctx, inputs, output)
+        return *output[0], *output[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        *grad_mixed, grad_lse, grad_scores, _ = grads
+        needs = any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[0]
+        grad_sources, grad_products = _closed_reads_gradients(ctx, grad_mixed, grad_lse, grad_scores, *needs)
+        return grad_products, None, None, *grad_sources
+
+
+def _closed_reads_untraced(sources, products, eps, dtype):
+    *mixed, lse, scores, inverse_rms = ClosedReadsFunction.apply(products, eps, dtype, *sources)
+    return mixed, lse, scores, inverse_rms
 
 
 def closed_reads(
@@ -303,7 +328,7 @@ def closed_reads(
     if dtype not in (None, source_dtype, torch.float32):
         raise TypeError(f"closed_reads of {source_dtype} sources gives {source_dtype} or torch.float32, not {dtype}.")
     sources = [source.to(source_dtype) for source in sources]
-    run = _closed_reads if torch.is_grad_enabled() or not is_untraced() else _closed_reads_kernel
+    run = _closed_reads_untraced if is_untraced() else _closed_reads
     parts = [run(sources, part, eps, dtype or source_dtype) for part in products.float().split(MOST_READS)]
     lse = parts[0][1] if len(parts) == 1 else torch.cat([lse for _, lse, _, _ in parts])
     mixed = tuple(read for mixed, _, _, _ in parts for read in mixed)
@@ -521,7 +546,7 @@ _depth_step.register_autograd(_depth_step_autograd, setup_context=_depth_step_se
 
 
 class DepthStepFunction(torch.autograd.Function):
-    """The operator without the dispatcher, which takes longer than the kernel does for few tokens."""
+    """As [`ClosedReadsFunction`]."""
 
     @staticmethod
     def forward(ctx, *inputs):
