@@ -574,6 +574,47 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++") if sys.platform == "linux" else None
 
 
+def build_command() -> list[str]:
+    if compiler() is None:
+        raise RuntimeError("no C++ compiler: install g++, or name one in CXX")
+    return [compiler(), "-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept, None if nothing can be kept there, or others could put something there."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnres"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    is_ours = state.st_uid == os.getuid() and not state.st_mode & 0o022
+    return folder if is_ours and os.access(folder, os.W_OK) else None
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def build_key() -> str:
+    """What another source, compiler or processor would change."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return digest("\n".join((SOURCE, *build_command(), version, platform.machine(), *sorted(processor))).encode())
+
+
+def build(folder: Path) -> Path:
+    """Compiles the kernels into a file of a `folder`."""
+    built = folder / "built.so"
+    command = [*build_command(), "-x", "c++", "-", "-o", str(built)]
+    result = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
+    if result.returncode != 0:
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        raise RuntimeError((errors or [f"{command[0]} failed"])[0].strip())
+    return built
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The compiled kernels.
@@ -581,32 +622,15 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no compiler, or it failed; the message holds its first error.
     """
-    if compiler() is None:
-        raise RuntimeError("no C++ compiler: install g++, or name one in CXX")
-    command = [compiler(), "-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
-    cpu = Path("/proc/cpuinfo")
-    features = {line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))}
-    parts = (SOURCE, *command, version, platform.machine(), *sorted(features))
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnres"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = tempfile.TemporaryDirectory(dir=folder)
-    except OSError:  # not ours to write in: compiled again in each process
-        temporary = tempfile.TemporaryDirectory()
-        folder = Path(temporary.name)
-    with temporary:
-        path = folder / f"kernels-{key}.so"
-        if not path.exists():
-            built = Path(temporary.name) / "kernels.so"
-            result = subprocess.run(
-                [*command, "-x", "c++", "-", "-o", str(built)], input=SOURCE, capture_output=True, text=True
-            )
-            if result.returncode != 0:
-                errors = [line for line in result.stderr.splitlines() if "error" in line] or ["the compiler failed"]
-                raise RuntimeError(f"{command[0]}: {errors[0].strip()}")
-            os.replace(built, path)  # another process may have been as fast
+    name, folder = f"kernels-{build_key()}", cache_folder()
+    # a file's name ends with the digest of what is in it, as loading half a file would end the process
+    kept = [path for path in folder.glob(f"{name}-*.so")] if folder else []
+    path = next((path for path in kept if path.stem == f"{name}-{digest(path.read_bytes())}"), None)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        if path is None:
+            built = build(Path(temporary))
+            path = (folder or Path(temporary)) / f"{name}-{digest(built.read_bytes())}.so"
+            os.replace(built, path)  # another process may have been faster
         loaded = ctypes.CDLL(str(path))
     for name, types in SIGNATURES.items():
         function = getattr(loaded, name)
@@ -643,22 +667,26 @@ class CppTokenReads(TokenReads):
         self.read = library().token_read
         self.is_uniform = True
 
+    def address(self, source: torch.Tensor) -> int:
+        if source.dtype != self.like.dtype or not source.is_contiguous():
+            self.is_uniform = False  # for this token
+        return source.data_ptr()
+
     def step(self, depth_read, product, sources, output, norm) -> tuple:
         like, addresses, num_sources = self.like, self.addresses, len(sources)
-        if output is not None and (output.dtype != like.dtype or not output.is_contiguous()):
-            self.is_uniform = False
+        for index in range(self.num_closed, num_sources):
+            addresses[index] = self.address(sources[index])
+        address = None if output is None else self.address(output)
         if not self.is_uniform:
             return depth_read.forward(product, sources, output, norm)
-        for index in range(self.num_closed, num_sources):
-            addresses[index] = sources[index].data_ptr()
         self.num_closed = depth_read.num_closed_sources
         added = new_partial = None
         if output is not None and depth_read.extends:
             partial = torch.empty_like(like)
-            added, new_partial = output.data_ptr(), partial.data_ptr()
+            added, new_partial = address, partial.data_ptr()
             sources = (*sources[:-1], partial)
         elif output is not None:
-            addresses[num_sources] = output.data_ptr()
+            addresses[num_sources] = address
             num_sources += 1
             sources = (*sources, output)
         gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
