@@ -624,7 +624,7 @@ def library() -> ctypes.CDLL:
     """
     name, folder = f"kernels-{build_key()}", cache_folder()
     # a file's name ends with the digest of what is in it, as loading half a file would end the process
-    kept = [path for path in folder.glob(f"{name}-*.so")] if folder else []
+    kept = list(folder.glob(f"{name}-*.so")) if folder else []
     path = next((path for path in kept if path.stem == f"{name}-{digest(path.read_bytes())}"), None)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         if path is None:
