@@ -720,7 +720,9 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         device = tensors[0].device
         if self.kernels != KERNELS.get(device.type) or is_exporting() or torch.jit.is_tracing():
             return False
-        if tensors[0].shape[:-1].numel() <= self.kernels.few_tokens:
+        # of few, a compiler makes fewer kernels than there are operators
+        few_tokens = self.few_tokens if torch.compiler.is_compiling() else self.kernels.few_tokens
+        if tensors[0].shape[:-1].numel() <= few_tokens:
             return False
         takes = all(tensor.dtype in self.kernels.dtypes and is_plain(tensor) for tensor in tensors)
         return takes and works_on(device)

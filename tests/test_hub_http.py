@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from behaviours import assert_close
 from convert_models import edit_json
 from families import tiny_model, tokens
 from hub_server import Fault, serve_hub
@@ -118,7 +119,7 @@ def test_push_and_pull(hub, tmp_path):
     for name, expected in {"main": uniform, "pinned": uniform, "old": first, "branch": uniform}.items():
         module, actual = results[name]
         assert module.startswith("transformers_modules.me.model."), results[name]
-        assert torch.equal(actual, expected), name
+        assert_close(actual, expected)  # other code for the reads, that in the folder
     assert "trust_remote_code" in results["no trust"][1]
     assert "absent is not a valid git identifier" in results["no revision"][1]
 
