@@ -38,6 +38,7 @@ from modeling_attnres import (
 logger = logging.get_logger(__name__)
 
 MOST_READS = 32  # of one kernel; more would not fit into a GPU's registers
+CACHE_BYTES = 1 << 25  # of a CPU's last level, about
 
 
 class DepthKernels:
@@ -728,13 +729,16 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         return takes and works_on(device)
 
     def reads_at_once(self, products) -> bool:
-        """Whether a read is best done in one kernel, without a first phase, whose results would take memory."""
+        """Whether a read can be done in one kernel."""
         # with a gradient, they come from the first forward of re-entrant checkpointing, to which the second is equal
         with_gradients = torch.is_grad_enabled() or products.requires_grad
         return self.kernels.reads_at_once and not with_gradients and is_untraced()
 
     def batches(self, sources, products) -> bool:
-        return super().batches(sources, products) and not (self.runs(sources) and self.reads_at_once(products))
+        # what the cache holds may be fetched again, rather than take memory for the results of a first phase
+        small = sum(source.numel() * source.element_size() for source in sources) <= CACHE_BYTES
+        at_once = small and self.runs(sources) and self.reads_at_once(products)
+        return super().batches(sources, products) and not at_once
 
     def token_reads(self, hidden_states, products, eps):
         if not self.runs([hidden_states]):

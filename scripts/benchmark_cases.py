@@ -22,7 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from attnres import AttnResConfig
 from configuration_attnres import attn_res_config_class
-from fused_attnres import FusedDepthAttention
 from modeling_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, ClosedDepthRead, DepthRead, TwoPhaseDepthAttention
 
 
@@ -401,18 +400,14 @@ def traffic_by_formula(mode: str, implementation: str, sources: int, sublayers: 
     Two phases, as in the paper's table: Block `N / S + 5`, with N closed sources and S sublayers in the block; Full
     `S + N`, with N blocks of S sublayers, of which this is the last. One read after the other, by our own count, which
     is the least that this takes: n sources are read for their scores and again for the mix, which is written, and in
-    Block each output is added to the sum. What more eager PyTorch moves are intermediate results. The kernels for CPUs,
-    which read so without gradients, read the sources of a token once.
+    Block each output is added to the sum. What more eager PyTorch moves are intermediate results.
     """
-    depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS[implementation]
-    at_once = isinstance(depth_attention, FusedDepthAttention) and depth_attention.kernels.reads_at_once
-    if isinstance(depth_attention, TwoPhaseDepthAttention) and not at_once:
+    if isinstance(ALL_DEPTH_ATTENTION_FUNCTIONS[implementation], TwoPhaseDepthAttention):
         return sources / sublayers + 5 if mode == "block" else sublayers + sources / sublayers + 1
-    times = 1 if at_once else 2
     if mode == "full":
-        return times * (sources + (sublayers - 1) / 2) + 1
+        return 2 * (sources + (sublayers - 1) / 2) + 1
     sums = max(0, sublayers - 2) / sublayers
-    return times * (sources + (sublayers - 1) / sublayers) + 1 + 3 * sums
+    return 2 * (sources + (sublayers - 1) / sublayers) + 1 + 3 * sums
 
 
 class Operator(NamedTuple):

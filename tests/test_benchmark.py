@@ -99,11 +99,7 @@ def test_operators(tmp_path):
     run("--parts", "operators", "--sources", "3", "--sublayers", "2", "--output", tmp_path)
     rows = rows_of(tmp_path, "operators")
     assert {f"full {name}" for name in IMPLEMENTATIONS} < {row["variant"] for row in rows}
-    if "cpp" in IMPLEMENTATIONS:  # each source once, the mix, and the sum that begins with the second output
-        found = [row for row in rows if row["case"] == "block of reads" and row["pass"] == "forward"]
-        found = [row["traffic_by_formula"] for row in found if row["variant"].endswith("cpp")]
-        assert found == [(4 + 5) / 2] * 2
-        rows = [row for row in rows if not row["variant"].endswith("cpp")]
+    rows = [row for row in rows if not row["variant"].endswith("cpp")]
     assert all(row["traffic"] > 0 and row["seconds"][0] > 0 for row in rows)
     assert all((row["relative_error"] or 0) < 1e-5 for row in rows)
     formulas = {(row["case"], row["variant"], row["pass"]): row["traffic_by_formula"] for row in rows}
