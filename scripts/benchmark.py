@@ -56,7 +56,7 @@ PARTS = ("models", "compiled", "model_growth", "operators", "operator_growth")
 # by device; a head has 64 or 128 numbers
 DEFAULTS = {
     "cpu": {"dtype": "float32", "hidden_size": 512, "layers": 12, "blocks": 6, "batch_size": 4, "seq_len": 256}
-    | {"prompt_len": 1024, "new_tokens": 16, "head_size": 64, "growth_batch_size": 1, "operator_widths": [512]},
+    | {"prompt_len": 1024, "new_tokens": 64, "head_size": 64, "growth_batch_size": 1, "operator_widths": [512]},
     "cuda": {"dtype": "bfloat16", "hidden_size": 2048, "layers": 24, "blocks": 8, "batch_size": 8, "seq_len": 2048}
     | {"prompt_len": 8192, "new_tokens": 32, "head_size": 128, "growth_batch_size": 2}
     | {"operator_widths": [1024, 2048, 4096, 8192]},
