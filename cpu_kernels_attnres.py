@@ -249,7 +249,6 @@ bool is_much(int64_t tokens, int64_t numbers_per_token) { return tokens > 1 && t
 
 extern "C" {
 
-// `scores` and `inverse_rms` may be null.
 void closed_forward(int64_t threads, int64_t tokens, int64_t width, int64_t num_sources, int64_t reads,
                     void* const* sources, Dtype source_dtype, const float* products, double eps, void* const* mixed,
                     Dtype mixed_dtype, float* lse, float* scores, float* inverse_rms) {
@@ -266,10 +265,10 @@ void closed_forward(int64_t threads, int64_t tokens, int64_t width, int64_t num_
                 others[reads] = rows[i] = Rows{sources[i], source_dtype}.load(t, width, buffers[i]);
                 dots(rows[i], others.data(), reads + 1, width, products_with_row.data());
                 float rms = inverse_rms_of(products_with_row[reads], width, eps);
-                if (inverse_rms) inverse_rms[i * tokens + t] = rms;
+                inverse_rms[i * tokens + t] = rms;
                 for (int64_t s = 0; s < reads; s++) {
                     weights[i * reads + s] = products_with_row[s] * rms;
-                    if (scores) scores[(i * reads + s) * tokens + t] = weights[i * reads + s];
+                    scores[(i * reads + s) * tokens + t] = weights[i * reads + s];
                 }
             }
             for (int64_t s = 0; s < reads; s++) {
@@ -346,7 +345,7 @@ void closed_backward(int64_t threads, int64_t tokens, int64_t width, int64_t num
     }
 }
 
-// `weights` and `statistics` may be null. `normed` may be `mixed`.
+// `weights` may be null.
 void step_forward(int64_t threads, int64_t tokens, int64_t width, Rows partial, Rows output, Rows mixed,
                   const float* lse, const float* product, const float* given_score, double key_eps, double scale,
                   Rows gain, double norm_eps, Dtype norm_dtype, Rows new_partial, Rows normed, Rows hidden,
@@ -376,7 +375,6 @@ void step_forward(int64_t threads, int64_t tokens, int64_t width, Rows partial, 
             combine<1>(&read, rows, 2, factors, 1, width, false);
             if (gain) norm_rms = normalise(read, gains, norm_eps, norm_dtype, normed, t, width, buffers[2]);
             if (hidden) hidden.store(t, width, read);
-            if (!statistics) continue;
             const float numbers[] = {score, rms, closed_score, closed_rms, norm_rms};
             for (int64_t k = 0; k < 5; k++) statistics[k * tokens + t] = numbers[k];
         }
@@ -660,7 +658,7 @@ class CppTokenReads(TokenReads):
     def __init__(self, hidden_states: torch.Tensor, products: torch.Tensor, eps: float):
         self.like, self.products = hidden_states.contiguous(), products.contiguous()
         self.addresses = (POINTER * (products.shape[0] + 1))()
-        self.num_closed = 0  # of the sources, whose addresses are in the table
+        self.kept = []  # the sources whose addresses are in the table, which thus live on
         fields = hidden_states.shape[-1], DTYPES[hidden_states.dtype], self.products.data_ptr(), eps
         self.token = Token(*fields, ctypes.addressof(self.addresses))
         self.arguments = ctypes.addressof(self.token)
@@ -669,17 +667,19 @@ class CppTokenReads(TokenReads):
 
     def address(self, source: torch.Tensor) -> int:
         if source.dtype != self.like.dtype or not source.is_contiguous():
-            self.is_uniform = False  # for this token
+            self.is_uniform = False  # from now on, other code reads this token
         return source.data_ptr()
 
     def step(self, depth_read, product, sources, output, norm) -> tuple:
         like, addresses, num_sources = self.like, self.addresses, len(sources)
-        for index in range(self.num_closed, num_sources):
-            addresses[index] = self.address(sources[index])
+        for index, source in enumerate(sources):
+            if index == len(self.kept):
+                self.kept.append(None)
+            if self.kept[index] is not source:
+                addresses[index], self.kept[index] = self.address(source), source
         address = None if output is None else self.address(output)
         if not self.is_uniform:
             return depth_read.forward(product, sources, output, norm)
-        self.num_closed = depth_read.num_closed_sources
         added = new_partial = None
         if output is not None and depth_read.extends:
             partial = torch.empty_like(like)
@@ -691,7 +691,7 @@ class CppTokenReads(TokenReads):
             sources = (*sources, output)
         gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
         if fits := can_fuse_norm(norm) and norm.weight.dtype in DTYPES and is_plain(norm.weight):
-            weight, norm_eps = norm.weight, norm.variance_epsilon
+            weight, norm_eps = norm.weight.contiguous(), norm.variance_epsilon
             gain, gain_dtype = weight.data_ptr(), DTYPES[weight.dtype]
             if weight.dtype != dtype:
                 dtype = torch.float32

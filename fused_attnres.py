@@ -18,6 +18,7 @@ kernels_attnres.py for GPUs and in cpu_kernels_attnres.py for CPUs; importing a 
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -123,6 +124,14 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2
 def is_untraced() -> bool:
     """Whether kernels may be called themselves, as nothing but gradients needs to see operators; it takes less time."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def is_transformed() -> bool:
+    """Whether what runs is traced to run elsewhere, or differentiated or batched in a way that kernels don't know."""
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_functorch or torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -665,8 +674,9 @@ def works_on(device: torch.device) -> bool:
 def try_on(device: torch.device) -> bool:
     reason = "they are wrong"
     try:
-        if _error_on(device) < 1e-2:
-            return True
+        with ThreadPoolExecutor(1) as thread:  # without the modes, hooks and gradients of what is going on here
+            if thread.submit(_error_on, device).result() < 1e-2:
+                return True
     except Exception as error:  # of the kernels' compiler, the driver, a device that lacks something
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     logger.warning(
@@ -682,7 +692,8 @@ def _error_on(device: torch.device) -> float:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape):
-            return torch.randn(shape, generator=generator).to(device).requires_grad_()
+            tensor = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return tensor.to(device).requires_grad_()
 
         sources, output = [random(2, 24, 80) for _ in range(3)], random(2, 24, 80)
         product, gain = random(80), random(80)
@@ -717,9 +728,9 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         self.kernels = kernels
 
     def runs(self, tensors) -> bool:
-        """Whether the kernels take these tensors. What is traced to run elsewhere is left to PyTorch."""
+        """Whether the kernels take these tensors."""
         device = tensors[0].device
-        if self.kernels != KERNELS.get(device.type) or is_exporting() or torch.jit.is_tracing():
+        if self.kernels != KERNELS.get(device.type) or is_transformed():
             return False
         # of few, a compiler makes fewer kernels than there are operators
         few_tokens = self.few_tokens if torch.compiler.is_compiling() else self.kernels.few_tokens
@@ -728,16 +739,16 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         takes = all(tensor.dtype in self.kernels.dtypes and is_plain(tensor) for tensor in tensors)
         return takes and works_on(device)
 
-    def reads_at_once(self, products) -> bool:
-        """Whether a read can be done in one kernel."""
+    def reads_at_once(self, *tensors) -> bool:
+        """Whether a read of these tensors can be done in one kernel."""
         # with a gradient, they come from the first forward of re-entrant checkpointing, to which the second is equal
-        with_gradients = torch.is_grad_enabled() or products.requires_grad
+        with_gradients = torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors)
         return self.kernels.reads_at_once and not with_gradients and is_untraced()
 
     def batches(self, sources, products) -> bool:
         # what the cache holds may be fetched again, rather than take memory for the results of a first phase
         small = sum(source.numel() * source.element_size() for source in sources) <= CACHE_BYTES
-        at_once = small and self.runs(sources) and self.reads_at_once(products)
+        at_once = small and self.runs(sources) and self.reads_at_once(products, *sources)
         return super().batches(sources, products) and not at_once
 
     def token_reads(self, hidden_states, products, eps):
@@ -774,12 +785,13 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
     def read(self, closed_read, sources, product, eps, scale, norm=None):
         if not self.runs(sources):
             return super().read(closed_read, sources, product, eps, scale, norm)
-        hidden, weights, normed, _ = self.fused(closed_read, sources, None, False, product, eps, scale, norm, True)
+        watched = closed_read is None or closed_read.weights is not None
+        hidden, weights, normed, _ = self.fused(closed_read, sources, None, False, product, eps, scale, norm, watched)
         return hidden if norm is None else normed, weights
 
     def fused(self, closed_read, sources, output, extends, product, eps, scale, norm, watched):
         """A read, the output that joins its sources before and the norm after it; the result is [`DepthRead`]'s."""
-        if closed_read is None and self.reads_at_once(product):
+        if closed_read is None and self.reads_at_once(product, *sources):
             return self.whole_read(sources, output, extends, product, eps, scale, norm, watched)
         dtype, extends = sources[0].dtype, extends and output is not None
         if closed_read is None:
@@ -819,10 +831,14 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         """[`fused`] without a `closed_read` and without gradients, in one kernel."""
         dtype, shape = sources[0].dtype, sources[0].shape
         extends = extends and output is not None
-        (*sources, output), product = contiguous(*sources, output), product.float()
+        gain = None if norm is None else norm.weight
+        *sources, output, product, gain = contiguous(*sources, output, product.float(), gain)
+        if product.shape != shape[-1:] or any(t is not None and t.shape != shape for t in (*sources, output)):
+            raise ValueError(
+                f"Sources {[tuple(t.shape) for t in sources]} don't go with a product {tuple(product.shape)}."
+            )
         num_sources = len(sources) + (output is not None and not extends)
         partial = sources[-1].new_empty(shape, dtype=torch.promote_types(dtype, output.dtype)) if extends else None
-        gain = None if norm is None else norm.weight
         normed = None if norm is None else sources[0].new_empty(shape, dtype=torch.promote_types(dtype, gain.dtype))
         hidden = sources[0].new_empty(shape) if watched or norm is None else None
         weights = product.new_empty(shape[0], num_sources, shape[1]) if watched else None

@@ -3,6 +3,7 @@
 
 import importlib
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,12 @@ class Launch:
         return outputs
 
     def kill(self):
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # one that sees another die would end by itself, with an error
+            for run in self.runs:
+                os.kill(run.process.pid, number)
         for run in self.runs:
-            run.kill()
+            run.process.join()
+            assert run.process.exitcode == -signal.SIGKILL
 
 
 class LaunchServer(Server):

@@ -12,7 +12,7 @@ from behaviours import assert_close
 from families import tiny_model, tokens
 
 import cpu_kernels_attnres
-from fused_attnres import closed_reads, depth_step
+from fused_attnres import FusedDepthAttention, closed_reads, depth_step
 
 
 pytestmark = pytest.mark.skipif(cpu_kernels_attnres.compiler() is None, reason="needs a C++ compiler")
@@ -174,3 +174,86 @@ def test_outputs_of_another_dtype():
         logits[name] = [model(tokens(1, 1)).logits.float(), model(tokens()).logits.float()]
     for found, expected in zip(logits["cpp"], logits["eager"], strict=True):
         assert_close(found, expected, 5e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_sources_that_a_hook_replaces(num_tokens):
+    """Layers that get copies of the sources, which don't outlive them, read the copies."""
+    model = tiny_model(attn_res_block_size=1)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: tuple(None if t is None else t.clone() for t in args))
+    expected = tiny_model(attn_res_block_size=1)(tokens(1, num_tokens)).logits
+    for _ in range(3):
+        assert_close(model(tokens(1, num_tokens)).logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_outputs_in_float16(mode):
+    """Sublayers under autocast put out a dtype without kernels, in the middle of a block."""
+    models = [tiny_model(attn_res_mode=mode, attn_res_implementation=name) for name in ("cpp", "two_phase")]
+    with torch.autocast("cpu", torch.float16):
+        losses = [model(tokens(2, 40), labels=tokens(2, 40)).loss for model in models]
+    assert_close(*losses, 1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_strided_parameters(num_tokens):
+    model, input_ids = tiny_model(), tokens(1, num_tokens)
+    expected = model(input_ids).logits
+    for norm in (model.model.layers[1].input_layernorm, model.model.layers[2].post_attention_layernorm):
+        norm.weight = torch.nn.Parameter(norm.weight.repeat(3, 1).T.contiguous()[:, 1])
+        assert norm.weight.stride() == (3,)
+    for parameter in model.model.depth_attention.parameters():
+        parameter.data = parameter.data.T.contiguous().T
+    assert_close(model(input_ids).logits, expected)
+
+
+def test_shapes_that_do_not_agree():
+    """They are refused, with gradients and without, instead of reading past a tensor."""
+    attention = FusedDepthAttention(cpu_kernels_attnres.CPP_KERNELS)
+    sources = [torch.zeros(2, 40, 8), torch.zeros(1, 40, 8)]
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            with pytest.raises(ValueError, match="ources"):
+                attention(sources, torch.zeros(8), 1e-5, 1)
+            with pytest.raises(ValueError, match="product"):
+                attention(sources[:1] * 2, torch.zeros(9), 1e-5, 1)
+
+
+TRY = """
+import sys
+import torch
+from torch.utils.checkpoint import checkpoint
+from attnres import AttnResConfig, AttnResForCausalLM
+from fused_attnres import works_on
+sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+model = AttnResForCausalLM(AttnResConfig(**sizes, bos_token_id=1, eos_token_id=2))
+tokens = torch.arange(3, 12)[None]
+if sys.argv[1] == "checkpoint":
+    checkpoint(lambda tokens: model(tokens, labels=tokens).loss, tokens, use_reentrant=False).backward()
+elif sys.argv[1] == "dtype":
+    torch.set_default_dtype(torch.float64)
+    model(tokens)
+else:
+    with torch.device("meta"), torch.no_grad():
+        works_on(torch.device("cpu"))
+assert works_on(torch.device("cpu"))
+"""
+
+
+@pytest.mark.parametrize("state", ["checkpoint", "dtype", "device"])
+def test_tried_apart_from_what_is_going_on(state):
+    """Checkpointing, defaults and the like neither disturb the first trial nor are disturbed by it."""
+    done = subprocess.run([sys.executable, "-c", TRY, state], capture_output=True, text=True)
+    assert done.returncode == 0 and "PyTorch instead" not in done.stderr, done.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_vmap(num_tokens):
+    """Transforms of functions, which kernels don't know, are left to PyTorch."""
+    model, input_ids = tiny_model(), tokens(3, num_tokens)
+    found = torch.vmap(lambda row: model(row[None], use_cache=False).logits[0])(input_ids)
+    assert_close(found, model(input_ids, use_cache=False).logits)

@@ -296,14 +296,14 @@ class ClosedDepthRead:
     """
 
     mixed: torch.Tensor  # (batch, seq, hidden)
-    lse: torch.Tensor  # (batch, seq)
+    lse: torch.Tensor | None  # (batch, seq); None for a single source whose score is left to what merges it
     weights: torch.Tensor | None  # (batch, num_sources, seq)
     num_sources: int
 
     def to(self, device, non_blocking: bool = False) -> "ClosedDepthRead":
-        mixed, lse = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.mixed, self.lse))
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
-        return ClosedDepthRead(mixed, lse, weights, self.num_sources)
+        tensors = (self.mixed, self.lse, self.weights)
+        moved = (None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
+        return ClosedDepthRead(*moved, self.num_sources)
 
 
 @cache
@@ -443,6 +443,8 @@ class TokenReads:
         if hidden_states.numel() != hidden_states.shape[-1] or torch.is_grad_enabled():
             return False
         if type(hidden_states) is not torch.Tensor or not hidden_states.is_cpu:
+            return False
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             return False
         if products.dtype != torch.promote_types(hidden_states.dtype, torch.float32):
             return False
