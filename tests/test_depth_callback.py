@@ -62,7 +62,10 @@ def test_look_at_attnres(options, probe):
     assert len(seen["read_rms"]) == 7 and len(seen["output_rms"]) == 6
     model.gradient_checkpointing_enable()
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    assert look(model.train(), probe) == seen and model.training
+    checkpointed = look(model.train(), probe)
+    assert checkpointed.keys() == seen.keys() and model.training
+    for name, values in seen.items():  # sums may be in another order
+        assert checkpointed[name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any("attend" in vars(layer) for layer in model.model.layers)
 
