@@ -810,7 +810,6 @@ class CppKernels(DepthKernels):
         product,
         norm_weight,
         statistics,
-        has_lse,
         grads,
         scale,
         dtype,

@@ -32,6 +32,7 @@ from modeling_attnres import (
     TwoPhaseDepthAttention,
     can_fuse_norm,
     eager_depth_attention,
+    is_transformed,
     write,
 )
 
@@ -90,7 +91,6 @@ class DepthKernels:
         product,
         norm_weight,
         statistics,
-        has_lse,
         grads,
         scale,
         dtype,
@@ -118,20 +118,10 @@ class DepthKernels:
 
 KERNELS: dict[str, DepthKernels] = {}  # by type of device
 
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has no such function
-
 
 def is_untraced() -> bool:
     """Whether kernels may be called themselves, as nothing but gradients needs to see operators; it takes less time."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-
-
-def is_transformed() -> bool:
-    """Whether what runs is traced to run elsewhere, or differentiated or batched in a way that kernels don't know."""
-    if torch.compiler.is_compiling():
-        return is_exporting()
-    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return in_functorch or torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -445,7 +435,6 @@ def _depth_step_backward_kernel(
         product,
         norm_weight,
         statistics,
-        has_lse,
         contiguous(grad_partial, grad_normed, grad_hidden, grad_weight),
         scale,
         dtype,

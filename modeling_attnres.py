@@ -335,6 +335,17 @@ def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     return norm(hidden_states)
 
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has no such function
+
+
+def is_transformed() -> bool:
+    """Whether what runs is traced to run elsewhere, or differentiated or batched in a way that kernels don't know."""
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_functorch or torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0
+
+
 class TwoPhaseDepthAttention:
     """The two phases of Attention Residuals (Kimi Team, arXiv 2603.15031), in PyTorch alone.
 
@@ -444,11 +455,9 @@ class TokenReads:
             return False
         if type(hidden_states) is not torch.Tensor or not hidden_states.is_cpu:
             return False
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            return False
         if products.dtype != torch.promote_types(hidden_states.dtype, torch.float32):
             return False
-        return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
+        return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or is_transformed())
 
     def step(self, depth_read, product, sources, output, norm) -> tuple:
         """Everything that [`DepthRead`] does, with its arguments and result."""
@@ -973,9 +982,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                     block = layers[layer_idx : layer_idx + block_size]
                     end = 2 * (layer_idx + len(block))
                     with_output_read = end + 1 == products.shape[0]  # the model's last block
-                    closed_reads = self.closed_reads(
-                        block, products[row : end + with_output_read], sources, with_weights
-                    )
+                    closed_reads = self.closed_reads(block, products[row : end + with_output_read], sources, watched)
             _, attention_weights, mlp_weights, *written, output = decoder_layer(
                 *sources,
                 output,
