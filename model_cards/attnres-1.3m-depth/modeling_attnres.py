@@ -200,7 +200,7 @@ class DepthAttentionFunction(torch.autograd.Function):
         scores = scores.movedim(-1, 0).contiguous().mul_(inverse_rms)
         all_scores = scores if before is None else torch.cat([before_lse[None, None], scores], dim=1)
         lse = all_scores.logsumexp(1)
-        weights = (all_scores - lse.unsqueeze(1)).exp_()
+        weights = (all_scores - lse.unsqueeze(1)).exp()
         mixed = mixes(sources if before is None else (before, *sources), weights, scale)
         norm_inverse_rms = None
         if norm_weight is not None:
@@ -208,6 +208,8 @@ class DepthAttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(products, scores, inverse_rms, weights, before, norm_weight, norm_inverse_rms, *sources)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():  # torch 2.11 loses the gradients of results that were changed in place
+            mixed = [read.clone() for read in mixed]
         return lse, weights, *mixed
 
     @staticmethod
