@@ -715,7 +715,6 @@ class CppKernels(DepthKernels):
     name = "cpp"
     dtypes = tuple(DTYPES)
     few_tokens = 0
-    reads_at_once = True
 
     def token_reads(self, hidden_states, products, eps):
         return CppTokenReads(hidden_states, products, eps)

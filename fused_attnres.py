@@ -13,7 +13,10 @@ sources, S the number of reads. The score of source i in read s is
 and its weight the softmax over i. Arithmetic is float32, with one rounding per result. Gradients are the same on every
 run: sums over tokens are partial sums in a fixed order, without atomics.
 
-Both are custom operators that `torch.compile` takes whole and CUDA graphs capture. Their kernels are in
+Without gradients, and while sources are small enough to be fetched again for each read, a third one takes their place:
+`depth_read` does everything between two sublayers from the sources themselves.
+
+All are custom operators that `torch.compile` takes whole and CUDA graphs capture. Their kernels are in
 kernels_attnres.py for GPUs and in cpu_kernels_attnres.py for CPUs; importing a file makes its devices known here.
 """
 
@@ -49,7 +52,6 @@ class DepthKernels:
     name: str  # under which users choose them
     dtypes: tuple[torch.dtype, ...]
     few_tokens = TwoPhaseDepthAttention.few_tokens  # at most as many are better left to PyTorch
-    reads_at_once = False  # whether there is `read_forward`
 
     def __eq__(self, other):  # also of copies and what has been pickled
         return type(self) is type(other)
@@ -105,9 +107,9 @@ class DepthKernels:
     def read_forward(
         self, sources, output, product, eps, scale, norm_weight, norm_eps, dtype, partial, normed, hidden, weights
     ):
-        """A whole read of `sources`: fills those of the last four that are not None; weights are `(batch, n, seq)`.
+        """Fills the last four that aren't empty; weights are `(batch, n, seq)`.
 
-        `output` joins the last source if there is a `partial`, which is then their sum; else it is one more source.
+        `output` joins the last source if `partial` isn't empty, and is their sum; else it is one more source.
         """
         raise NotImplementedError
 
@@ -653,6 +655,67 @@ def depth_step(
     )
 
 
+def _depth_read_kernel(
+    sources: list[torch.Tensor],
+    output: torch.Tensor | None,
+    extends: bool,
+    product: torch.Tensor,
+    eps: float,
+    scale: float,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    return_hidden: bool,
+    return_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    results = _depth_read_results(sources, output, extends, product, norm_weight, return_hidden, return_weights)
+    if sources[0].numel() > 0:
+        dtype = sources[0].dtype
+        *sources, output, product, norm_weight = contiguous(*sources, output, product, norm_weight)
+        kernels_for(product).read_forward(sources, output, product, eps, scale, norm_weight, norm_eps, dtype, *results)
+    return results
+
+
+_depth_read = torch.library.custom_op(
+    "attnres::depth_read",
+    _depth_read_kernel,
+    mutates_args=(),
+    schema="(Tensor[] sources, Tensor? output, bool extends, Tensor product, float eps, float scale, "
+    "Tensor? norm_weight, float norm_eps, bool return_hidden, bool return_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _depth_read_results(sources, output, extends, product, norm_weight, return_hidden, return_weights):
+    """Uninitialised results; those that are not asked for are empty."""
+    like, shape, absent = sources[0], sources[0].shape, (0,)
+    num_sources = len(sources) + (output is not None and not extends)
+    return (
+        like.new_empty(shape, dtype=torch.promote_types(like.dtype, output.dtype))
+        if extends
+        else like.new_empty(absent),
+        like.new_empty(absent)
+        if norm_weight is None
+        else like.new_empty(shape, dtype=torch.promote_types(like.dtype, norm_weight.dtype)),
+        like.new_empty(shape if return_hidden else absent),
+        product.new_empty((shape[0], num_sources, shape[1]) if return_weights else absent),
+    )
+
+
+@_depth_read.register_fake
+def _(sources, output, extends, product, eps, scale, norm_weight, norm_eps, return_hidden, return_weights):
+    return _depth_read_results(sources, output, extends, product, norm_weight, return_hidden, return_weights)
+
+
+# Without gradients, a compiler would compute what is not an operator's result again for each operator that takes it
+_stored = torch.library.custom_op(
+    "attnres::stored",
+    lambda tensor: tensor.clone(memory_format=torch.contiguous_format),
+    mutates_args=(),
+    schema="(Tensor tensor) -> Tensor",
+)
+_stored.register_fake(lambda tensor: tensor.new_empty(tensor.shape))
+
+
 @torch.compiler.assume_constant_result
 def works_on(device: torch.device) -> bool:
     """Whether the kernels give on `device` what eager depth attention gives; if not, a warning says why."""
@@ -723,16 +786,16 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
             return False
         # of few, a compiler makes fewer kernels than there are operators
         few_tokens = self.few_tokens if torch.compiler.is_compiling() else self.kernels.few_tokens
-        if tensors[0].shape[:-1].numel() <= few_tokens:
+        if tensors[0].shape[:-1].numel() <= few_tokens and not self.reads_at_once(*tensors):
             return False
         takes = all(tensor.dtype in self.kernels.dtypes and is_plain(tensor) for tensor in tensors)
         return takes and works_on(device)
 
-    def reads_at_once(self, *tensors) -> bool:
-        """Whether a read of these tensors can be done in one kernel."""
+    @staticmethod
+    def reads_at_once(*tensors) -> bool:
+        """Whether a read of these tensors can be done in one kernel, which has no backward pass."""
         # with a gradient, they come from the first forward of re-entrant checkpointing, to which the second is equal
-        with_gradients = torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors)
-        return self.kernels.reads_at_once and not with_gradients and is_untraced()
+        return not (torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors))
 
     def batches(self, sources, products) -> bool:
         # what the cache holds may be fetched again, rather than take memory for the results of a first phase
@@ -740,24 +803,29 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         at_once = small and self.runs(sources) and self.reads_at_once(products, *sources)
         return super().batches(sources, products) and not at_once
 
-    def token_reads(self, hidden_states, products, eps):
+    def prepare(self, hidden_states, products, eps, watched):
         if not self.runs([hidden_states]):
-            return super().token_reads(hidden_states, products, eps)
-        if not (TokenReads.fit(hidden_states, products) and is_untraced()):
-            return None
-        return self.kernels.token_reads(hidden_states, products, eps)
+            return super().prepare(hidden_states, products, eps, watched)
+        token_reads = None
+        if is_untraced():
+            if not watched and TokenReads.fit(hidden_states, products):
+                token_reads = self.kernels.token_reads(hidden_states, products, eps)
+        elif self.reads_at_once(hidden_states, products):
+            hidden_states, products = _stored(hidden_states), _stored(products)
+        return hidden_states, products, token_reads
 
-    def closed_reads(self, sources, products, eps, watched=True):
+    def closed_reads(self, sources, products, eps, watched=True, rounded=False):
         if not self.runs(sources):
-            return super().closed_reads(sources, products, eps, watched)
-        mixed, lse, *weights = closed_reads(sources, products.float(), eps, torch.float32, return_weights=watched)
+            return super().closed_reads(sources, products, eps, watched, rounded)
+        dtype = sources[0].dtype if rounded else torch.float32
+        mixed, lse, *weights = closed_reads(sources, products.float(), eps, dtype, return_weights=watched)
         weights = [w.transpose(0, 1).contiguous() for w in weights[0]] if watched else [None] * len(mixed)
         return [ClosedDepthRead(*read, len(sources)) for read in zip(mixed, lse.unbind(), weights)]
 
-    def mix(self, sources, product, eps, watched) -> ClosedDepthRead:
+    def mix(self, sources, product, eps, watched, rounded) -> ClosedDepthRead:
         """One read of the sources. A single one is not copied, and its score is left to [`depth_step`]."""
         if len(sources) > 1:
-            return self.closed_reads(sources, product.unsqueeze(0), eps, watched)[0]
+            return self.closed_reads(sources, product.unsqueeze(0), eps, watched, rounded)[0]
         weights = torch.ones_like(sources[0][..., 0], dtype=torch.float32).unsqueeze(1) if watched else None
         return ClosedDepthRead(sources[0], None, weights, 1)
 
@@ -783,8 +851,9 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         if closed_read is None and self.reads_at_once(product, *sources):
             return self.whole_read(sources, output, extends, product, eps, scale, norm, watched)
         dtype, extends = sources[0].dtype, extends and output is not None
+        rounded = norm is not None and not watched
         if closed_read is None:
-            closed_read = self.mix(sources[: len(sources) - extends], product, eps, watched)
+            closed_read = self.mix(sources[: len(sources) - extends], product, eps, watched, rounded)
         num_closed = closed_read.num_sources
         partial, score, new_weights = None, None, 1
         if output is not None and len(sources) - num_closed == extends:
@@ -792,7 +861,7 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         else:  # several sources have come since, or the output is among them
             sources, output = write(sources, output, extends), None
             if len(sources) > num_closed:
-                new_read = self.mix(sources[num_closed:], product, eps, watched)
+                new_read = self.mix(sources[num_closed:], product, eps, watched, rounded)
                 output, score, new_weights = new_read.mixed, new_read.lse, new_read.weights
         step = depth_step(
             partial,
@@ -818,26 +887,18 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
 
     def whole_read(self, sources, output, extends, product, eps, scale, norm, watched):
         """[`fused`] without a `closed_read` and without gradients, in one kernel."""
-        dtype, shape = sources[0].dtype, sources[0].shape
-        extends = extends and output is not None
-        gain = None if norm is None else norm.weight
-        *sources, output, product, gain = contiguous(*sources, output, product.float(), gain)
-        if product.shape != shape[-1:] or any(t is not None and t.shape != shape for t in (*sources, output)):
-            raise ValueError(
-                f"Sources {[tuple(t.shape) for t in sources]} don't go with a product {tuple(product.shape)}."
-            )
-        num_sources = len(sources) + (output is not None and not extends)
-        partial = sources[-1].new_empty(shape, dtype=torch.promote_types(dtype, output.dtype)) if extends else None
-        normed = None if norm is None else sources[0].new_empty(shape, dtype=torch.promote_types(dtype, gain.dtype))
-        hidden = sources[0].new_empty(shape) if watched or norm is None else None
-        weights = product.new_empty(shape[0], num_sources, shape[1]) if watched else None
-        norm_eps = 0.0 if norm is None else norm.variance_epsilon
-        if sources[0].numel() > 0:
-            self.kernels.read_forward(
-                sources, output, product, eps, scale, gain, norm_eps, dtype, partial, normed, hidden, weights
-            )
-        if partial is not None:
-            sources[-1] = partial
+        shape, product = sources[0].shape, product.float()
+        gain, norm_eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+        tensors = sources if output is None else (*sources, output)
+        if product.shape != shape[-1:] or any(tensor.shape != shape for tensor in tensors):
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            raise ValueError(f"Sources {shapes} don't go with a product {tuple(product.shape)}.")
+        extends, return_hidden = extends and output is not None, watched or norm is None
+        partial, normed, hidden, weights = (_depth_read_kernel if is_untraced() else _depth_read)(
+            list(sources), output, extends, product, eps, float(scale), gain, norm_eps, return_hidden, watched
+        )
+        if extends:
+            sources = (*sources[:-1], partial)
         elif output is not None:
-            sources.append(output)
-        return hidden, weights, normed, tuple(sources)
+            sources = (*sources, output)
+        return hidden if return_hidden else None, weights if watched else None, normed if norm else None, sources

@@ -367,6 +367,135 @@ def _score(value, product, eps, D: tl.constexpr):
 
 
 @triton.jit
+def _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15):
+    """The addresses of the tensors number `index`."""
+    address = tl.where(index == 1, t1.to(tl.int64), t0.to(tl.int64))
+    address = tl.where(index == 2, t2.to(tl.int64), address)
+    address = tl.where(index == 3, t3.to(tl.int64), address)
+    address = tl.where(index == 4, t4.to(tl.int64), address)
+    address = tl.where(index == 5, t5.to(tl.int64), address)
+    address = tl.where(index == 6, t6.to(tl.int64), address)
+    address = tl.where(index == 7, t7.to(tl.int64), address)
+    address = tl.where(index == 8, t8.to(tl.int64), address)
+    address = tl.where(index == 9, t9.to(tl.int64), address)
+    address = tl.where(index == 10, t10.to(tl.int64), address)
+    address = tl.where(index == 11, t11.to(tl.int64), address)
+    address = tl.where(index == 12, t12.to(tl.int64), address)
+    address = tl.where(index == 13, t13.to(tl.int64), address)
+    address = tl.where(index == 14, t14.to(tl.int64), address)
+    return tl.where(index == 15, t15.to(tl.int64), address)
+
+
+@triton.jit(do_not_specialize=["seq_len", "num_closed"])
+def _read_forward(
+    t0,  # the sources, if they aren't in a table
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    t7,
+    t8,
+    t9,
+    t10,
+    t11,
+    t12,
+    t13,
+    t14,
+    t15,
+    table,
+    output,
+    product,
+    norm_weight,
+    partial,
+    normed,
+    hidden,
+    weights,  # (batch, n, seq), with the output as the last source
+    seq_len,
+    num_closed,  # sources that no output joins
+    eps,
+    scale,
+    norm_eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOURCES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    EXTENDS: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    WRITE_HIDDEN: tl.constexpr,
+    WRITE_WEIGHTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """A whole read of a token, a few sources at a time, by an online softmax."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    at = token * D + column
+    key = tl.load(product + column, mask=inside, other=0.0)
+    num_sources = num_closed
+    if HAS_OUTPUT:
+        num_sources += 1
+    at_weights = (token // seq_len) * num_sources * seq_len + token % seq_len
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    read = tl.zeros([WIDTH], tl.float32)
+    if HAS_OUTPUT:
+        read = tl.load(output + at, mask=inside, other=0.0).to(tl.float32)
+        if EXTENDS:
+            last = num_closed + tl.arange(0, 1)
+            if HAS_TABLE:
+                last_address = tl.load(table + last)
+            else:
+                last_address = _one_of(last, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
+            last_row = tl.multiple_of(last_address.to(t0.dtype) + token * D, ALIGN)
+            open_sum = tl.load(last_row[:, None] + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            rounded = _cast(read + tl.sum(open_sum, 0), partial.dtype.element_ty)
+            tl.store(partial + at, rounded, mask=inside)
+            read = rounded.to(tl.float32)
+        peak, _ = _score(read, key, eps, D)
+        total += 1.0
+        if WRITE_WEIGHTS:
+            tl.store(weights + at_weights + tl.cast(num_closed, tl.int64) * seq_len, peak)
+    for first in range(0, num_closed, SOURCES):
+        index = first + tl.arange(0, SOURCES)
+        is_source = index < num_closed
+        if HAS_TABLE:
+            address = tl.load(table + index, mask=is_source, other=0)
+        else:
+            address = _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
+        rows = tl.multiple_of(address.to(t0.dtype) + token * D, ALIGN)
+        value = _tile(rows, is_source, column, D).to(tl.float32)
+        rms = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
+        score = tl.where(is_source, tl.sum(value * key[None, :], 1) * rms, float("-inf"))
+        if WRITE_WEIGHTS:
+            tl.store(weights + at_weights + index.to(tl.int64) * seq_len, score, mask=is_source)
+        new_peak = tl.maximum(peak, tl.max(score, 0))
+        weight = tl.exp(score - new_peak)
+        before = tl.exp(peak - new_peak)
+        total = total * before + tl.sum(weight, 0)
+        read = read * before + tl.sum(weight[:, None] * value, 0)
+        peak = new_peak
+    if WRITE_WEIGHTS:
+        tl.debug_barrier()  # threads read each other's scores
+        for first in range(0, num_sources, SOURCES):
+            number = first + tl.arange(0, SOURCES)
+            at_score = weights + at_weights + number.to(tl.int64) * seq_len
+            given_score = tl.load(at_score, mask=number < num_sources, other=0.0)
+            tl.store(at_score, tl.exp(given_score - peak) / total, mask=number < num_sources)
+    read *= scale / total
+    if WRITE_HIDDEN:
+        tl.store(hidden + at, _cast(read, hidden.dtype.element_ty), mask=inside)
+    if HAS_NORM:
+        norm_rms = tl.rsqrt(tl.sum(read * read, 0) / D + norm_eps)
+        gain = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+        result = _cast(read * norm_rms, DTYPE).to(tl.float32) * gain
+        tl.store(normed + at, _cast(result, normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _step_forward(
     partial,
     output,
@@ -558,6 +687,8 @@ def _alignment(tensors: Sequence[torch.Tensor], hidden_size: int) -> int:
     return 2
 
 
+TILE_SIZE = 1 << 14  # numbers of sources that a program of a whole read holds at a time
+
 # What the sources of the programs that run at one time may take of the cache, about, divided by their number
 CACHE_BYTES_PER_PROGRAM = 128 * 1024
 
@@ -604,6 +735,48 @@ def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
 class TritonKernels(DepthKernels):
     name = "triton"
     dtypes = tuple(DTYPES)
+
+    def read_forward(
+        self, sources, output, product, eps, scale, norm_weight, norm_eps, dtype, partial, normed, hidden, weights
+    ):
+        _, seq_len, hidden_size = sources[0].shape
+        sources = [source.to(dtype) for source in sources]
+        few_sources = len(sources) <= TABLE_ARGUMENTS
+        width, extends = triton.next_power_of_2(hidden_size), partial.numel() > 0
+        tile = max(1, min(TABLE_ARGUMENTS, TILE_SIZE // width))
+
+        def given(tensor):
+            return product if tensor is None else tensor
+
+        with _on_device(product):
+            _read_forward[(sources[0].shape[:-1].numel(),)](
+                *(sources[index if few_sources and index < len(sources) else 0] for index in range(TABLE_ARGUMENTS)),
+                product if few_sources else _address_table(sources),
+                given(output),
+                product,
+                given(norm_weight),
+                partial,
+                normed,
+                hidden,
+                weights,
+                seq_len,
+                len(sources) - extends,
+                eps,
+                scale,
+                norm_eps,
+                D=hidden_size,
+                WIDTH=width,
+                SOURCES=tile,
+                ALIGN=_alignment(sources, hidden_size),
+                HAS_TABLE=not few_sources,
+                EXTENDS=extends,
+                HAS_OUTPUT=output is not None,
+                HAS_NORM=norm_weight is not None,
+                WRITE_HIDDEN=hidden.numel() > 0,
+                WRITE_WEIGHTS=weights.numel() > 0,
+                DTYPE=DTYPES[dtype],
+                num_warps=min(max(tile * width // 1024, 1), 16),
+            )
 
     def closed_forward(self, sources, products, eps, mixed, lse, scores, inverse_rms):
         (num_reads, hidden_size), (num_sources, num_tokens) = products.shape, inverse_rms.shape

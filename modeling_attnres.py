@@ -337,7 +337,9 @@ def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     return norm(hidden_states)
 
 
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has no such function
+def is_exporting() -> bool:
+    """As `torch.compiler.is_exporting`, which `torch.compile` takes for true up to torch 2.11, and 2.6 doesn't have."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def is_transformed() -> bool:
@@ -369,16 +371,24 @@ class TwoPhaseDepthAttention:
         """Whether it pays to read the closed `sources` for a whole block, with the `products` of its reads."""
         return len(sources) > 1 and sources[0].shape[:-1].numel() > self.few_tokens
 
-    def closed_reads(self, sources, products: torch.Tensor, eps: float, watched: bool = True) -> list[ClosedDepthRead]:
-        """Phase 1, for reads with the products `(num_reads, hidden)`; with their weights only if they are `watched`."""
+    def closed_reads(
+        self, sources, products: torch.Tensor, eps: float, watched: bool = True, rounded: bool = False
+    ) -> list[ClosedDepthRead]:
+        """Phase 1, for reads with the products `(num_reads, hidden)`; with their weights only if they are `watched`.
+
+        Mixes may be `rounded` to the dtype of the sources where this saves memory. Eager depth attention rounds a read
+        before its norm; where both are one step, that is spared.
+        """
         products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
         lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, None, 0, *sources)
         weights = [w.transpose(0, 1).contiguous() for w in weights] if watched else [None] * len(mixed)
         return [ClosedDepthRead(*read, len(sources)) for read in zip(mixed, lse.unbind(), weights)]
 
-    def token_reads(self, hidden_states, products: torch.Tensor, eps: float) -> "TokenReads | None":
-        """What does all reads of a single token, if these are such a token's `hidden_states`."""
-        return TokenScores(products, eps) if TokenReads.fit(hidden_states, products) else None
+    def prepare(self, hidden_states, products: torch.Tensor, eps: float, watched: bool) -> tuple:
+        """A model's first source and all products, in the form that its reads take best; and what does all reads of a
+        single token, if these are such a token's `hidden_states` and the reads aren't `watched`, else None."""
+        fits = not watched and TokenReads.fit(hidden_states, products)
+        return hidden_states, products, TokenScores(products, eps) if fits else None
 
     def step(self, depth_read, product, sources, output, norm, closed_read, watched: bool):
         """Everything that [`DepthRead`] does, with its arguments and result, at once; None if it can't be."""
@@ -713,9 +723,12 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
         self.attention_read = DepthRead(config, 2 * layer_idx)
         self.mlp_read = DepthRead(config, 2 * layer_idx + 1)
         self.output_extends = config.extends_open_depth_source(2 * layer_idx + 1)
-        # those that neither this layer changes nor, inside a block, the output of the layer before
-        opens_block = layer_idx % config.attn_res_block_size == 0
-        self.num_closed_sources = config.num_closed_depth_sources(2 * layer_idx - (not opens_block))
+        self.opens_block = layer_idx % config.attn_res_block_size == 0
+        self.num_closed_before = config.num_closed_depth_sources(2 * layer_idx - 1)
+
+    def num_unchanged_sources(self, output: torch.Tensor | None) -> int:
+        """How many sources neither this layer changes nor the `output` of the layer before, if it gets that."""
+        return self.num_closed_before + (self.opens_block and output is None)
 
     def forward(
         self,
@@ -736,9 +749,10 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
         Returns:
             What attention reads, or None in the first layer, where it is the first source, or if nobody watches; the
             depth weights of the two reads `(batch, num_sources, seq)`, or Nones; the sources that are new or changed,
-            all but the first `num_closed_sources`; and this layer's output, or None if it is among them.
+            all but the first `num_unchanged_sources`; and this layer's output, or None if it is among them.
         """
         *sources, output, attention_product, mlp_product = sources_and_products
+        num_unchanged = self.num_unchanged_sources(output)
         watched = watched or bool(self._forward_hooks)
         attention_input, attention_weights, normed, sources = self.attention_read(
             attention_product, sources, output, self.attention_norm, closed_reads[0], watched
@@ -750,7 +764,7 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
         output = self.transform(normed)
         if self.gradient_checkpointing and self.training:  # what a layer returns is kept until the backward pass
             sources, output = write(sources, output, self.output_extends), None
-        new_sources = sources[self.num_closed_sources :]
+        new_sources = sources[num_unchanged:]
         return attention_input if self.layer_idx else None, attention_weights, mlp_weights, *new_sources, output
 
 
@@ -901,21 +915,31 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         """What the layers' attention takes as `position_embeddings`; a dictionary if it depends on the layer type."""
         return self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-    def closed_reads(
-        self, block: list, products: torch.Tensor, sources: tuple[torch.Tensor, ...], watched: bool
-    ) -> list:
-        """What reads with `products` get from the `sources` that are there when their `block` of layers opens.
-
-        Nones if each read does it itself.
+    def open_block(
+        self,
+        block: list,
+        products: torch.Tensor,
+        sources: tuple[torch.Tensor, ...],
+        output: torch.Tensor,
+        watched: bool,
+    ) -> tuple:
+        """The sources and the output of the layer before, as the first layer of a `block` takes them; and what the
+        block's reads, with `products`, get from the sources that are closed by then: Nones if each read does it itself.
         """
         depth_attention = self.output_read.depth_attention
-        if not (isinstance(depth_attention, TwoPhaseDepthAttention) and depth_attention.batches(sources, products)):
-            return products.shape[0] * [None]
+        each_itself = sources, output, products.shape[0] * [None]
+        if not isinstance(depth_attention, TwoPhaseDepthAttention):
+            return each_itself
         if self.training and any(layer.gradient_checkpointing for layer in block):
-            return products.shape[0] * [None]  # which would be kept for the backward pass
+            return each_itself  # closed reads would be kept for the backward pass
+        if not depth_attention.batches(sources if output is None else (*sources, output), products):
+            return each_itself
+        sources = write(sources, output, block[0].attention_read.extends)
         device = sources[-1].device  # earlier layers may lie on others
-        sources = [v.to(device) for v in sources]
-        return depth_attention.closed_reads(sources, products.to(device), self.output_read.eps, watched)
+        closed, products = [v.to(device) for v in sources], products.to(device)
+        norms = (self.norm, *(norm for layer in block for norm in (layer.attention_norm, layer.mlp_norm)))
+        rounded = not watched and all(map(can_fuse_norm, norms))
+        return sources, None, depth_attention.closed_reads(closed, products, self.output_read.eps, watched, rounded)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -968,23 +992,24 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         layers = list(self.layers)[: self.config.num_hidden_layers]
         block_size = self.config.attn_res_block_size
         products = self.depth_attention()
-        product_of_read = products.unbind(0)
-        sources, output = (), self.embed(inputs_embeds)
+        embedding, output = self.embed(inputs_embeds), None
         watched = with_weights or any(layer._forward_hooks for layer in layers)
         depth_attention, token_reads = self.output_read.depth_attention, None
-        if isinstance(depth_attention, TwoPhaseDepthAttention) and not watched:
-            token_reads = depth_attention.token_reads(output, products, self.output_read.eps)
+        if isinstance(depth_attention, TwoPhaseDepthAttention):
+            prepared = depth_attention.prepare(embedding, products, self.output_read.eps, watched)
+            embedding, products, token_reads = prepared
+        sources, product_of_read = (embedding,), products.unbind(0)
         closed_reads = (2 * block_size + 1) * [token_reads]
         with_output_read = token_reads is not None
         for layer_idx, decoder_layer in enumerate(layers):
             row, row_in_block = 2 * layer_idx, 2 * (layer_idx % block_size)
-            if row_in_block == 0:
-                sources, output = write(sources, output, decoder_layer.attention_read.extends), None
-                if token_reads is None:
-                    block = layers[layer_idx : layer_idx + block_size]
-                    end = 2 * (layer_idx + len(block))
-                    with_output_read = end + 1 == products.shape[0]  # the model's last block
-                    closed_reads = self.closed_reads(block, products[row : end + with_output_read], sources, watched)
+            if row_in_block == 0 and token_reads is None:
+                block = layers[layer_idx : layer_idx + block_size]
+                end = 2 * (layer_idx + len(block))
+                with_output_read = end + 1 == products.shape[0]  # the model's last block
+                of_block = products[row : end + with_output_read]
+                sources, output, closed_reads = self.open_block(block, of_block, sources, output, watched)
+            unchanged = sources[: decoder_layer.num_unchanged_sources(output)]
             _, attention_weights, mlp_weights, *written, output = decoder_layer(
                 *sources,
                 output,
@@ -998,7 +1023,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                 use_cache=use_cache,
                 **kwargs,
             )
-            sources = (*sources[: decoder_layer.num_closed_sources], *written)
+            sources = (*unchanged, *written)
             all_weights += [attention_weights, mlp_weights]
 
         # layers may lie on several devices

@@ -49,7 +49,7 @@ class FlashAttnRes(TwoPhaseDepthAttention):
         (closed_read,) = self.closed_reads(sources, product.unsqueeze(0), eps)
         return scaled(closed_read.mixed, scale).to(sources[0].dtype), None
 
-    def closed_reads(self, sources, products, eps, watched=True):
+    def closed_reads(self, sources, products, eps, watched=True, rounded=False):
         hidden_size = products.shape[-1]
         if hidden_size & (hidden_size - 1):
             raise ValueError(

@@ -5,6 +5,7 @@ The checks are functions of a device. Triton's interpreter runs on the CPU, in a
 chosen before triton is imported and would then replace the compiler for every other test.
 """
 
+import copy
 import importlib.util
 import inspect
 import multiprocessing
@@ -411,6 +412,87 @@ def test_error_of_read(run, num_closed, num_open, extends):
     run(check_error_of_read, num_closed, num_open, extends)
 
 
+def check_whole_read(device, num_sources, joins, tokens, hidden_size, dtype):
+    """`joins`: whether an output extends the last source (True), is one more (False), or there is none (None)."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from modeling_attnres import eager_depth_attention, write
+
+    attention = FusedDepthAttention(kernels_on(device))
+    shape = (*tokens, hidden_size)
+    _, tensors = leaves(device, dtype, *[shape] * (num_sources + 1))
+    _, (product,) = leaves(device, torch.float32, (hidden_size,), std=hidden_size**-0.5, seed=2)
+    norm = LlamaRMSNorm(hidden_size, NORM_EPS).to(device, dtype)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator(device).manual_seed(3))
+    *sources, output = (tensor.detach() for tensor in tensors)
+    output, product = None if joins is None else output, product.detach()
+
+    def eager(sources, norm):
+        hidden, weights = eager_depth_attention(sources, product, KEY_EPS, 3.0)
+        return hidden, weights, norm(hidden)
+
+    with torch.no_grad():
+        written = write(tuple(sources), output, joins)
+        exact_norm = copy.deepcopy(norm).double()
+        exact_norm.forward = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], exact_norm.weight, NORM_EPS)
+        exact, readable = eager([v.double() for v in written], exact_norm), eager(written, norm)
+
+        def read(norm, watched):
+            return attention.fused(None, tuple(sources), output, bool(joins), product, KEY_EPS, 3.0, norm, watched)
+
+        *found, sources_after = read(norm, True)
+        assert len(sources_after) == len(written)
+        assert all(torch.equal(a, b) for a, b in zip(sources_after, written))
+        for ours, theirs, true in zip(found, readable, exact):
+            ours, theirs = ((x.double() - true).norm() / true.norm() for x in (ours, theirs))
+            assert ours <= 1.1 * theirs + 1e-6
+        hidden, weights, normed, _ = read(norm, False)
+        assert hidden is None and weights is None
+        assert torch.equal(normed, found[2])
+        hidden, weights, normed, _ = read(None, False)
+        assert weights is None and normed is None
+        assert torch.equal(hidden, found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "num_sources, joins, tokens, hidden_size",
+    [
+        pytest.param(1, None, (1, 1), 512, id="first read"),
+        pytest.param(1, False, (2, 5), 33, id="first output"),
+        pytest.param(1, True, (1, 4), 300, id="one sum"),
+        pytest.param(9, True, (2, 3), 512, id="block"),
+        pytest.param(16, False, (1, 3), 513, id="as many as arguments"),
+        pytest.param(17, True, (3, 2), 130, id="a table"),
+        pytest.param(40, None, (2, 3), 64, id="full"),
+    ],
+)
+def test_whole_read(run, num_sources, joins, tokens, hidden_size, dtype):
+    """A read without gradients: sums to the bit, the rest at most 1.1 times as far from float64 as eager's."""
+    skip_float16_in_cpp(run, dtype)
+    run(check_whole_read, num_sources, joins, tokens, hidden_size, dtype)
+
+
+def check_strides_of_whole_read(device):
+    attention = FusedDepthAttention(kernels_on(device))
+    wide = torch.randn(3, 4, 2 * 33, generator=torch.Generator().manual_seed(0)).to(device)
+    strided = [wide[..., ::2], wide[..., 1::2], wide[:1, ..., :33].expand(3, 4, 33), wide[..., 33:]]
+    product = torch.randn(33, 2, generator=torch.Generator().manual_seed(1)).to(device).T[1]
+
+    def read(sources, output):
+        return attention.fused(None, sources, output, True, product, KEY_EPS, 1, None, True)
+
+    with torch.no_grad():
+        results = [read(tuple(tensors[:3]), tensors[3]) for tensors in (strided, [t.contiguous() for t in strided])]
+        assert all(torch.equal(results[0][i], results[1][i]) for i in (0, 1))
+        none = strided[0][:0]
+        assert read((none, none, none), none)[0].shape == none.shape
+
+
+def test_strides_of_whole_read(run):
+    run(check_strides_of_whole_read)
+
+
 def check_deterministic(device):
     block = Block(device, torch.bfloat16, tokens=(2, 4))
     first, second = (block.results(Block.fused, block.inputs) for _ in range(2))
@@ -545,6 +627,15 @@ def check_opcheck(device):
         (None, None, tensors[2], lse, None, None, KEY_EPS, 2.0, tensors[3], NORM_EPS, False, torch.float32),
     ):
         torch.library.opcheck(ops.depth_step, tuple(a.detach().requires_grad_() if a is products else a for a in args))
+    sources, output, gain, product = tensors[:2], tensors[2].detach(), tensors[3].detach(), products[0].detach()
+    sources = [source.detach() for source in sources]
+    for args in (
+        (sources, output, True, product, KEY_EPS, 2.0, gain, NORM_EPS, False, False),
+        (sources, output.bfloat16(), False, product, KEY_EPS, 2.0, None, 0.0, True, True),
+        (sources, None, False, product, KEY_EPS, 2.0, gain, NORM_EPS, True, True),
+    ):
+        torch.library.opcheck(ops.depth_read, args)
+    torch.library.opcheck(ops.stored, (output.transpose(0, 1),))
 
 
 def test_opcheck(run):
@@ -733,8 +824,9 @@ def check_watched_model(device, mode, use_reentrant):
         assert_near(results(kernels_on(device).name), expected, 1e-4)
         norms = [step.normed is not None for step in steps]
         reads = model.config.num_depth_reads
-        forwards = 1 if kernels_on(device).reads_at_once else 2  # without gradients, a read is no step then
-        assert len(norms) == forwards * reads and norms.count(False) == forwards  # the norm with a hook
+        assert (
+            len(norms) == reads and norms.count(False) == 1
+        )  # the norm with a hook; without gradients, no read is a step
         handle.remove()
         expected = model_results(model, tokens)
         model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -747,6 +839,26 @@ def check_watched_model(device, mode, use_reentrant):
 def test_watched_model(run, mode, use_reentrant):
     """Hooks see what they see in eager, hidden states are there, and checkpointing changes nothing."""
     run(check_watched_model, mode, use_reentrant)
+
+
+def check_compiled_decoding(device, mode):
+    from transformers import StaticCache
+
+    model, tokens = tiny_model(device, mode, 1, num_hidden_layers=2)
+    model.eval().set_attn_res_implementation(kernels_on(device).name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    for length in (1, 2, tokens.shape[1]):  # one token, few, many
+        with torch.no_grad():
+            expected = model(tokens[:1, :length], use_cache=False).logits.double()
+            cache = StaticCache(model.config, max_cache_len=64)
+            found = compiled(tokens[:1, :length], past_key_values=cache, use_cache=True).logits
+        assert_near([found], [expected.cpu()], 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_compiled_decoding(run, mode):
+    """A whole model compiles into one graph for generation too."""
+    run(check_compiled_decoding, mode)
 
 
 def check_compiled_model(device, mode):
@@ -785,18 +897,19 @@ def test_compiles_for_gpus(hidden_size, num_reads, absent):
 
     import kernels_attnres as kernels
 
-    integers = {"num_tokens": "i32", "num_sources": "i32", "tokens_per_program": "i32"}
+    integers = dict.fromkeys(["num_tokens", "num_sources", "tokens_per_program", "num_closed", "seq_len"], "i32")
     floats = dict.fromkeys(["eps", "key_eps", "norm_eps", "scale"], "fp32")
     fp32 = ["products", "product", "lse", "grad_lse", "given_score", "scores", "inverse_rms", "grad_scores", "weight"]
-    fp32 += ["partial_sums", "statistics", "grad_weight", "product_sums", "norm_sums"]
+    fp32 += ["partial_sums", "statistics", "grad_weight", "product_sums", "norm_sums", "weights"]
     types = {**integers, **floats, **dict.fromkeys(fp32, "*fp32"), "table": "*i64"}
     tiles = kernels._closed_tiles(
         [torch.empty(9, hidden_size, dtype=torch.bfloat16)] * 8, num_reads, chunk_per_warp=32, most_warps=8
     )
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"S": num_reads, "D": hidden_size, "ALIGN": 16, "PRECISION": "tf32x3", "GRAD_SOURCES": True, **tiles}
-    constants |= {"WIDTH": 2 ** (hidden_size - 1).bit_length(), "DTYPE": bfloat16, "WRITE_HIDDEN": True}
+    constants |= {"WIDTH": 2 ** (hidden_size - 1).bit_length(), "DTYPE": bfloat16, "WRITE_HIDDEN": True, "SOURCES": 8}
     for kernel in (
+        kernels._read_forward,
         kernels._closed_forward,
         kernels._closed_backward,
         kernels._products_backward,
