@@ -674,8 +674,16 @@ def test_cuda_graph():
     def step():
         results = Block.fused(*block.inputs)
         total = sum((result * weight).sum() for result, weight in zip(results, weights))
-        return [*results, *torch.autograd.grad(total, [t for group in block.inputs for t in group])]
+        gradients = torch.autograd.grad(total, [t for group in block.inputs for t in group])
+        sources, (output, _), _, (products,) = block.inputs
+        with torch.no_grad():
+            arguments = sources, output, True, products.detach()[0], KEY_EPS, 1.0, None, 0.0, True, True
+            read = torch.ops.attnres.depth_read(*arguments)
+        return [*results, *gradients, *read]
 
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
@@ -772,16 +780,17 @@ def check_works(device):
     handler = type("Handler", (logging.logging.Handler,), {"emit": lambda self, record: warnings.append(record.msg)})()
     fused_attnres.logger.addHandler(handler)
     assert fused_attnres.works_on(device) and not warnings
-    step = fused_attnres.depth_step
-    for wrong, reason in (
-        (lambda *args: (result := step(*args))._replace(normed=1.1 * result.normed), "they are wrong"),
-        (lambda *args: step(*args, score=args[3]), "ValueError: depth_step needs a product"),
+    step, read = fused_attnres.depth_step, fused_attnres._depth_read_kernel
+    for name, wrong, reason in (
+        ("depth_step", lambda *args: (result := step(*args))._replace(normed=1.1 * result.normed), "they are wrong"),
+        ("depth_step", lambda *args: step(*args, score=args[3]), "ValueError: depth_step needs a product"),
+        ("_depth_read_kernel", lambda *args: [1.1 * result for result in read(*args)], "they are wrong"),
     ):
-        fused_attnres.depth_step = wrong
-        fused_attnres.try_on.cache_clear()
-        assert not fused_attnres.works_on(device) and not fused_attnres.works_on(device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_attnres, name, wrong)
+            fused_attnres.try_on.cache_clear()
+            assert not fused_attnres.works_on(device) and not fused_attnres.works_on(device)
         assert reason in warnings.pop() and not warnings
-    fused_attnres.depth_step = step
     fused_attnres.try_on.cache_clear()
     fused_attnres.logger.removeHandler(handler)
 
