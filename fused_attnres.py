@@ -52,6 +52,7 @@ class DepthKernels:
     name: str  # under which users choose them
     dtypes: tuple[torch.dtype, ...]
     few_tokens = TwoPhaseDepthAttention.few_tokens  # at most as many are better left to PyTorch
+    reads_few_tokens = False  # but not where `read_forward` reads them
 
     def __eq__(self, other):  # also of copies and what has been pickled
         return type(self) is type(other)
@@ -791,7 +792,8 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
             return False
         # of few, a compiler makes fewer kernels than there are operators
         few_tokens = self.few_tokens if torch.compiler.is_compiling() else self.kernels.few_tokens
-        if tensors[0].shape[:-1].numel() <= few_tokens and not self.reads_at_once(*tensors):
+        at_once = self.kernels.reads_few_tokens and self.reads_at_once(*tensors)
+        if tensors[0].shape[:-1].numel() <= few_tokens and not at_once:
             return False
         takes = all(tensor.dtype in self.kernels.dtypes and is_plain(tensor) for tensor in tensors)
         return takes and works_on(device)

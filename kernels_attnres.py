@@ -735,6 +735,7 @@ def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
 class TritonKernels(DepthKernels):
     name = "triton"
     dtypes = tuple(DTYPES)
+    reads_few_tokens = True
 
     def read_forward(
         self, sources, output, product, eps, scale, norm_weight, norm_eps, dtype, partial, normed, hidden, weights
