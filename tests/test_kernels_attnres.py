@@ -816,6 +816,35 @@ def test_model(run, mode, block_size, dtype):
     run(check_model, mode, block_size, dtype)
 
 
+def check_rounded_mixes(device):
+    model, tokens = tiny_model(device, "block", 1)
+    model.bfloat16().set_attn_res_implementation(kernels_on(device).name)
+    attention, found = model.model.output_read.depth_attention, set()
+
+    def mixes(**options):
+        found.clear()
+        model(tokens, **options)
+        return set(found)
+
+    def spy(*args):
+        reads = closed_reads(*args)
+        found.update(read.mixed.dtype for read in reads)
+        return reads
+
+    closed_reads = attention.closed_reads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "closed_reads", spy)
+        assert mixes() == {torch.bfloat16}
+        assert mixes(output_depth_attentions=True) == {torch.float32}
+        model.model.layers[1].mlp_norm.register_forward_hook(lambda *args: None)
+        assert mixes() == {torch.bfloat16, torch.float32}  # of the other blocks, and of its own
+
+
+def test_rounded_mixes(run):
+    """Between the phases only those mixes are rounded that a norm follows in the same step; eager rounds them too."""
+    run(check_rounded_mixes)
+
+
 def check_watched_model(device, mode, use_reentrant):
     model, tokens = tiny_model(device, mode, 1, num_hidden_layers=2)
     watched = {}
