@@ -20,9 +20,10 @@ All are custom operators that `torch.compile` takes whole and CUDA graphs captur
 kernels_attnres.py for GPUs and in cpu_kernels_attnres.py for CPUs; importing a file makes its devices known here.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cache
+from threading import Event, Thread
 from typing import NamedTuple
 
 import torch
@@ -727,9 +728,8 @@ def works_on(device: torch.device) -> bool:
 def try_on(device: torch.device) -> bool:
     reason = "they are wrong"
     try:
-        with ThreadPoolExecutor(1) as thread:  # without the modes, hooks and gradients of what is going on here
-            if thread.submit(_error_on, device).result() < 1e-2:
-                return True
+        if apart(_error_on, device) < 1e-2:
+            return True
     except Exception as error:  # of the kernels' compiler, the driver, a device that lacks something
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     logger.warning(
@@ -737,6 +737,21 @@ def try_on(device: torch.device) -> bool:
         "instead."
     )
     return False
+
+
+def apart(function: Callable, *arguments):
+    """The result of a function that knows nothing of the modes, hooks and gradients of what is going on here."""
+    result = Future()
+
+    def run():
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:
+            result.set_exception(error)
+        Event().wait()  # with torch 2.12 a process may abort at its end if a thread has ended that computed gradients
+
+    Thread(target=run, daemon=True).start()
+    return result.result()
 
 
 def _error_on(device: torch.device) -> float:
