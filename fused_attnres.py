@@ -20,10 +20,9 @@ All are custom operators that `torch.compile` takes whole and CUDA graphs captur
 kernels_attnres.py for GPUs and in cpu_kernels_attnres.py for CPUs; importing a file makes its devices known here.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Event, Thread
 from typing import NamedTuple
 
 import torch
@@ -728,8 +727,9 @@ def works_on(device: torch.device) -> bool:
 def try_on(device: torch.device) -> bool:
     reason = "they are wrong"
     try:
-        if apart(_error_on, device) < 1e-2:
-            return True
+        with ThreadPoolExecutor(1) as thread:  # without the modes, hooks and gradients of what is going on here
+            if thread.submit(_error_on, device).result() < 1e-2:
+                return True
     except Exception as error:  # of the kernels' compiler, the driver, a device that lacks something
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     logger.warning(
@@ -737,21 +737,6 @@ def try_on(device: torch.device) -> bool:
         "instead."
     )
     return False
-
-
-def apart(function: Callable, *arguments):
-    """The result of a function that knows nothing of the modes, hooks and gradients of what is going on here."""
-    result = Future()
-
-    def run():
-        try:
-            result.set_result(function(*arguments))
-        except BaseException as error:
-            result.set_exception(error)
-        Event().wait()  # with torch 2.12 a process may abort at its end if a thread has ended that computed gradients
-
-    Thread(target=run, daemon=True).start()
-    return result.result()
 
 
 def _error_on(device: torch.device) -> float:
@@ -778,10 +763,14 @@ def _error_on(device: torch.device) -> float:
             hidden = eager_depth_attention(tuple(v.bfloat16().float() for v in sources), product, 1e-5, 1.0)[0]
             return torch.nn.functional.rms_norm(hidden, gain.shape, gain, 1e-5), hidden
 
-        found, exact = (
-            [*results, *torch.autograd.grad([r.float().square().sum() for r in results], inputs)]
-            for results in (fused(*inputs), eager(*inputs))
-        )
+        def with_gradients(results):
+            if torch.__version__.startswith(
+                "2.12."
+            ):  # aborts some processes if a thread has computed gradients and ended
+                return results
+            return [*results, *torch.autograd.grad([r.float().square().sum() for r in results], inputs)]
+
+        found, exact = with_gradients(fused(*inputs)), with_gradients(eager(*inputs))
         rounded = [v.detach().bfloat16() for v in (*sources, output)]
         at_once = _depth_read_kernel(
             rounded[:-1], rounded[-1], False, product.detach(), 1e-5, 1.0, gain.detach(), 1e-5, True, False
