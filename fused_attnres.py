@@ -43,7 +43,7 @@ from modeling_attnres import (
 logger = logging.get_logger(__name__)
 
 MOST_READS = 32  # of one kernel; more would not fit into a GPU's registers
-CACHE_BYTES = 1 << 25  # of a CPU's last level, about
+CACHE_BYTES = 1 << 25  # of the last level of a CPU or GPU, about
 
 
 class DepthKernels:
@@ -403,7 +403,7 @@ def _depth_step_results(partial, output, mixed, norm_weight, return_hidden, dtyp
         normed,
         mixed.new_empty(mixed.shape if return_hidden else absent, dtype=dtype),
         mixed.new_empty(absent if output is None else mixed.shape[:-1], dtype=torch.float32),
-        mixed.new_empty(5, mixed.shape[:-1].numel(), dtype=torch.float32),
+        mixed.new_empty(5, mixed.numel() // mixed.shape[-1], dtype=torch.float32),
     )
 
 
@@ -797,7 +797,7 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         # of few, a compiler makes fewer kernels than there are operators
         few_tokens = self.few_tokens if torch.compiler.is_compiling() else self.kernels.few_tokens
         at_once = self.kernels.reads_few_tokens and self.reads_at_once(*tensors)
-        if tensors[0].shape[:-1].numel() <= few_tokens and not at_once:
+        if not at_once and tensors[0].shape[:-1].numel() <= few_tokens:
             return False
         takes = all(tensor.dtype in self.kernels.dtypes and is_plain(tensor) for tensor in tensors)
         return takes and works_on(device)
@@ -810,9 +810,10 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
 
     def batches(self, sources, products) -> bool:
         # what the cache holds may be fetched again, rather than take memory for the results of a first phase
-        small = sum(source.numel() * source.element_size() for source in sources) <= CACHE_BYTES
-        at_once = small and self.runs(sources) and self.reads_at_once(products, *sources)
-        return super().batches(sources, products) and not at_once
+        at_once = self.reads_at_once(products, *sources) and self.runs(sources)
+        if at_once and sum(source.numel() * source.element_size() for source in sources) <= CACHE_BYTES:
+            return False
+        return super().batches(sources, products)
 
     def prepare(self, hidden_states, products, eps, watched):
         if not self.runs([hidden_states]):

@@ -190,7 +190,10 @@ class DepthAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, products, eps, scale, before, before_lse, norm_weight, norm_eps, *sources):
+    def forward(
+        ctx, *arguments
+    ):  # of which torch.compile without gradients drops one if they are as many as parameters
+        products, eps, scale, before, before_lse, norm_weight, norm_eps, *sources = arguments
         dtype, hidden = products.dtype, products.shape[-1]
         norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
         inverse_rms = to_inverse_rms_(norms, hidden, eps)  # (num_sources, batch, seq)
@@ -920,7 +923,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         block: list,
         products: torch.Tensor,
         sources: tuple[torch.Tensor, ...],
-        output: torch.Tensor,
+        output: torch.Tensor | None,
         watched: bool,
     ) -> tuple:
         """The sources and the output of the layer before, as the first layer of a `block` takes them; and what the

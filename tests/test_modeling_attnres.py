@@ -10,6 +10,7 @@ import torch
 from behaviours import REORDERED, FamilyBehaviours, assert_close, greedy_without_cache, loss_and_gradients
 from families import COMMON, attn_res_from_donor, perturb, relative_error, tiny_config, tiny_donor, tiny_model, tokens
 from reference import read, reference_forward, reference_loss
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -927,6 +928,29 @@ def test_compiled_forward(fresh_compiler):
     outputs = torch.compile(model, fullgraph=True)(tokens(), **options)
     assert_close(outputs.logits, expected.logits)
     assert_close(outputs.depth_attentions[-1], expected.depth_attentions[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["two_phase", pytest.param("cpp", marks=needs_compiler)])
+@pytest.mark.parametrize("mode, block_size", [("block", 2), ("full", 1)])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_compiled_for_all_lengths(fresh_compiler, implementation, mode, block_size, with_gradients):
+    """A second graph does for all further lengths of sequences, and each gives the same numbers."""
+    options = {"attn_res_mode": mode, "attn_res_block_size": block_size, "num_hidden_layers": 4}
+    model = tiny_model(**options, attn_res_implementation=implementation)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(with_gradients):
+        for length in (40, 50, 64, 99):
+            expected = model(tokens(2, length), use_cache=False).logits
+            found = compiled(tokens(2, length), use_cache=False).logits
+            assert_close(found, expected)
+            if with_gradients:
+                parameters = list(model.parameters())
+                gradients = [torch.autograd.grad(x.square().sum(), parameters) for x in (found, expected)]
+                for ours, theirs in zip(*gradients):
+                    assert_close(ours, theirs, 5 * REORDERED)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow
