@@ -930,6 +930,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         block's reads, with `products`, get from the sources that are closed by then: Nones if each read does it itself.
         """
         depth_attention = self.output_read.depth_attention
+        if torch.is_grad_enabled():  # what layers hand on is kept, and the sum is one source for all that read it
+            sources, output = write(sources, output, block[0].attention_read.extends), None
         each_itself = sources, output, products.shape[0] * [None]
         if not isinstance(depth_attention, TwoPhaseDepthAttention):
             return each_itself
