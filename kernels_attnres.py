@@ -367,6 +367,16 @@ def _score(value, product, eps, D: tl.constexpr):
 
 
 @triton.jit
+def _write_normed(read, results, gains, inside, eps, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Stores the norm of a read, as Llama casts it. Returns the inverse RMS."""
+    rms = tl.rsqrt(tl.sum(read * read, 0) / D + eps)
+    gain = tl.load(gains, mask=inside, other=0.0).to(tl.float32)
+    result = _cast(read * rms, DTYPE).to(tl.float32) * gain
+    tl.store(results, _cast(result, results.dtype.element_ty), mask=inside)
+    return rms
+
+
+@triton.jit
 def _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15):
     """The addresses of the tensors number `index`."""
     address = tl.where(index == 1, t1.to(tl.int64), t0.to(tl.int64))
@@ -489,10 +499,7 @@ def _read_forward(
     if WRITE_HIDDEN:
         tl.store(hidden + at, _cast(read, hidden.dtype.element_ty), mask=inside)
     if HAS_NORM:
-        norm_rms = tl.rsqrt(tl.sum(read * read, 0) / D + norm_eps)
-        gain = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-        result = _cast(read * norm_rms, DTYPE).to(tl.float32) * gain
-        tl.store(normed + at, _cast(result, normed.dtype.element_ty), mask=inside)
+        _write_normed(read, normed + at, norm_weight + column, inside, norm_eps, D, DTYPE)
 
 
 @triton.jit
@@ -553,10 +560,7 @@ def _step_forward(
     if WRITE_HIDDEN:
         tl.store(hidden + at, _cast(read, hidden.dtype.element_ty), mask=inside)
     if HAS_NORM:
-        norm_rms = tl.rsqrt(tl.sum(read * read, 0) / D + norm_eps)
-        gain = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-        result = _cast(read * norm_rms, DTYPE).to(tl.float32) * gain
-        tl.store(normed + at, _cast(result, normed.dtype.element_ty), mask=inside)
+        norm_rms = _write_normed(read, normed + at, norm_weight + column, inside, norm_eps, D, DTYPE)
     tl.store(statistics + token, score)
     tl.store(statistics + num_tokens + token, rms)
     tl.store(statistics + 2 * num_tokens + token, closed_score)
