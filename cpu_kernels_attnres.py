@@ -715,6 +715,7 @@ class CppKernels(DepthKernels):
     name = "cpp"
     dtypes = tuple(DTYPES)
     few_tokens = 0
+    compiled_steps = False
 
     def token_reads(self, hidden_states, products, eps):
         return CppTokenReads(hidden_states, products, eps)

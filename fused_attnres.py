@@ -16,8 +16,9 @@ run: sums over tokens are partial sums in a fixed order, without atomics.
 Without gradients, and while sources are small enough to be fetched again for each read, a third one takes their place:
 `depth_read` does everything between two sublayers from the sources themselves.
 
-All are custom operators that `torch.compile` takes whole and CUDA graphs capture. Their kernels are in
-kernels_attnres.py for GPUs and in cpu_kernels_attnres.py for CPUs; importing a file makes its devices known here.
+All are custom operators that `torch.compile` takes whole and CUDA graphs capture; but for a CPU, [`depth_step`] is left
+to the compiler, which fuses it with what is around it. Kernels are in kernels_attnres.py for GPUs and in
+cpu_kernels_attnres.py for CPUs; importing a file makes its devices known here.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from modeling_attnres import (
@@ -53,6 +55,7 @@ class DepthKernels:
     dtypes: tuple[torch.dtype, ...]
     few_tokens = TwoPhaseDepthAttention.few_tokens  # at most as many are better left to PyTorch
     reads_few_tokens = False  # but not where `read_forward` reads them
+    compiled_steps = True  # not if compilers do better than `step_forward`, as they fuse steps with sums of gradients
 
     def __eq__(self, other):  # also of copies and what has been pickled
         return type(self) is type(other)
@@ -290,6 +293,17 @@ def _closed_reads_untraced(sources, products, eps, dtype):
     return mixed, lse, scores, inverse_rms
 
 
+def _closed_reads_compiled(sources, products, eps, dtype):
+    if not torch.is_grad_enabled():
+        return _closed_reads(sources, products, eps, dtype)
+
+    # a compiler would keep all mixes for the backward pass, which would take more memory than the stock model does
+    def run(products, *sources):
+        return _closed_reads(list(sources), products, eps, dtype)
+
+    return checkpoint(run, products, *sources, use_reentrant=False, preserve_rng_state=False)
+
+
 def closed_reads(
     sources: Sequence[torch.Tensor],
     products: torch.Tensor,
@@ -300,7 +314,8 @@ def closed_reads(
     """All reads of a block over its closed sources, `mixed_s = sum_i softmax_i(score_si) v_i`, not yet scaled.
 
     Moves (n + S) d numbers per token to and from memory, in the backward pass (2n + S) d, and n d more where the
-    products need a gradient. Saves 4 (nS + n + S) bytes per token besides its arguments.
+    products need a gradient. Saves 4 (nS + n + S) bytes per token besides its arguments. When compiled, it saves its
+    arguments alone, and computes the rest again in the backward pass.
 
     Args:
         sources: n tensors `(*tokens, d)`, the values v_i, float32, bfloat16 or float16. Where dtypes differ, that of
@@ -331,7 +346,10 @@ def closed_reads(
     if dtype not in (None, source_dtype, torch.float32):
         raise TypeError(f"closed_reads of {source_dtype} sources gives {source_dtype} or torch.float32, not {dtype}.")
     sources = [source.to(source_dtype) for source in sources]
-    run = _closed_reads_untraced if is_untraced() else _closed_reads
+    if torch.compiler.is_compiling():
+        run = _closed_reads_compiled
+    else:
+        run = _closed_reads_untraced if is_untraced() else _closed_reads
     parts = [run(sources, part, eps, dtype or source_dtype) for part in products.float().split(MOST_READS)]
     lse = parts[0][1] if len(parts) == 1 else torch.cat([lse for _, lse, _, _ in parts])
     mixed = tuple(read for mixed, _, _, _ in parts for read in mixed)
@@ -562,6 +580,30 @@ class DepthStepFunction(torch.autograd.Function):
         return _depth_step_autograd(ctx, *grads)
 
 
+def _depth_step_formula(
+    partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, norm_eps, return_hidden, dtype
+):
+    """The first four results of the operator, in operations that a compiler can fuse with others."""
+    new_partial = weight = normed = None
+    hidden = mixed.float()
+    if output is not None:
+        value = output if partial is None else partial + output
+        new_partial, value = value, value.float()
+        score = _score(value, product, key_eps) if score is None else score
+        weight = torch.sigmoid(score - (_score(hidden, product, key_eps) if lse is None else lse))
+        by_token = weight.unsqueeze(-1)
+        hidden = hidden * (1 - by_token) + value * by_token
+    hidden = hidden if scale == 1 else hidden * scale
+    if norm_weight is not None:
+        inverse_rms = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm_eps)
+        normed = norm_weight * (hidden * inverse_rms).to(dtype)
+    return new_partial, normed, hidden.to(dtype) if return_hidden else None, weight
+
+
+def _score(value, product, eps):
+    return (value * product).sum(-1) * torch.rsqrt(value.square().mean(-1) + eps)
+
+
 class DepthStep(NamedTuple):
     """What [`depth_step`] returns; what was not asked for, or does not exist, is None."""
 
@@ -591,7 +633,8 @@ def depth_step(
         hidden = scale * ((1 - beta) * mixed + beta * v)
         normed = norm_weight * RMSNorm(hidden), cast before the weight is applied, as in Llama
 
-    Moves 5d numbers per token to and from memory, in the backward pass 6d.
+    Moves 5d numbers per token to and from memory, in the backward pass 6d. When compiled for a CPU, it is no operator,
+    but PyTorch's operations.
 
     Args:
         partial: `(*tokens, d)`, the open partial sum, or None where `output` is the first of its block.
@@ -634,7 +677,11 @@ def depth_step(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}; with mixed {tuple(mixed.shape)} it is {tuple(shape)}.")
     return_hidden = return_hidden or norm_weight is None
-    new_partial, normed, hidden, weight, _ = (DepthStepFunction.apply if is_untraced() else _depth_step)(
+    if torch.compiler.is_compiling() and not kernels_for(mixed).compiled_steps:
+        run = _depth_step_formula
+    else:
+        run = DepthStepFunction.apply if is_untraced() else _depth_step
+    new_partial, normed, hidden, weight, *_ = run(
         partial,
         output,
         mixed,
