@@ -811,9 +811,8 @@ def _error_on(device: torch.device) -> float:
             return torch.nn.functional.rms_norm(hidden, gain.shape, gain, 1e-5), hidden
 
         def with_gradients(results):
-            if torch.__version__.startswith(
-                "2.12."
-            ):  # aborts some processes if a thread has computed gradients and ended
+            # 2.12 aborts some processes if a thread has computed gradients and ended
+            if torch.__version__.startswith("2.12."):
                 return results
             return [*results, *torch.autograd.grad([r.float().square().sum() for r in results], inputs)]
 

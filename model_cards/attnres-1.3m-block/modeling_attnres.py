@@ -190,9 +190,8 @@ class DepthAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, *arguments
-    ):  # of which torch.compile without gradients drops one if they are as many as parameters
+    def forward(ctx, *arguments):
+        # named in the signature, torch.compile without gradients would drop one if there are exactly two sources
         products, eps, scale, before, before_lse, norm_weight, norm_eps, *sources = arguments
         dtype, hidden = products.dtype, products.shape[-1]
         norms = torch.stack([torch.linalg.vector_norm(v, dim=-1, dtype=dtype) for v in sources])
