@@ -7,6 +7,7 @@ Depth attention is trained in full beside the adapters, in float32: it is far sm
 import hashlib
 import importlib.util
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from depth_callback import decoder
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
 from torch import nn
 from training_data import first_line
 from training_run import RunError
 from transformers.utils import cached_file
 
 
-BASE_FILE = "base.json"  # beside an adapter: which weights it was trained on
+BASE_FILE = "base.json"  # beside an adapter: which model it was trained on
 DEPTH_ATTENTION = "depth_attention"
+READS = ("attn_res_mode", "attn_res_block_size", "attn_res_sum_scale")  # with the same weights, other sums
 QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "torchao"}  # and the package that each needs
 
 
@@ -105,14 +108,43 @@ def new_adapter(model, rank: int, alpha: float, dropout: float, dora: bool, targ
         ) from None
 
 
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Stands for a base's weights: tensors that no quantisation touches, to the precision of bfloat16."""
-    base = decoder(model)
-    tensors = [base.embed_tokens.weight[:64], *base.norm.parameters()]
-    tensors += getattr(base, DEPTH_ATTENTION, nn.Module()).parameters()
+def digest(tensors: list[torch.Tensor]) -> str:
+    """Stands for tensors, to the precision of bfloat16."""
     parts = [tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16) for tensor in tensors]
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+@torch.no_grad()
+def describe_base(model: nn.Module) -> dict:
+    """What tells a base from others: its kind, how it reads over depth, and its weights.
+
+    `fingerprint` is of tensors that no quantisation touches, `layers` of some elements of each tensor of the layers,
+    unless they are quantised.
+    """
+    base, names = decoder(model), ("model_type", *READS)
+    tensors = [base.embed_tokens.weight[:64], *base.norm.parameters()]
+    tensors += getattr(base, DEPTH_ATTENTION, nn.Module()).parameters()
+    described = {"fingerprint": digest(tensors), **{name: getattr(model.config, name, None) for name in names}}
+    if getattr(model, "hf_quantizer", None) is None:
+        flat = [parameter.flatten() for parameter in base.layers.parameters()]
+        described["layers"] = digest([tensor[:: max(1, len(tensor) // 64)] for tensor in flat])
+    return described
+
+
+def check_base(model: nn.Module, before: dict, made_for: str):
+    """Whether `model` is the base that an adapter's BASE_FILE, `before`, describes.
+
+    Raises:
+        RunError: it isn't; the message begins with `made_for`.
+    """
+    now = describe_base(model)
+    if model.dtype == torch.float16:  # rounds other weights than bfloat16 does
+        now = {name: value for name, value in now.items() if name not in ("fingerprint", "layers")}
+    for name in now.keys() & before.keys():
+        if name in ("fingerprint", "layers") and now[name] != before[name]:
+            raise RunError(f"{made_for}, whose weights differ from the model's.")
+        if now[name] != before[name]:
+            raise RunError(f"{made_for}, with {name} = {before[name]}; the model has {now[name]}.")
 
 
 def load_adapter(model, adapter: str, is_trainable: bool = False):
@@ -128,25 +160,28 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
         config = peft.PeftConfig.from_pretrained(adapter)
         if cached_file(adapter, SAFETENSORS_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False) is None:
             raise RunError(f"there is no {SAFETENSORS_WEIGHTS_NAME}, and pickles are not loaded")
+        if config.is_prompt_learning:
+            raise RunError("it puts tokens of its own before the text")
         saved = load_peft_weights(adapter, device="cpu")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        base_file = cached_file(adapter, BASE_FILE, _raise_exceptions_for_missing_entries=False)
+        before = json.loads(Path(base_file).read_text(encoding="utf-8")) if base_file else {}
+        if not isinstance(before, dict):
+            raise RunError(f"{BASE_FILE} doesn't describe a base")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise RunError(f"no adapter at {adapter}: {first_line(error)}.") from None
     made_for = f"the adapter {adapter} is for another base"
     if config.base_model_name_or_path:
         made_for += f", {config.base_model_name_or_path}"
-    base_file = cached_file(adapter, BASE_FILE, _raise_exceptions_for_missing_entries=False)
-    if base_file is not None:
-        before = json.loads(Path(base_file).read_text(encoding="utf-8"))["fingerprint"]
-        if before != fingerprint(model):
-            raise RunError(f"{made_for}, whose weights differ from the model's.")
+    check_base(model, before, made_for)
     config.inference_mode = not is_trainable
     try:
         adapted = with_adapter(model, config)
     except ValueError as error:
         raise RunError(f"{made_for}: {first_line(error)[:200]}.") from None
-    embeddings = ("embed_tokens.weight", "lm_head.weight")  # are saved with an adapter that doesn't train them
-    saved = {name: tensor for name, tensor in saved.items() if not name.endswith(embeddings)}
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # PEFT saves embeddings also with an adapter that doesn't train them
+    embeddings = re.compile(r"\b(embed_tokens|lm_head)\.(base_layer\.)?weight$")
+    saved = {name: tensor for name, tensor in saved.items() if name in expected or not embeddings.search(name)}
     shapes, saved_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (expected, saved))
     for name in sorted(shapes.keys() | saved_shapes.keys()):
         if shapes.get(name) != saved_shapes.get(name):

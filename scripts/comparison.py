@@ -2,11 +2,16 @@
 """Several runs of a training script, one after the other, with the same data order, seed and budget, and one table."""
 
 import argparse
+import ctypes
+import io
 import itertools
 import json
+import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from accelerate import PartialState
@@ -16,7 +21,7 @@ from training_run import (
     METRICS_FILE,
     RESULTS_FILE,
     RunError,
-    end_without_a_word,
+    main_process_first,
     open_run,
     plot_losses,
     read_lines,
@@ -37,6 +42,37 @@ def variants(args: argparse.Namespace, option: str) -> list[tuple[str, list[str]
         (" ".join(name for name, _ in combination), [option for _, options in combination for option in options])
         for combination in itertools.product(*axes)
     ]
+
+
+def alone(argv: list[str], options: list[str], folder: Path) -> list[str]:
+    """The options of one run of a comparison: those given, then its own."""
+    return [*argv, "--compare", "", "--sweep", *options, "--output", str(folder)]
+
+
+def check_variants(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str], option: str, parse: Callable
+):
+    """Refuses a comparison of which one run's options can't work, before the first one is trained.
+
+    Args:
+        option: the option whose values `--compare` holds.
+        parse: parses the script's options.
+    """
+    if args.compare and any(f"--{sweep.partition('=')[0]}" == option for sweep in args.sweep):
+        parser.error(f"--compare takes the values of {option}, which --sweep can't change")
+    for name, options in variants(args, option):
+        message = io.StringIO()
+        try:
+            with redirect_stderr(message):
+                parse(alone(argv, options, args.output))
+        except SystemExit:
+            parser.error(f"{name}: {message.getvalue().rpartition('error: ')[2].strip()}")
+
+
+def end_with_parent():
+    """Lets a process that was started end when the one that started it is killed; Linux alone can do so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def compare_table(runs: dict[str, dict], columns: dict[str, str]) -> str:
@@ -69,9 +105,8 @@ def table_row(name: str, runs: list[dict], columns: dict[str, str]) -> tuple[str
 
 def open_comparison(args: argparse.Namespace):
     if PartialState().num_processes > 1:
-        if not PartialState().is_main_process:
-            end_without_a_word()
-        raise RunError("--compare and --sweep start processes themselves; launch the runs one by one instead.")
+        with main_process_first():
+            raise RunError("--compare and --sweep start processes themselves; launch the runs one by one instead.")
     open_run(args.output, {**run_arguments(args), "compare": args.compare, "sweep": args.sweep})
 
 
@@ -92,8 +127,10 @@ def compare(
     for name, options in variants(args, option):
         folder = args.output / name.replace(" ", ",")
         print(f"--- {name}", flush=True)
-        single = [*argv, "--compare", "", "--sweep", *shared, *options, "--output", str(folder)]
-        run = subprocess.run([sys.executable, str(script), *single], stdout=subprocess.DEVNULL)
+        single = alone(argv, [*shared, *options], folder)
+        run = subprocess.run(
+            [sys.executable, str(script), *single], stdout=subprocess.DEVNULL, preexec_fn=end_with_parent
+        )
         result = folder / (FAILURE_FILE if run.returncode else RESULTS_FILE)
         if not result.exists():
             raise RunError(f"the run {name} failed; its message is above.")

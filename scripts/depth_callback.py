@@ -7,7 +7,6 @@ Every `every` steps one short forward of the same text, the probe, shows each su
 models are comparable and nothing of it touches training. Works on donors too, whose reads are the residual stream.
 """
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from training_optim import uses_deepspeed
 from training_run import JsonLines
 from transformers import TrainerCallback
 
@@ -24,9 +24,21 @@ from transformers import TrainerCallback
 DEPTH_FILE = "depth.jsonl"
 
 
-def decoder(model: nn.Module) -> nn.Module:
-    """The module that holds the layers, in a head, an adapter or a wrapper."""
-    return next(module for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
+def decoder(model: nn.Module) -> nn.Module | None:
+    """The module that holds the layers, in a head, an adapter or a wrapper; None if there is none."""
+    modules = (module for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
+    return next(modules, None)
+
+
+def check_can_be_watched(model: nn.Module):
+    """Raises ValueError if [`look`] doesn't know where the sublayers of such a model begin."""
+    base, norms = decoder(model), ("input_layernorm", "post_attention_layernorm")
+    is_donor = hasattr(base, "norm") and all(hasattr(layer, norm) for layer in base.layers for norm in norms)
+    if not is_donor and not hasattr(base, "depth_attention"):
+        raise ValueError(
+            f"{type(model).__name__} can't be watched over depth; AttnRes models can, and those whose layers have "
+            f"{' and '.join(norms)}, such as Llama, Qwen and Gemma."
+        )
 
 
 def rms(tensor: torch.Tensor) -> float:
@@ -128,22 +140,23 @@ def look(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, list[flo
                 module.reshard()
 
 
-def gradient_norms(layers: nn.ModuleList) -> list[float] | None:
-    """Of each layer's parameters together, after clipping; None if gradients aren't kept in the parameters."""
+def gradient_norms(layers: nn.ModuleList) -> list[float | None]:
+    """Of each layer's parameters together; None for a layer without gradients."""
     norms = []
     for layer in layers:
         gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-        if not gradients:
-            return None
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norms.append(None if norm is None else norm.item())
     return norms
 
 
 class DepthCallback(TrainerCallback):
     """Writes what [`look`] sees and the gradient norm of each layer to `depth.jsonl` and TensorBoard.
 
-    An entry is of the weights that a step starts from and of the gradient that it computes.
+    An entry is of the weights that a step starts from and of the gradient that it computes, before clipping; the norm
+    of a layer that isn't trained is null. The Trainer logs each step that is looked at, because only its log has the
+    norm from before clipping.
 
     Args:
         folder: where to; TensorBoard's part goes to its `tensorboard/depth`.
@@ -154,8 +167,9 @@ class DepthCallback(TrainerCallback):
     def __init__(self, folder: str | Path, probe: dict[str, torch.Tensor], every: int = 100):
         self.folder, self.probe, self.every = Path(folder), probe, every
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.writer = None
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        check_can_be_watched(model)
+        self.writer = self.entry = None
         if state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
@@ -165,16 +179,31 @@ class DepthCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step = state.global_step + 1
-        if step % self.every and step != 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if step % self.every and step != 1 or uses_deepspeed():
             return  # DeepSpeed has already taken the step, and keeps the parameters in pieces
         started = time.perf_counter()
-        entry = {**look(model, self.probe), "gradient_norm": gradient_norms(decoder(model).layers)}
+        self.entry = {**look(model, self.probe), "gradient_norm": gradient_norms(decoder(model).layers)}
+        self.seconds = time.perf_counter() - started
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.entry is not None:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Writes the entry of a step; its log comes before its checkpoint, so that no resumed run misses it."""
+        if self.entry is None or "loss" not in logs:
+            return
+        entry, self.entry = self.entry, None
         if self.writer is None:
             return
+        if args.max_grad_norm and "grad_norm" in logs:  # what torch has clipped by
+            factor = max(1.0, (logs["grad_norm"] + 1e-6) / args.max_grad_norm)
+            entry["gradient_norm"] = [norm and norm * factor for norm in entry["gradient_norm"]]
         for name, values in entry.items():
-            for index, value in enumerate(values or ()):
-                self.writer.add_scalar(f"{name}/{index:03d}", value, step)
-        self.lines.write({"step": step, **entry, "seconds": time.perf_counter() - started})
+            for index, value in enumerate(values):
+                if value is not None:
+                    self.writer.add_scalar(f"{name}/{index:03d}", value, state.global_step)
+        self.lines.write({"step": state.global_step, **entry, "seconds": self.seconds})
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer is not None:

@@ -34,10 +34,11 @@ import numpy as np
 import torch
 import transformers
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
+from output_folder import output_folder
 from pretrain import positive
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from training_data import STDLIB, DataError, first_line, is_held_out, load_documents, load_rows, text_hash
+from training_data import STDLIB, DataError, data_name, first_line, is_held_out, load_documents, load_rows, text_hash
 from training_run import RunError, table, versions, write_json, write_text
 
 
@@ -91,8 +92,9 @@ def windows(num_targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, 
 def span_nats(model, spans: list[Span], batch_size: int, description: str) -> np.ndarray:
     """The negative log-likelihood of the scored tokens of each span, in nats."""
     nats = np.zeros(len(spans))
-    order = sorted(range(len(spans)), key=lambda index: -len(spans[index].input_ids))
-    bar = tqdm(total=len(spans), desc=description, unit="window", disable=not sys.stderr.isatty())
+    scored = [index for index, span in enumerate(spans) if span.scored]
+    order = sorted(scored, key=lambda index: -len(spans[index].input_ids))
+    bar = tqdm(total=len(order), desc=description, unit="window", disable=not sys.stderr.isatty())
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         length = len(spans[batch[0]].input_ids) - 1
@@ -129,7 +131,7 @@ def sums_by_row(model, spans: list[Span], num_rows: int, args, description: str)
     nats = span_nats(model, spans, args.batch_size, description)
     if not np.isfinite(nats).all():
         raise RunError(f"{description}: the loss is {nats[~np.isfinite(nats)][0]}; the model is broken.")
-    return np.bincount([span.row for span in spans], weights=nats, minlength=num_rows)
+    return np.bincount(np.array([span.row for span in spans], int), weights=nats, minlength=num_rows)
 
 
 def evaluate_texts(model, tokenizer, texts: list[str], args, name: str) -> tuple[dict, dict[str, Metric], int]:
@@ -147,6 +149,8 @@ def evaluate_texts(model, tokenizer, texts: list[str], args, name: str) -> tuple
             spans.append(Span(row, ids[start : end + 1], scored))
     nats = sums_by_row(model, spans, len(texts), args, f"{name}, text")
     lengths = np.array([len(ids) for ids in tokens])
+    if not lengths.any():
+        raise RunError(f"{name}: its tokenizer makes no tokens of the text; change --data or --tokenizer.")
     if not context:
         nats = nats + np.log(model.config.vocab_size) * (lengths > 0)
     num_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
@@ -219,33 +223,36 @@ def lm_eval_tasks(args):
     return manager
 
 
-def evaluate_lm_eval(model, tokenizer, manager, args) -> tuple[dict, dict[str, Metric]]:
+def evaluate_lm_eval(model, tokenizer, manager, args, name: str) -> tuple[dict, dict[str, Metric]]:
     """Runs the harness; what it reports for each task, and each number of it with the documents' shares."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    harness = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=args.batch_size)
-    # its progress bars have no switch
-    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-        run = lm_eval.simple_evaluate(
-            harness,
-            tasks=args.lm_eval,
-            task_manager=manager,
-            num_fewshot=args.lm_eval_fewshot,
-            limit=args.lm_eval_limit,
-            **dict.fromkeys(seeds, args.seed),
-        )
+    try:
+        harness = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=args.batch_size)
+        # its progress bars have no switch
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            run = lm_eval.simple_evaluate(
+                harness,
+                tasks=args.lm_eval,
+                task_manager=manager,
+                num_fewshot=args.lm_eval_fewshot,
+                limit=args.lm_eval_limit,
+                **dict.fromkeys(seeds, args.seed),
+            )
+    except Exception as error:  # whatever a task's code and this model raise
+        raise RunError(f"{name}: --lm-eval {','.join(args.lm_eval)} fails: {first_line(error)}.") from None
     metrics = {}
     for task, result in run["results"].items():
         for key, value in result.items():
-            name, _, filter_name = key.partition(",")
-            if not filter_name or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            measure, _, filter_name = key.partition(",")
+            if not filter_name or measure.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            label = f"{task} {name}" + (f" ({filter_name})" if filter_name != "none" else "")
+            label = f"{task} {measure}" + (f" ({filter_name})" if filter_name != "none" else "")
             samples = [sample for sample in run["samples"].get(task, ()) if sample["filter"] == filter_name]
             samples.sort(key=lambda sample: sample["doc_id"])
-            metrics[label] = harness_metric(float(value), [sample.get(name) for sample in samples])
+            metrics[label] = harness_metric(float(value), [sample.get(measure) for sample in samples])
     return {"results": run["results"], "versions": run["versions"], "fewshot": run["n-shot"]}, metrics
 
 
@@ -313,7 +320,12 @@ def with_intervals(metrics: dict[str, Metric], comparable: set[str], resamples: 
 
 def read_texts(args) -> list[str]:
     documents = load_documents(args.data, args.column, args.data_config, args.data_split, args.sample_by)
-    texts = [text for text in documents[args.column] if text and not text.isspace()]
+    texts = []
+    for number, text in enumerate(documents[args.column], 1):
+        if not isinstance(text, (str, type(None))):
+            raise DataError(f"row {number} of {data_name(args.data)} holds no text in {args.column!r}: {text!r:.40}.")
+        if text and not text.isspace():
+            texts.append(text)
     if args.held_out:
         texts = [text for text in texts if is_held_out(text_hash(text), args.held_out)]
     texts = texts[: args.max_documents]
@@ -324,17 +336,14 @@ def read_texts(args) -> list[str]:
 
 
 def read_questions(args) -> list[Question]:
-    """Choices are a list, or a dictionary with the lists `text` and `label`; the answer is an index, a label, a letter
-    or the text of the choice."""
+    """The answer is an index, a label, a letter or the text of the choice."""
     columns = [args.question_column, args.choices_column, args.answer_column]
     option = "--question-column, --choices-column and --answer-column"
     rows, _ = load_rows([args.choices], columns, args.choices_config, args.choices_split, option=option)
     questions = []
     for number, row in enumerate(rows.select(range(min(len(rows), args.max_documents or len(rows)))), 1):
         prompt, choices, answer = (row[column] for column in columns)
-        labels = []
-        if isinstance(choices, dict):
-            choices, labels = choices.get("text"), choices.get("label", [])
+        choices, labels = choices_and_labels(choices)
         if not isinstance(prompt, str) or not isinstance(choices, list) or len(choices) < 2:
             raise DataError(f"row {number} of {args.choices} is no question with a list of two choices or more.")
         if not all(isinstance(choice, str) and choice.strip() for choice in choices):
@@ -347,15 +356,36 @@ def read_questions(args) -> list[Question]:
     return questions
 
 
+def choices_and_labels(choices) -> tuple[list | None, list[str]]:
+    """Of a list of texts or numbers, a list of dictionaries with `text` and `label`, or a dictionary with these lists;
+    the labels may be missing."""
+    if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
+        choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    labels = []
+    if isinstance(choices, dict):
+        choices, labels = choices.get("text"), choices.get("label") or []
+    if isinstance(choices, list):
+        choices = [str(choice) if isinstance(choice, (int, float)) else choice for choice in choices]
+    return choices, [] if None in labels else list(map(str, labels))
+
+
 def answer_index(answer, choices: list[str], labels: list[str]) -> int | None:
-    for names in (labels, choices):
-        if answer in names:
-            return names.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer.isalpha():
-        answer = ord(answer.upper()) - ord("A")
-    elif isinstance(answer, str) and answer.isdecimal():
+    if isinstance(answer, bool) or isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
-    return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
+    text = str(answer).strip()
+    plain = text.strip("().")  # "(B)" and "B."
+    # a number is an index, unless there are labels
+    for names in (labels[: len(choices)], choices if isinstance(answer, str) else []):
+        for name in (answer, text, plain):
+            if name in names:
+                return names.index(name)
+    if len(plain) == 1 and plain.isalpha():
+        index = ord(plain.upper()) - ord("A")
+    else:
+        index = int(text) if text.isdecimal() else -1
+    if not 0 <= index < len(choices):  # no index: one of the choices, where these are numbers
+        index = choices.index(text) if text in choices else None
+    return index
 
 
 def fill_in_lengths(args, checkpoints: list[Checkpoint]):
@@ -377,6 +407,8 @@ def evaluate_checkpoints(args) -> dict:
     started = time.perf_counter()
     names = short_names(args.checkpoints)
     checkpoints = [open_checkpoint(path, args.base, args.tokenizer) for path in args.checkpoints]
+    if args.base and all(checkpoint.adapter is None for checkpoint in checkpoints):
+        raise RunError("--base is for adapters, and no checkpoint is one.")
     fill_in_lengths(args, checkpoints)
     texts = read_texts(args) if args.data else []
     questions = read_questions(args) if args.choices else []
@@ -397,7 +429,7 @@ def evaluate_checkpoints(args) -> dict:
             result["choices"], found = evaluate_choices(model, tokenizer, questions, args, name)
             own |= found
         if manager is not None:
-            result["lm_eval"], found = evaluate_lm_eval(model, tokenizer, manager, args)
+            result["lm_eval"], found = evaluate_lm_eval(model, tokenizer, manager, args, name)
             own |= found
         results[name] = result
         for label, value in own.items():
@@ -467,7 +499,6 @@ def notes(evaluation: dict) -> list[str]:
 
 def write_report(folder: Path, evaluation: dict, command: list[str]):
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", {**evaluation, "command": command})
         lines = "".join(f"- {line}\n" for line in notes(evaluation))
         write_text(folder / "evaluation.md", f"{report_table(evaluation['checkpoints'])}\n{lines}")
@@ -478,6 +509,7 @@ def write_report(folder: Path, evaluation: dict, command: list[str]):
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate_model.py",
+        usage="%(prog)s CHECKPOINT [CHECKPOINT ...] --output FOLDER [options]; --help lists them",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: " + __doc__.split("\n\n", 1)[0],
@@ -505,7 +537,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--stride", type=positive, help="tokens by which windows follow one another; default: half of --seq-len")
     add = parser.add_argument_group("questions: accuracy").add_argument
     add("--choices", metavar="DATA", help="file of JSON lines or Parquet, or Hub id: a question, a list of choices and "
-        "the answer (index, letter or text) in each row")  # fmt: skip
+        "the answer (index, letter, label or text) in each row")  # fmt: skip
     add("--choices-config", help="configuration of the data set on the Hub")
     add("--choices-split", default="train", help="default: train, which is all of a file")
     add("--question-column", default="question", help="default: question")
@@ -525,7 +557,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--resamples", type=positive, default=1000, help="of the bootstrap; default: 1000")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.lm_eval = args.lm_eval.split(",") if args.lm_eval else []
+    args.lm_eval = [name.strip() for name in args.lm_eval.split(",")] if args.lm_eval else []
     if not (args.data or args.choices or args.lm_eval):
         args.data = [STDLIB]
     if args.held_out is None and args.data == [STDLIB]:
@@ -534,7 +566,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("--held-out is a share of the documents, between 0 and 1")
     if "{question}" not in args.prompt_format:
         parser.error("--prompt-format needs {question}, where the question comes")
-    if args.output.exists() and not args.output.is_dir():
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed is a number from 0 to 4294967295")
+    if os.path.isfile(args.output):
         parser.error(f"--output {args.output} is a file; give a folder")
     return args
 
@@ -548,10 +582,14 @@ def main(argv: list[str] | None = None):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        evaluation = evaluate_checkpoints(args)
-        write_report(args.output, evaluation, ["evaluate_model.py", *argv])
+        with output_folder(args.output):
+            evaluation = evaluate_checkpoints(args)
+            write_report(args.output, evaluation, ["evaluate_model.py", *argv])
     except (RunError, DataError) as error:
         raise SystemExit(f"evaluate_model: {error}") from None
+    except KeyboardInterrupt:
+        print("evaluate_model: interrupted; nothing was written.", file=sys.stderr)
+        raise SystemExit(130) from None
     print(report_table(evaluation["checkpoints"]))
     print("\n".join(notes(evaluation)))
     summary = {name: {label: entry["value"] for label, entry in result["metrics"].items()} for name, result in

@@ -30,16 +30,15 @@ from adapters import (
     BASE_FILE,
     DEPTH_ATTENTION,
     QUANTIZATIONS,
-    fingerprint,
+    describe_base,
     load_adapter,
     new_adapter,
     prepare_quantized,
     quantization_config,
     take_over_quantized,
 )
-from attnres_convert import ConversionError
-from comparison import compare, open_comparison
-from depth_callback import DepthCallback, decoder
+from comparison import check_variants, compare, open_comparison
+from depth_callback import decoder
 from finetuning_data import (
     collate_padded,
     encoded_examples,
@@ -51,6 +50,7 @@ from finetuning_data import (
 from pretrain import (
     check_context,
     check_same_data,
+    depth_callbacks,
     get_tokenizer,
     has_recurrent_layers,
     load_model,
@@ -58,15 +58,19 @@ from pretrain import (
     starting_point,
 )
 from training_card import mean_depth_weights, model_results, write_training_card
-from training_data import DataError, ShuffledSequences, data_name, first_line
+from training_data import ShuffledSequences, data_name, first_line
 from training_optim import is_depth_attention, new_optimizer
 from training_options import (
+    above_zero,
     add_training_options,
     check_training_options,
     given_options,
+    natural,
+    number,
     positive,
     run_arguments,
     set_intervals,
+    share,
     start_process,
     training_arguments,
 )
@@ -80,6 +84,7 @@ from training_run import (
     discarded_if_refused,
     losses,
     main_process_first,
+    one_line_errors,
     open_run,
     peak_memory,
     plot_losses,
@@ -142,12 +147,12 @@ def prepare_model(args, tokenizer) -> tuple[torch.nn.Module, dict | None]:
         return model, None
     source = starting_point(args, read_config(args.model, {}))
     source = str(Path(source).resolve()) if Path(source).exists() else source
-    base = {"base": source, "fingerprint": fingerprint(model)}
+    base = {"base": source, **describe_base(model)}
     if args.method == "qlora":
         model = prepare_quantized(model)
     if args.adapter:
         model = load_adapter(model, args.adapter, is_trainable=True)
-        if model.peft_config["default"].use_dora != (args.method == "dora"):
+        if getattr(model.peft_config["default"], "use_dora", None) != (args.method == "dora"):
             raise RunError(f"the adapter {args.adapter} wasn't made by --method {args.method}.")
     else:
         alpha = args.lora_alpha or 2 * args.lora_rank
@@ -250,10 +255,7 @@ def finetune(args) -> dict:
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}  # before they are sharded
     per_step = args.batch_size * args.accumulate * state.num_processes
     tokens_per_step = round(per_step * train.sequences.num_tokens / len(train.sequences))
-    callbacks = [RunLog(args.output, tokens_per_step)]
-    if args.depth_every:
-        probe = {name: held_out[0][name][None] for name in ("input_ids", "position_ids")}
-        callbacks.append(DepthCallback(args.output, probe, args.depth_every))
+    callbacks = [RunLog(args.output, tokens_per_step), *depth_callbacks(args, model, held_out[0])]
     training = training_arguments(args)
     training.eval_on_start = checkpoint is None
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -329,6 +331,7 @@ def compare_runs(args, argv: list[str]) -> dict:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="finetune.py",
+        usage="%(prog)s --model CHECKPOINT --output FOLDER [options]; --help lists them",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: " + __doc__.split("\n\n", 1)[0],
@@ -341,9 +344,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="lora", help="lora, dora, qlora (on a quantised model): adapters and "
         "depth attention; full: everything; depth: depth attention alone; default: lora")  # fmt: skip
-    add("--lora-rank", type=positive, default=16, help="rank of the adapters; default: 16")
-    add("--lora-alpha", type=float, help="scale of the adapters, divided by their rank; default: twice the rank")
-    add("--lora-dropout", type=float, default=0.0, help="of the adapters' input; default: 0")
+    add("--lora-rank", type=positive, help="rank of the adapters; default: 16")
+    add("--lora-alpha", type=above_zero, help="scale of the adapters, divided by their rank; default: twice the rank")
+    add("--lora-dropout", type=number(float, 0, 1, without=(1,)), help="of the adapters' input; default: 0")
     add("--target-modules", nargs="+", metavar="NAME", help="layers that get adapters, by the end of their name; "
         "default: all linear layers of attention, MLPs and shared experts")  # fmt: skip
     add("--quantization", choices=QUANTIZATIONS, default="nf4", help="of qlora: nf4, 4 bits, by bitsandbytes, or int8 "
@@ -357,49 +360,48 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--data-split", default="train", help="split, also train[:1%%] and the like; default: train")
     add("--columns", help="one column, of conversations, or two, of prompts and completions; default: messages, else "
         "prompt,completion")  # fmt: skip
-    add("--held-out", type=float, default=0.05, help="share of the examples, chosen by hash; default: 0.05")
+    add("--held-out", type=share, default=0.05, help="share of the examples, chosen by hash; default: 0.05")
     add("--eval-sequences", type=positive, default=64, help="held-out sequences to evaluate at most; default: 64")
-    add("--seq-len", type=positive, default=512, help="tokens per sequence; longer examples lose their ends; "
+    add("--seq-len", type=number(int, 2), default=512, help="tokens per sequence; longer examples lose their ends; "
         "default: 512")  # fmt: skip
     add("--no-packing", dest="packing", action="store_false", help="one example per sequence")
-    add("--num-workers", type=int, default=0, help="processes that read batches; default: 0")
-    add("--epochs", type=float, default=3, help="times to see the data; default: 3")
+    add("--num-workers", type=natural, default=0, help="processes that read batches; default: 0")
+    add("--epochs", type=above_zero, default=3, help="times to see the data; default: 3")
     add_training_options(parser, "methods", "lora,dora,full,depth")
     parser.set_defaults(steps=None, weight_decay=0.0, learning_rate=None)
     args = parser.parse_args(argv)
     args.command = given_options(parser, args)
     check_arguments(parser, args)
+    if args.compare or args.sweep:
+        check_variants(parser, args, argv, "--method", parse_arguments)
     return args
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Refuses what can't work, and fills in what depends on other options."""
     check_training_options(parser, args, METHODS)
-    if not 0 < args.held_out < 1:
-        parser.error("--held-out is a share of the examples, between 0 and 1")
-    if args.epochs <= 0:
-        parser.error("--epochs must be positive")
-    if not 0 <= args.lora_dropout < 1:
-        parser.error("--lora-dropout is a share, from 0 to below 1")
+    if args.adapter:
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules"):
+            if getattr(args, name) is not None:
+                parser.error(f"--adapter {args.adapter} has its own; leave out --{name.replace('_', '-')}")
     if args.adapter and args.method not in ADAPTER_METHODS:
         parser.error(f"--adapter goes with {', '.join(ADAPTER_METHODS)}")
     if args.optimizer == "muon" and args.method == "depth":
         parser.error("--optimizer muon is for matrices of the layers; --method depth trains none")
     args.columns = args.columns.split(",") if args.columns else None
-    if args.columns and len(args.columns) > 2:
-        parser.error("--columns takes one name, of conversations, or two, of prompts and completions")
+    if args.columns and (len(args.columns) > 2 or len(set(args.columns)) < len(args.columns)):
+        parser.error("--columns takes one name, of conversations, or two different ones, of prompts and completions")
     args.train_tokenizer, args.config = 0, None  # options of pretraining that its functions look at
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
+    args.lora_rank, args.lora_dropout = args.lora_rank or 16, args.lora_dropout or 0.0
 
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     state = start_process()
-    try:
+    with one_line_errors("finetune", args.output):
         results = compare_runs(args, argv) if args.compare or args.sweep else finetune(args)
-    except (RunError, DataError, ConversionError) as error:
-        raise SystemExit(f"finetune: {error}") from None
     if state.is_main_process:
         print(json.dumps({name: value for name, value in results.items() if name not in ("arguments", "versions")}))
 

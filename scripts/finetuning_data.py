@@ -9,7 +9,7 @@ transformers, as no attention mask is given, keeps attention within an example.
 
 import ast
 import bisect
-import hashlib
+import functools
 import json
 import os
 import platform
@@ -26,6 +26,7 @@ from training_data import (
     first_line,
     is_held_out,
     load_rows,
+    mapped,
     stdlib_files,
     text_hash,
     vocabulary_key,
@@ -33,10 +34,10 @@ from training_data import (
 
 
 IGNORED = -100  # the label that transformers' losses leave out
-CHAT_COLUMNS, PROMPT_COLUMNS = ["messages"], ["prompt", "completion"]
+CHAT_COLUMNS, PROMPT_COLUMNS, TOOLS_COLUMN = ["messages"], ["prompt", "completion"], "tools"
 STDLIB_CHAT = "stdlib-chat"
 STDLIB_CHARACTERS = 2000  # of a function at most
-ENCODING_VERSION = 1  # part of the cache's key, to be raised when `encode` changes
+ENCODING_VERSION = 2  # part of the cache's key, to be raised when `encode` changes
 EXAMPLE_FEATURES = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -52,6 +53,9 @@ EXAMPLE_FEATURES = datasets.Features(
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
+{%- if message.tool_calls or message.content is not defined %}
+{{- raise_exception('this chat template knows messages of text alone; use a tokenizer with one for tools') }}
+{%- endif %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' %}
 {%- generation %}{{- message['content'] + eos_token }}{%- endgeneration %}
@@ -97,7 +101,7 @@ def as_chat(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
 def load_examples(
     data: list[str], columns: list[str] | None = None, config: str | None = None, split: str = "train"
 ) -> datasets.Dataset:
-    """The rows, with one column of conversations or two of prompts and completions.
+    """The rows, with one column of conversations or two of prompts and completions, and `tools` if there is one.
 
     Args:
         data: `["stdlib"]` or `["stdlib-chat"]`, files or folders of one kind, or `[id]` of a data set on the Hub.
@@ -120,7 +124,8 @@ def load_examples(
             f"{data_name(data)} has neither a column 'messages' nor columns 'prompt' and 'completion'; choose with "
             f"--columns from: {', '.join(first)}."
         )
-    return rows.select_columns(columns)
+    tools = [TOOLS_COLUMN] if TOOLS_COLUMN in first and TOOLS_COLUMN not in columns else []
+    return rows.select_columns([*columns, *tools])
 
 
 def set_chat_template(tokenizer):
@@ -139,55 +144,99 @@ def is_chat(value) -> bool:
 
 
 def uses_chat(rows: datasets.Dataset) -> bool:
-    return any(is_chat(value) for value in rows[0].values())
+    return any(is_chat(value) for name, value in rows[0].items() if name != TOOLS_COLUMN)
+
+
+def without_nulls(value):
+    """Rows of a table have the same fields; those that one lacks are null in it."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def plain_message(message: dict) -> dict:
+    """A message whose content is text, also where it was given as a list of parts.
+
+    Raises:
+        ValueError: a part isn't text.
+    """
+    message = without_nulls(message)
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    for part in parts:
+        if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"has a message with a part that isn't text, {kind!r:.40}")
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 Example = list[tuple[str, bool]]  # stretches of text, and whether each is an answer
 
 
-def chat_examples(messages: list[dict], tokenizer, first_answer: int = 0) -> list[Example]:
+def end_of_answer(text: str, tokenizer) -> int:
+    """The length of an answer without the white space that a template puts behind the token which ends a turn: there
+    generation has stopped."""
+    end = len(text.rstrip())
+    ends_a_turn = any(
+        text.endswith(token, 0, end) for token in [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
+    )
+    return end if ends_a_turn else len(text)
+
+
+def chat_examples(messages: list[dict], tokenizer, first_answer: int = 0, tools: list | None = None) -> list[Example]:
     """A conversation as the chat template renders it, with the assistant's turns as answers.
 
-    An answer begins where the template's generation prompt ends. A template that renders earlier turns differently once
-    others follow, as those that leave out old reasoning, gives an example for each turn that was seen otherwise.
+    An answer begins where the template's generation prompt ends; the first message is none. A template that renders
+    earlier turns differently once others follow, as those that leave out old reasoning, gives an example for each turn
+    that was seen otherwise.
 
     Args:
         first_answer: number of messages that are context, whoever wrote them.
+        tools: definitions that the template may put in front.
 
     Raises:
-        ValueError: the template can't tell where an answer begins.
+        ValueError: the template can't tell where an answer begins, or a message isn't text.
     """
-    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    messages = list(map(plain_message, messages))
+    render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     examples, text = [], None
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index < max(first_answer, 1):
             continue
-        context = tokenizer.apply_chat_template(messages[:index], tokenize=False)
-        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        context = render(messages[:index])
+        prompt = render(messages[:index], add_generation_prompt=True)
+        whole = render(messages[: index + 1])
         prompt = os.path.commonprefix([prompt, whole])
         if len(prompt) < len(context):
             raise ValueError("can't be trained on: the chat template changes what stands before an answer")
+        end = len(prompt) + end_of_answer(whole[len(prompt) :], tokenizer)
         if text is not None and prompt.startswith(text):
             examples[-1].append((prompt[len(text) :], False))
         else:
             examples.append([(prompt, False)])
-        examples[-1].append((whole[len(prompt) :], True))
-        text = whole
+        examples[-1].append((whole[len(prompt) : end], True))
+        text = whole[:end]
     return examples
 
 
-def row_examples(values: list, tokenizer) -> list[Example]:
+def row_examples(values: list, tokenizer, tools=None) -> list[Example]:
     """The examples in a row.
 
     Args:
         values: of one column, a conversation, or of two, prompt and completion.
+        tools: definitions of tools for a conversation, as a list or as JSON.
 
     Raises:
         ValueError: they are of another kind.
     """
     if all(map(is_chat, values)):
-        return chat_examples(sum(values, []), tokenizer, first_answer=len(values[0]) if len(values) == 2 else 0)
+        first_answer = len(values[0]) if len(values) == 2 else 0
+        try:
+            tools = without_nulls(json.loads(tools) if isinstance(tools, str) else tools)
+        except ValueError:
+            raise ValueError(f"has tools that aren't JSON, {tools!r:.40}") from None
+        return chat_examples(sum(values, []), tokenizer, first_answer, tools or None)
     if len(values) == 2 and all(isinstance(value, str) for value in values):
         return [[(values[0], False), (values[1], True)]]
     wanted = "a list of messages with role and content"
@@ -206,18 +255,28 @@ def tokens_after(text: str, tokenizer) -> list[int]:
 
 
 def labelled(example: Example, tokenizer, has_template: bool) -> dict[str, list[int]]:
-    """Tokens and labels. Without a chat template the tokenizer begins a text as always, and the answer is its end."""
+    """Tokens and labels. Without a chat template the tokenizer begins a text as always, and the answer is its end.
+
+    What stands before an answer is cut as the whole text up to there is, as it will be when the model is used, unless
+    that changes tokens of an answer before it.
+    """
     eos = tokenizer.eos_token_id
-    input_ids, labels = [], []
+    input_ids, labels, so_far = [], [], ""
     for index, (text, is_answer) in enumerate(example):
-        if index:
+        so_far += text
+        if index and is_answer:
             ids = tokens_after(text, tokenizer)
+        elif index:
+            whole = tokens(so_far, tokenizer)
+            is_same = whole[: len(input_ids)] == input_ids
+            ids = whole[len(input_ids) :] if is_same else tokens_after(text, tokenizer)
         elif has_template:
             ids = tokens(text, tokenizer)
         else:
-            ids = tokenizer(text, verbose=False)["input_ids"]
-            ids = ids[:-1] if ids and ids[-1] == eos else ids
-        if is_answer and not has_template and eos is not None:
+            own, ids = tokens(text, tokenizer), tokenizer(text, verbose=False)["input_ids"]
+            if ids[-1:] == [eos] and own[-1:] != [eos]:  # the tokenizer ends a text by itself
+                ids = ids[:-1]
+        if is_answer and not has_template and eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
         input_ids += ids
         labels += ids if is_answer else [IGNORED] * len(ids)
@@ -225,14 +284,21 @@ def labelled(example: Example, tokenizer, has_template: bool) -> dict[str, list[
 
 
 def encode(batch: dict, indices: list[int], tokenizer, name: str) -> dict[str, list]:
-    """Rows as examples with tokens and labels. `first_label` is where the first answer begins, or `num_tokens`."""
+    """Rows as examples with tokens and labels. `first_label` is where the first answer begins, or `num_tokens`.
+
+    A row without an answer is an example without tokens, so that it can be counted.
+    """
     encoded = {name: [] for name in EXAMPLE_FEATURES}
-    for index, *values in zip(indices, *batch.values()):
+    tools = batch.get(TOOLS_COLUMN, [None] * len(indices))
+    columns = [values for column, values in batch.items() if column != TOOLS_COLUMN]
+    for index, tool_list, *values in zip(indices, tools, *columns):
         try:
-            examples = row_examples(values, tokenizer)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            examples = row_examples(values, tokenizer, tool_list)
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise DataError(f"row {index} of {name} doesn't go with the chat template: {first_line(error)}.") from None
+        except ValueError as error:
             raise DataError(f"row {index} of {name} {first_line(error)}.") from None
-        for example in examples:
+        for example in examples or [[("", False)]]:
             item = labelled(example, tokenizer, has_template=is_chat(values[0]))
             length = len(item["input_ids"])
             first = next((at for at, label in enumerate(item["labels"]) if label != IGNORED), length)
@@ -246,17 +312,7 @@ def encoded_examples(rows: datasets.Dataset, tokenizer, name: str) -> datasets.D
     """All examples, kept in the cache of `datasets` for the next run with the same data, tokenizer and template."""
     key = f"{rows._fingerprint} {ENCODING_VERSION} {rows.column_names} {vocabulary_key(tokenizer)}"
     key += f" {tokenizer.chat_template}"
-    return rows.map(
-        encode,
-        batched=True,
-        batch_size=256,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "name": name},
-        remove_columns=rows.column_names,
-        features=EXAMPLE_FEATURES,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
-        desc="tokenising",
-    )
+    return mapped(rows, encode, {"tokenizer": tokenizer, "name": name}, EXAMPLE_FEATURES, key, name)
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
@@ -291,7 +347,8 @@ class PackedExamples(torch.utils.data.Dataset):
 
     def __init__(self, examples: datasets.Dataset, seq_len: int, packing: bool = True):
         self.examples = examples.with_format("numpy")
-        self.lengths = np.minimum(np.asarray(self.examples["num_tokens"][:], dtype=np.int64), seq_len)
+        lengths, self.hashes = (np.asarray(self.examples[name][:], np.int64) for name in ("num_tokens", "hash"))
+        self.lengths = np.minimum(lengths, seq_len)
         self.seq_len = seq_len
         self.sequences = pack(self.lengths, seq_len) if packing else [[index] for index in range(len(self.lengths))]
 
@@ -358,6 +415,7 @@ def split_and_pack_examples(
     for side, what in ((train, "to train on"), (test, "held out")):
         if not len(side):
             raise DataError(
-                f"too little data: {len(usable)} examples, none of them {what}; give more, or change --held-out."
+                f"too little data: {counts['examples']} examples with an answer, none of them {what}; give more, or "
+                "change --held-out."
             )
     return PackedExamples(train, seq_len, packing), PackedExamples(test, seq_len, packing), counts

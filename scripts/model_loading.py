@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from adapters import load_adapter
-from pretrain import check_context, read_config
+from pretrain import check_context, load_tokenizer, load_weights, read_config
 from training_data import first_line
 from training_run import RunError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 import attnres  # noqa: F401, registers its classes
@@ -61,7 +61,10 @@ def open_checkpoint(
     adapter_config = find_file(path, "adapter_config.json")
     if adapter_config is not None:
         adapter = path
-        source = base or json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        try:
+            source = base or dict(json.loads(Path(adapter_config).read_text("utf-8"))).get("base_model_name_or_path")
+        except (ValueError, TypeError):
+            raise RunError(f"{adapter_config} is no configuration of an adapter.") from None
         if not source:
             raise RunError(f"the adapter {path} names no base; give --base.")
     try:
@@ -69,12 +72,11 @@ def open_checkpoint(
             AutoConfig.from_pretrained(source, trust_remote_code=True) if trust_remote_code else read_config(source, {})
         )
     except (OSError, ValueError) as error:
-        raise RunError(f"the base of the adapter {path}: {error} Give --base." if adapter else str(error)) from None
+        reason = str(error).rstrip(".")
+        raise RunError(f"the base of the adapter {path}: {reason}. Give --base." if adapter else f"{reason}.") from None
     own = adapter is not None and find_file(adapter, "tokenizer_config.json") is not None
     try:
-        loaded = AutoTokenizer.from_pretrained(
-            tokenizer or (adapter if own else source), trust_remote_code=trust_remote_code
-        )
+        loaded = load_tokenizer(tokenizer or (adapter if own else source), trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, some of tokenizers' own
         raise RunError(f"no tokenizer for {path}: {first_line(error)}; give --tokenizer.") from None
     if len(loaded) > config.vocab_size:
@@ -88,12 +90,7 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: str = "auto", trust_remote_co
     Raises:
         RunError: it doesn't load, or the adapter is for another base.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(f"{checkpoint.base} doesn't load: {first_line(error)}.") from None
+    model = load_weights(checkpoint.base, dtype=dtype, trust_remote_code=trust_remote_code)
     if checkpoint.adapter is not None:
         model = load_adapter(model, checkpoint.adapter)
     if torch.accelerator.is_available() and model.device.type == "cpu":
@@ -111,12 +108,17 @@ def check_contexts(checkpoints: list[Checkpoint], seq_len: int):
 
 def short_names(paths: list[str]) -> list[str]:
     """The paths without the folders that all of them begin or end with, for tables and legends."""
-    if len(set(paths)) < len(paths):
+    if files := [path for path in paths if Path(path).is_file()]:
+        raise RunError(f"{files[0]} is not a folder.")
+    # folders by their full path, so that `.` has a name and one that is written in two ways is the same
+    places = [Path(path).resolve() if Path(path).exists() else Path(path) for path in paths]
+    if len(set(places)) < len(places):
         raise RunError("a checkpoint is given twice.")
-    parts = [Path(path).parts for path in paths]
+    here = Path.cwd()
+    parts = [(place.relative_to(here) if here in place.parents else place).parts for place in places]
     if len(parts) == 1:
         return ["/".join(parts[0][-2:])]
     shortest = min(map(len, parts))
     start = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), shortest - 1)
     end = next((i for i in range(shortest - start) if len({part[-1 - i] for part in parts}) > 1), shortest - start - 1)
-    return ["/".join(part[start : len(part) - end]) for part in parts]
+    return [Path(*part[start : len(part) - end]).as_posix() for part in parts]

@@ -11,10 +11,12 @@ figure are beside it as JSON. The last line printed is JSON.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
 import sys
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,15 +24,17 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from depth_callback import decoder, gradient_norms, look
+from depth_callback import check_can_be_watched, decoder, gradient_norms, look
 from matplotlib import colors, font_manager, ft2font, ticker
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
+from output_folder import output_folder
 from pretrain import positive
 from tqdm import tqdm
 from training_data import STDLIB, DataError, PackedDocuments, collate, is_held_out, load_documents, tokenized
 from training_run import RunError, plt, write_json
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 WEIGHT_COLORS = "viridis"
@@ -79,6 +83,11 @@ def describe_mode(config) -> str:
 
 def has_depth_weights(config) -> bool:
     return hasattr(config, "attn_res_mode")
+
+
+def has_fixed_weights(config) -> bool:
+    """The same for all tokens."""
+    return config.attn_res_mode == "denseformer"
 
 
 @torch.no_grad()
@@ -252,6 +261,19 @@ def drawable() -> set[int]:
     return set(ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap())
 
 
+def token_text(tokenizer, token: int) -> str:
+    """A token's text; of a token that is no whole character, the bytes, such as \\xe6."""
+    text, name = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    if "\ufffd" not in text:
+        return text
+    if name.startswith("<0x"):  # as tokenizers write bytes that fall back on them
+        return f"\\x{name[3:5].lower()}"
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    if not set(name) <= byte_of.keys():
+        return text
+    return bytes(byte_of[char] for char in name).decode("utf-8", "backslashreplace")
+
+
 def token_label(text: str) -> str:
     """A token as it can be drawn on one line."""
     text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "␣") or "∅"
@@ -370,11 +392,17 @@ def plot_dynamics(dynamics: dict[str, dict[str, list[float]]], title: str = "Mag
 
 def save_figure(figure: Figure, path: Path, numbers: dict):
     """The figure, and its numbers as JSON beside it; each appears complete or not at all."""
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
-    plt.close(figure)
-    write_json(path.with_suffix(".json"), numbers)
+    partial, beside = path.with_name(f".{path.name}"), path.with_suffix(".json")
+    try:
+        figure.savefig(partial, dpi=150, format="png")
+        partial.replace(path)
+        write_json(beside, numbers)
+    except OSError as error:
+        raise RunError(f"can't write {path}: {error.strerror or error}.") from None
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)
+        beside.with_name(f".{beside.name}").unlink(missing_ok=True)
 
 
 def read_batches(checkpoint: Checkpoint, documents, args) -> list[dict[str, torch.Tensor]]:
@@ -394,11 +422,14 @@ def read_batches(checkpoint: Checkpoint, documents, args) -> list[dict[str, torc
 def prompt_batch(checkpoint: Checkpoint, prompt: str | None, batches: list, max_tokens: int) -> dict[str, torch.Tensor]:
     """The first `max_tokens` tokens of the prompt or, without one, of the text."""
     if prompt is None:
-        return {"input_ids": batches[0]["input_ids"][:, :max_tokens]}
+        return {name: batches[0][name][:, :max_tokens] for name in ("input_ids", "position_ids")}
     ids = checkpoint.tokenizer(prompt, return_tensors="pt")["input_ids"][:, :max_tokens]
     if ids.shape[1] == 0:
         raise RunError("--prompt is empty.")
-    check_contexts([checkpoint], ids.shape[1])
+    if checkpoint.context and ids.shape[1] > checkpoint.context:
+        raise RunError(
+            f"--prompt is longer than the context of {checkpoint.path}; give --tokens {checkpoint.context} or less."
+        )
     return {"input_ids": ids}
 
 
@@ -415,16 +446,55 @@ def chosen_reads(config, reads: list[str] | None) -> list[str]:
     return reads
 
 
-def draw_model(name: str, model, checkpoint: Checkpoint, batches: list, args) -> list[Path]:
+def file_stems(names: list[str]) -> list[str]:
+    """How the files of each model begin, numbered where two would begin alike."""
+    stems = []
+    for name in names:
+        stem = name.strip("/").replace("/", "-")
+        numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        stems.append(next(candidate for candidate in numbered if candidate not in stems))
+    return stems
+
+
+@dataclass
+class Measured:
+    """What is drawn of a model; a donor has dynamics alone, and denseformer mode no weights by token."""
+
+    dynamics: dict[str, list[float]]
+    mean: list[np.ndarray] = field(default_factory=list)
+    by_token: list[np.ndarray] = field(default_factory=list)
+
+    def is_finite(self) -> bool:
+        return all(np.isfinite(values).all() for values in (*self.dynamics.values(), *self.mean, *self.by_token))
+
+
+def measure(checkpoint: Checkpoint, batches: list, prompt: dict[str, torch.Tensor] | None, args) -> Measured:
+    model = load_checkpoint(checkpoint, args.dtype)
+    try:
+        check_can_be_watched(model)
+    except ValueError as error:
+        raise RunError(f"{checkpoint.path}: {error}") from None
+    measured = Measured(depth_dynamics(model, batches))
+    if has_depth_weights(checkpoint.config):
+        measured.mean = mean_weights(model, batches)
+    if prompt is not None:
+        measured.by_token = token_weights(model, prompt)
+    if not measured.is_finite():
+        raise RunError(f"{checkpoint.path}: what it computes isn't finite; the model is broken.")
+    return measured
+
+
+def draw_model(
+    name: str, stem: str, measured: Measured, checkpoint: Checkpoint, batches: list, prompt: dict | None, args
+) -> list[Path]:
     """The figures of one AttnRes model."""
-    config, stem = checkpoint.config, name.replace("/", "-")
+    config, mean, weights = checkpoint.config, measured.mean, measured.by_token
     kind = describe_mode(config)
-    mean = mean_weights(model, batches)
     tokens_seen = sum(batch["input_ids"].numel() for batch in batches)
     shared = {"model": checkpoint.path, "mode": config.attn_res_mode, "reads": read_names(config)}
     shared["sources"] = source_names(config)
     numbers = {**shared, "tokens": tokens_seen, "weights": [read.tolist() for read in mean]}
-    fixed = config.attn_res_mode == "denseformer"  # the same for all tokens
+    fixed = has_fixed_weights(config)
     about = kind if fixed else f"{kind}, mean of {tokens_seen:,} tokens"
     title = f"{name}: what each read takes from depth\n{about}"
     paths = [args.output / f"{stem}-reads.png"]
@@ -434,9 +504,7 @@ def draw_model(name: str, model, checkpoint: Checkpoint, batches: list, args) ->
     paths.append(args.output / f"{stem}-relative.png")
     title += "\nrelative to uniform weights"
     save_figure(plot_reads(mean, config, title, relative=True), paths[-1], numbers)
-    batch = prompt_batch(checkpoint, args.prompt, batches, args.tokens)
-    tokens = [checkpoint.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
-    weights = token_weights(model, batch)
+    tokens = [token_text(checkpoint.tokenizer, token) for token in prompt["input_ids"][0].tolist()]
     reads = chosen_reads(config, args.reads)
     shared["tokens"] = tokens
     paths.append(args.output / f"{stem}-tokens.png")
@@ -459,6 +527,8 @@ def plot_depth_attention(args) -> list[Path]:
     """
     names = short_names(args.models)
     checkpoints = [open_checkpoint(path, args.base, args.tokenizer) for path in args.models]
+    if args.base and all(checkpoint.adapter is None for checkpoint in checkpoints):
+        raise RunError("--base is for adapters, and no model is one.")
     if args.seq_len is None:
         args.seq_len = min([256, *(checkpoint.context for checkpoint in checkpoints if checkpoint.context)])
     check_contexts(checkpoints, args.seq_len)
@@ -467,26 +537,32 @@ def plot_depth_attention(args) -> list[Path]:
             chosen_reads(checkpoint.config, args.reads)
     documents = load_documents(args.text, args.column, sample_by=args.sample_by)
     batches = [read_batches(checkpoint, documents, args) for checkpoint in checkpoints]
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"can't write to {args.output}: {error.strerror}.") from None
-    paths, dynamics = [], {}
-    for name, checkpoint, own in tqdm(list(zip(names, checkpoints, batches)), disable=not sys.stderr.isatty()):
-        model = load_checkpoint(checkpoint, args.dtype)
-        if has_depth_weights(checkpoint.config):
-            paths += draw_model(name, model, checkpoint, own, args)
-        dynamics[name] = depth_dynamics(model, own)
-        del model
-    paths.append(args.output / "dynamics.png")
-    tokens = sum(batch["input_ids"].numel() for batch in batches[0])
-    save_figure(plot_dynamics(dynamics, f"Magnitudes by depth, on {tokens:,} tokens"), paths[-1], dynamics)
+    prompts = [
+        prompt_batch(checkpoint, args.prompt, own, args.tokens)
+        if has_depth_weights(checkpoint.config) and not has_fixed_weights(checkpoint.config)
+        else None
+        for checkpoint, own in zip(checkpoints, batches)
+    ]
+    with output_folder(args.output):
+        each = tqdm(list(zip(checkpoints, batches, prompts)), disable=not sys.stderr.isatty())
+        measured = [measure(checkpoint, own, prompt, args) for checkpoint, own, prompt in each]
+        paths = []
+        for name, stem, checkpoint, own, prompt, seen in zip(
+            names, file_stems(names), checkpoints, batches, prompts, measured
+        ):
+            if has_depth_weights(checkpoint.config):
+                paths += draw_model(name, stem, seen, checkpoint, own, prompt, args)
+        paths.append(args.output / "dynamics.png")
+        tokens = sum(batch["input_ids"].numel() for batch in batches[0])
+        dynamics = {name: seen.dynamics for name, seen in zip(names, measured)}
+        save_figure(plot_dynamics(dynamics, f"Magnitudes by depth, on {tokens:,} tokens"), paths[-1], dynamics)
     return paths
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="plot_depth_attention.py",
+        usage="%(prog)s MODEL [MODEL ...] --output FOLDER [options]; --help lists them",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: " + __doc__.split("\n\n", 1)[0],
@@ -507,7 +583,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--reads", help="whose weights to show token by token, such as 0m,3a,output; default: five")
     add("--output", type=Path, required=True, help="folder for the figures")
     args = parser.parse_args(argv)
-    args.reads = args.reads.split(",") if args.reads else None
+    if args.prompt == "":
+        parser.error("--prompt is empty")
+    args.reads = [read.strip() for read in args.reads.split(",")] if args.reads else None
     return args
 
 
@@ -522,6 +600,9 @@ def main(argv: list[str] | None = None):
         paths = plot_depth_attention(args)
     except (RunError, DataError) as error:
         raise SystemExit(f"plot_depth_attention: {error}") from None
+    except KeyboardInterrupt:
+        print("plot_depth_attention: interrupted; finished figures stay.", file=sys.stderr)
+        raise SystemExit(130) from None
     print(json.dumps({"output": str(args.output), "figures": [path.name for path in paths]}))
 
 

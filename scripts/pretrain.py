@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,12 +24,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from attnres_convert import ConversionError, convert_checkpoint, convert_to_donor
-from comparison import compare, open_comparison
-from depth_callback import DepthCallback
+from attnres_convert import convert_checkpoint, convert_to_donor
+from comparison import check_variants, compare, open_comparison
+from depth_callback import DEPTH_FILE, DepthCallback, check_can_be_watched, decoder
+from safetensors import SafetensorError
 from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import (
-    DataError,
     ShuffledSequences,
     StreamedSequences,
     collate,
@@ -44,9 +45,12 @@ from training_options import (
     add_training_options,
     check_training_options,
     given_options,
+    natural,
+    number,
     positive,
     run_arguments,
     set_intervals,
+    share,
     start_process,
     training_arguments,
 )
@@ -60,16 +64,33 @@ from training_run import (
     discarded_if_refused,
     losses,
     main_process_first,
+    one_line_errors,
     open_run,
     peak_memory,
     plot_losses,
     publish,
+    read_json,
     read_lines,
     tokens_per_second,
     versions,
     write_json,
 )
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import attnres  # noqa: F401, registers its classes
 from configuration_attnres import ATTN_RES_MODES, AttnResConfigMixin, attn_res_config_class
@@ -84,10 +105,14 @@ def read_config(source: str, overrides: dict) -> PreTrainedConfig:
     Raises:
         RunError: there is none, or a field is unknown or has a wrong value.
     """
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        raise RunError(f"{source} doesn't exist.")
     try:
         values = {"model_type": source} if source in CONFIG_MAPPING else PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as error:
         raise RunError(f"no configuration at {source}: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"no configuration at {source}: its JSON isn't an object.")
     if values.get("model_type") not in CONFIG_MAPPING:
         raise RunError(f"{source}: model type {values.get('model_type')!r} is unknown to transformers.")
     config_class = CONFIG_MAPPING[values["model_type"]]
@@ -100,19 +125,43 @@ def read_config(source: str, overrides: dict) -> PreTrainedConfig:
         raise RunError(f"the configuration of {source} is wrong: {first_line(error)}") from None
 
 
+def check_sizes(config: PreTrainedConfig):
+    """Refuses sizes that transformers takes and that fail only in a model's first forward, or make no sense."""
+    sizes = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
+    for name, size in sizes.items():
+        if isinstance(size, int) and size < 1:
+            raise RunError(f"{name} is {size}; it must be at least 1.")
+    heads, key_value_heads = sizes["num_attention_heads"], getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(key_value_heads, int) and (key_value_heads < 1 or heads % key_value_heads):
+        raise RunError(f"num_key_value_heads = {key_value_heads} must divide num_attention_heads = {heads}.")
+
+
 def with_mode(config: PreTrainedConfig, mode: str | None, block_size: int | None) -> PreTrainedConfig:
     """The configuration of a new model: the family's AttnRes form in `mode`, or its donor's for `"donor"`."""
     is_attnres = isinstance(config, AttnResConfigMixin)
     values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "auto_map")}
     if mode == "donor":
         if not is_attnres:
+            check_decoder(config.model_type)
             return config
         own = {field.name for field in dataclasses.fields(AttnResConfigMixin)}
         return config.donor_config_class()(**{name: value for name, value in values.items() if name not in own})
     values["attn_res_mode"] = mode or values.get("attn_res_mode", "block")
-    if block_size is not None:
+    if block_size is not None and values["attn_res_mode"] == "block":
         values["attn_res_block_size"] = block_size
     return attn_res_config_class(config.model_type)(**values)
+
+
+def check_decoder(model_type: str):
+    """Refuses what isn't a language model from left to right."""
+    others = (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or any(model_type in names for names in others):
+        raise RunError(f"{model_type} is no decoder-only language model, and only these are trained.")
 
 
 def check_context(config: PreTrainedConfig, seq_len: int):
@@ -129,6 +178,7 @@ def has_recurrent_layers(config: PreTrainedConfig) -> bool:
 def new_model(args, tokenizer):
     """A model with random weights; of one seed, all modes of a family share the donor's weights."""
     config = read_config(args.config, args.set)
+    check_sizes(config)
     try:
         config = with_mode(config, args.mode, args.block_size)
     except ValueError as error:
@@ -142,7 +192,10 @@ def new_model(args, tokenizer):
         )
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        return separate_documents(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    except Exception as error:  # of many kinds, such as a KeyError for the name of an unknown activation
+        raise RunError(f"no model has this configuration: {type(error).__name__}: {first_line(error)}.") from None
 
 
 def starting_point(args, config: PreTrainedConfig) -> str:
@@ -150,7 +203,7 @@ def starting_point(args, config: PreTrainedConfig) -> str:
     is_attnres = isinstance(config, AttnResConfigMixin)
     mode = args.mode or (config.attn_res_mode if is_attnres else "block")
     if mode == ("donor" if not is_attnres else config.attn_res_mode):
-        if args.block_size not in (None, getattr(config, "attn_res_block_size", None)):
+        if is_attnres and args.block_size not in (None, config.attn_res_block_size):
             raise RunError(f"--block-size can't change that of {args.model}; leave it out.")
         return args.model
     converted = args.output / "converted"
@@ -163,8 +216,67 @@ def starting_point(args, config: PreTrainedConfig) -> str:
     if is_attnres:
         convert_to_donor(args.model, converted, verify=False)
     else:
-        convert_checkpoint(args.model, converted, mode=mode, block_size=args.block_size, verify=False)
+        block_size = args.block_size if mode == "block" else None
+        convert_checkpoint(args.model, converted, mode=mode, block_size=block_size, verify=False)
     return str(converted)
+
+
+def load_weights(source: str, may_be_new: str | None = None, **options):
+    """A checkpoint as `from_pretrained` loads it, if it holds all weights; transformers would make up the others.
+    Pickles are not loaded.
+
+    Args:
+        may_be_new: part of the names of the weights that the checkpoint may lack.
+        options: of `from_pretrained`.
+
+    Raises:
+        RunError: it doesn't load, or lacks weights.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, **{"use_safetensors": True, "output_loading_info": True, **options}
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = "tensors don't have the shapes of config.json" if "mismatched" in str(error) else first_line(error)
+        raise RunError(f"{source} doesn't load: {reason}.") from None
+    missing = sorted(name for name in info["missing_keys"] if may_be_new is None or may_be_new not in name)
+    if missing:
+        raise RunError(f"{source} doesn't load: it has no {missing[0]} ({len(missing)} tensors are missing in all).")
+    layers = re.compile(r"\blayers\.(\d+)\.")
+    unused = sorted(name for name in info["unexpected_keys"] if layers.search(name))
+    if any(int(layers.search(name)[1]) >= model.config.num_hidden_layers for name in unused):
+        raise RunError(f"{source} doesn't load: it has {unused[-1]}, and config.json fewer layers.")
+    return separate_documents(model)
+
+
+def load_tokenizer(source: str, **options):
+    """A tokenizer as it was saved. For some model types `AutoTokenizer` takes a class of its own choice, which cuts
+    text in another way, also where the saved one says it is no more than its `tokenizer.json`."""
+    saved_as = get_tokenizer_config(source, **options).get("tokenizer_class")
+    is_plain = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if is_plain else AutoTokenizer).from_pretrained(source, **options)
+
+
+def separate_documents(model):
+    """Makes transformers' GPT-OSS keep attention within a document, as the other families do: it doesn't look at the
+    position ids for its masks, and takes ready ones."""
+
+    def with_masks(decoder, args, kwargs):
+        input_ids, position_ids = kwargs.get("input_ids"), kwargs.get("position_ids")
+        if input_ids is None or position_ids is None or not torch.is_tensor(position_ids) or kwargs.get("use_cache"):
+            return args, kwargs
+        if kwargs.get("attention_mask") is None:
+            shape = torch.empty(*input_ids.shape, 0, dtype=decoder.embed_tokens.weight.dtype, device=input_ids.device)
+            options = {"attention_mask": None, "past_key_values": None, "position_ids": position_ids}
+            kwargs["attention_mask"] = {
+                "full_attention": create_causal_mask(decoder.config, shape, **options),
+                "sliding_attention": create_sliding_window_causal_mask(decoder.config, shape, **options),
+            }
+        return args, kwargs
+
+    if model.config.model_type == "gpt_oss":
+        model.model.register_forward_pre_hook(with_masks, with_kwargs=True)
+    return model
 
 
 def load_model(args, tokenizer, **options):
@@ -174,14 +286,14 @@ def load_model(args, tokenizer, **options):
     if args.mode == "denseformer" and not isinstance(config, AttnResConfigMixin):
         # not a result of conversion; depth scalars, which the checkpoint lacks, start as the plain sum
         source, options["config"] = args.model, with_mode(config, args.mode, None)
+        options["may_be_new"] = "depth_attention"
     else:
         source = starting_point(args, config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, **{"dtype": torch.float32, "use_safetensors": True, **options}
+    model = load_weights(source, **{"dtype": torch.float32, **options})
+    if decoder(model) is None:
+        raise RunError(
+            f"{args.model} is a {type(model).__name__}, which isn't made of layers as the families here are."
         )
-    except (OSError, ValueError) as error:
-        raise RunError(f"{args.model} doesn't load: {first_line(error)}") from None
     if len(tokenizer) > model.config.vocab_size:
         raise RunError(f"the tokenizer has {len(tokenizer)} tokens, {args.model} {model.config.vocab_size}.")
     return model
@@ -199,11 +311,16 @@ def get_tokenizer(args, documents):
         publish(partial, folder)
     source = folder if args.train_tokenizer else args.tokenizer or args.model or args.config
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return load_tokenizer(source)
     except Exception as error:  # of many kinds, some of tokenizers' own
         raise RunError(
             f"no tokenizer at {source}: {first_line(error)}; give --tokenizer or --train-tokenizer."
         ) from None
+
+
+def report_fewer_tokens(args, tokenizer):
+    if len(tokenizer) < args.train_tokenizer:
+        print(f"the data give a tokenizer of {len(tokenizer)} tokens, not {args.train_tokenizer}", file=sys.stderr)
 
 
 def get_data(args, documents, tokenizer):
@@ -212,7 +329,7 @@ def get_data(args, documents, tokenizer):
     if args.streaming:
         options = {"seq_len": args.seq_len, "fraction": args.held_out}
         shuffled = documents.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
-        train = StreamedSequences(shuffled, tokenizer, args.column, held_out=False, **options)
+        train = StreamedSequences(shuffled, tokenizer, args.column, held_out=False, length=needed, **options)
         held_out = StreamedSequences(documents, tokenizer, args.column, held_out=True, **options)
         held_out = list(itertools.islice(held_out.once(), args.eval_sequences))
         if not held_out:
@@ -232,13 +349,14 @@ def get_data(args, documents, tokenizer):
 
 
 def check_same_data(folder: Path, train, is_new: bool):
-    """A resumed run needs the documents it started with; their lengths stand for them."""
+    """A resumed run needs the documents it started with; their lengths and hashes stand for them."""
     if not isinstance(train, ShuffledSequences):
         return
     path, packed = folder / "data.json", train.sequences
     checksum = {"documents": len(packed.lengths), "tokens": packed.num_tokens}
     checksum["lengths"] = int((packed.lengths * range(1, len(packed.lengths) + 1) % 1_000_003).sum())
-    if not is_new and path.exists() and json.loads(path.read_text(encoding="utf-8")) != checksum:
+    checksum["hashes"] = int(np.bitwise_xor.reduce(packed.hashes))
+    if not is_new and path.exists() and read_json(path) != checksum:
         raise RunError(f"the data have changed since {folder} was begun; choose another --output.")
     write_json(path, checksum)
 
@@ -246,6 +364,7 @@ def check_same_data(folder: Path, train, is_new: bool):
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
+        read_config(args.model or args.config, args.set)  # what is wrong with it is said before what it leads to
         documents = load_documents(
             args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
         )
@@ -254,9 +373,25 @@ def prepare(args, is_new: bool):
         model = load_model(args, tokenizer) if args.model else new_model(args, tokenizer)
         train, held_out, amount = get_data(args, documents, tokenizer)
         check_same_data(args.output, train, is_new)
-    if PartialState().is_main_process and has_recurrent_layers(model.config):
-        print("the model has recurrent layers, whose state goes on from one document to the next", file=sys.stderr)
+    if PartialState().is_main_process:
+        report_fewer_tokens(args, tokenizer)
+        if has_recurrent_layers(model.config):
+            print("the model has recurrent layers, whose state goes on from one document to the next", file=sys.stderr)
     return tokenizer, model, train, held_out, amount
+
+
+def depth_callbacks(args, model, sequence: dict[str, torch.Tensor]) -> list[DepthCallback]:
+    """[`DepthCallback`], with a held-out sequence as its probe, if it is asked for and knows such models."""
+    if not args.depth_every:
+        return []
+    try:
+        check_can_be_watched(model)
+    except ValueError as error:
+        if PartialState().is_main_process:
+            print(f"no {DEPTH_FILE}: {error}", file=sys.stderr)
+        return []
+    probe = {name: sequence[name][None] for name in ("input_ids", "position_ids")}
+    return [DepthCallback(args.output, probe, args.depth_every)]
 
 
 def pretrain(args) -> dict:
@@ -280,10 +415,7 @@ def pretrain(args) -> dict:
         except ValueError as error:
             raise RunError(str(error)) from None
     tokens_per_step = args.batch_size * args.accumulate * args.seq_len * state.num_processes
-    callbacks = [RunLog(args.output, tokens_per_step)]
-    if args.depth_every:
-        probe = {name: value[None] for name, value in held_out[0].items() if name != "documents"}
-        callbacks.append(DepthCallback(args.output, probe, args.depth_every))
+    callbacks = [RunLog(args.output, tokens_per_step), *depth_callbacks(args, model, held_out[0])]
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # before they are sharded
     training = training_arguments(args)
     training.eval_on_start = checkpoint is None and args.model is not None
@@ -343,9 +475,10 @@ def compare_runs(args, argv: list[str]) -> dict:
             documents = load_documents(
                 args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
             )
-            get_tokenizer(args, documents)
+            tokenizer = get_tokenizer(args, documents)
+            report_fewer_tokens(args, tokenizer)
             shared = ["--train-tokenizer", "0", "--tokenizer", str(args.output / "tokenizer")]
-            shared += ["--set", *args.set_options, f"vocab_size={args.train_tokenizer}"] if args.config else []
+            shared += ["--set", *args.set_options, f"vocab_size={len(tokenizer)}"] if args.config else []
         columns = {"parameters": "parameters", "of depth attention": "depth_parameters"}
         return compare(Path(__file__), args, argv, "--mode", shared, columns)
 
@@ -353,6 +486,7 @@ def compare_runs(args, argv: list[str]) -> dict:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pretrain.py",
+        usage="%(prog)s (--config MODEL | --model CHECKPOINT) --output FOLDER [options]; --help lists them",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: " + __doc__.split("\n\n", 1)[0],
@@ -362,9 +496,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of --config to replace")
     add("--model", help="train on: AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
     add("--mode", choices=MODES, help="residual stream or kind of depth attention; default: the model's, or block")
-    add("--block-size", type=positive, help="decoder layers per block; default: an eighth of the layers")
+    add("--block-size", type=positive, help="decoder layers per block, in modes that have blocks; default: an "
+        "eighth of the layers")  # fmt: skip
     add("--tokenizer", help="folder or Hub id; default: that of --model or --config")
-    add("--train-tokenizer", type=int, default=0, metavar="N", help="train one of N tokens on the training data")
+    add("--train-tokenizer", type=natural, default=0, metavar="N", help="train one of N tokens on the training data")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["stdlib"], help="stdlib (Python's own source, offline), files or folders of "
         "text, JSON lines or Parquet, or a Hub id; default: stdlib")  # fmt: skip
@@ -375,15 +510,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "document (a file) if there are several files, else paragraph")  # fmt: skip
     add("--streaming", action="store_true", help="read the data as training goes on, without preparing all of it")
     add("--shuffle-buffer", type=positive, default=1000, help="documents shuffled at a time with --streaming")
-    add("--held-out", type=float, default=0.05, help="share of the documents, chosen by hash; default: 0.05")
+    add("--held-out", type=share, default=0.05, help="share of the documents, chosen by hash; default: 0.05")
     add("--eval-sequences", type=positive, default=64, help="held-out sequences to evaluate at most; default: 64")
-    add("--seq-len", type=positive, default=256, help="tokens per sequence; default: 256")
+    add("--seq-len", type=number(int, 2), default=256, help="tokens per sequence; default: 256")
     add("--num-proc", type=positive, help="processes that tokenise")
-    add("--num-workers", type=int, default=0, help="processes that read batches; default: 0")
+    add("--num-workers", type=natural, default=0, help="processes that read batches; default: 0")
     add_training_options(parser, "modes", "donor,block,full,denseformer")
     args = parser.parse_args(argv)
     args.command = given_options(parser, args)
     check_arguments(parser, args)
+    if args.compare or args.sweep:
+        check_variants(parser, args, argv, "--mode", parse_arguments)
     return args
 
 
@@ -393,8 +530,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error("give either --config, to train from scratch, or --model, to train on")
     if args.model is not None and (args.set or args.train_tokenizer):
         parser.error("--set and --train-tokenizer go with --config; a checkpoint has a configuration and a tokenizer")
-    if not 0 < args.held_out < 1:
-        parser.error("--held-out is a share of the documents, between 0 and 1")
     if args.streaming and args.num_workers:
         parser.error("--streaming reads in the main process; leave out --num-workers")
     args.set_options, fields = args.set, {}
@@ -407,6 +542,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         except ValueError:
             fields[name] = value
     args.set = fields
+    if args.train_tokenizer and fields.get("vocab_size", args.train_tokenizer) != args.train_tokenizer:
+        parser.error("--train-tokenizer decides on the vocabulary's size; leave out --set vocab_size or it")
     check_training_options(parser, args, MODES)
     set_intervals(args)
 
@@ -415,10 +552,8 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     state = start_process()
-    try:
+    with one_line_errors("pretrain", args.output):
         results = compare_runs(args, argv) if args.compare or args.sweep else pretrain(args)
-    except (RunError, DataError, ConversionError) as error:
-        raise SystemExit(f"pretrain: {error}") from None
     if state.is_main_process:
         print(json.dumps({name: value for name, value in results.items() if name not in ("arguments", "versions")}))
 

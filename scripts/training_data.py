@@ -7,14 +7,18 @@ because no attention mask is given, transformers keeps attention within a docume
 """
 
 import hashlib
+import itertools
+import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from datasets.exceptions import DatasetNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -48,48 +52,68 @@ def stdlib_files() -> list[Path]:
     return sorted(file for file in root.rglob("*.py") if skip.isdisjoint(file.parts[len(root.parts) :]))
 
 
+def builder_of(file: Path) -> str | None:
+    """The builder of `datasets` that reads a file; it decompresses by itself."""
+    return BUILDERS.get(Path(file.name.lower().removesuffix(".gz")).suffix)
+
+
 def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
     """The builder of `datasets` that reads `paths`, files or folders, and the files; hidden ones are left out."""
     files = []
     for path in paths:
         if path.is_dir():
-            known = (file for file in path.rglob("*") if file.suffix in BUILDERS and file.is_file())
+            known = (file for file in path.rglob("*") if builder_of(file) and file.is_file())
             files += sorted(file for file in known if not any(p.startswith(".") for p in file.relative_to(path).parts))
         else:
             files.append(path)
-    unknown = [file for file in files if file.suffix not in BUILDERS]
+    unknown = [file for file in files if builder_of(file) is None]
     if unknown:
-        raise DataError(f"{unknown[0]}: unknown kind of file; known are {', '.join(BUILDERS)}.")
+        raise DataError(f"{unknown[0]}: unknown kind of file; known are {', '.join(BUILDERS)}, also with .gz.")
     if not files:
-        raise DataError(f"{paths[0]} holds no file to train on; known kinds are {', '.join(BUILDERS)}.")
+        raise DataError(f"{paths[0]} holds no file to train on; known kinds are {', '.join(BUILDERS)}, also with .gz.")
     if not any(file.stat().st_size for file in files):
         raise DataError(f"{paths[0]} is empty.")
-    kinds = {BUILDERS[file.suffix]: file for file in files}
+    kinds = {builder_of(file): file for file in files}
     if len(kinds) > 1:
         raise DataError(f"text, JSON and Parquet can't be mixed: {', '.join(map(str, kinds.values()))}.")
     return next(iter(kinds)), files
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of a message, and the next one if the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """What went wrong in the first place, below what `datasets` says about it."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
-    return error
-
-
-READING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError)
+READING_ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # is said of files without a row
 
 
 def reading_error(name: str, error: BaseException) -> DataError:
-    cause = root_cause(error)
-    if isinstance(cause, UnicodeDecodeError):
-        return DataError(f"{name} is not text: {cause}.")
-    return DataError(f"{name} can't be read: {first_line(cause)}.")
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    if any(words in str(error) for words in NO_ROWS):
+        return DataError(f"{name} is empty.")
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"{name} is not text: {error}.")
+    if names := re.match(r"Config name is missing.*?\[(.*?)\]", str(error), re.DOTALL):
+        return DataError(f"{name} has several configurations; choose one of {names[1]}.")
+    hint = "; log in with `hf auth login` if it is private" if type(error) is DatasetNotFoundError else ""
+    return DataError(f"{name} can't be read: {first_line(error)}{hint}.")
+
+
+@contextmanager
+def reading(name: str):
+    """What goes wrong with the data `name` in the block, in one line. Some of it shows only when rows are read: JSON
+    may hold bytes that are no text."""
+    try:
+        yield
+    except DataError:
+        raise
+    except READING_ERRORS as error:
+        raise reading_error(name, error) from None
 
 
 def data_name(data: list[str]) -> str:
@@ -118,29 +142,28 @@ def load_rows(
     name = data_name(data)
     options = {"split": split, "streaming": streaming}
     paths = [Path(path) for path in data]
-    try:
+    with reading(name):
         if data == [STDLIB]:
             files = list(map(str, stdlib_files()))
             rows = datasets.load_dataset(
                 "text", data_files=files, sample_by="document", encoding_errors="replace", **options
             )
+        elif STDLIB in data and not Path(STDLIB).exists():
+            raise DataError(f"{STDLIB} goes with no other data; leave out {STDLIB} or the others.")
         elif any(path.exists() for path in paths):
             missing = [path for path in paths if not path.exists()]
             if missing:
                 raise DataError(f"{missing[0]} doesn't exist.")
             builder, files = local_files(paths)
             if builder == "text":
+                options["encoding"] = "utf-8-sig"  # leaves out a byte order mark
                 options["sample_by"] = sample_by or ("document" if len(files) > 1 else "paragraph")
             rows = datasets.load_dataset(builder, data_files=list(map(str, files)), **options)
-        elif len(data) > 1 or paths[0].suffix in BUILDERS or data[0].startswith((".", "/")):
+        elif len(data) > 1 or builder_of(paths[0]) or data[0].startswith((".", "/")):
             raise DataError(f"{data[0]} doesn't exist.")
         else:
             rows = datasets.load_dataset(data[0], config, **options)
         first = next(iter(rows), {})
-    except DataError:
-        raise
-    except READING_ERRORS as error:
-        raise reading_error(name, error) from None
     if not first:
         raise DataError(f"{name} is empty.")
     for column in columns:
@@ -179,6 +202,17 @@ def load_documents(
     return documents
 
 
+def checked_text(value, row: int, column: str) -> str:
+    """The text of a row, none for null.
+
+    Raises:
+        DataError: it holds something else, as JSON may from any row on.
+    """
+    if not isinstance(value, (str, type(None))):
+        raise DataError(f"row {row} of the data doesn't hold text in column {column!r}, but {value!r:.80}.")
+    return value or ""
+
+
 def text_hash(text: str) -> int:
     """63 bits that decide on which side of the split a document is, whatever else the data holds."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
@@ -211,18 +245,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def training_texts(documents, column: str, held_out_fraction: float) -> Iterator[str]:
     """The documents that aren't held out, up to TOKENIZER_CHARACTERS."""
     characters = 0
-    for row in documents:
-        text = row[column]
-        if text and not is_held_out(text_hash(text), held_out_fraction):
-            yield text
-            characters += len(text)
-            if characters > TOKENIZER_CHARACTERS:
-                return
+    with reading("the data"):
+        for index, row in enumerate(documents):
+            text = checked_text(row[column], index, column)
+            if text and not is_held_out(text_hash(text), held_out_fraction):
+                yield text
+                characters += len(text)
+                if characters > TOKENIZER_CHARACTERS:
+                    return
 
 
 def tokenize(batch: dict, indices: list[int], tokenizer, column: str) -> dict[str, list]:
     """Documents as tokens, end of text after each. Blank ones are left out."""
-    kept = [(index, text) for index, text in zip(indices, batch[column]) if text and not text.isspace()]
+    texts = [checked_text(value, index, column) for index, value in zip(indices, batch[column])]
+    kept = [(index, text) for index, text in zip(indices, texts) if text and not text.isspace()]
     if not kept:
         return {name: [] for name in TOKEN_FEATURES}
     tokens = tokenizer([text for _, text in kept], verbose=False, return_attention_mask=False)["input_ids"]
@@ -244,21 +280,42 @@ def vocabulary_key(tokenizer) -> str:
     return f"{tokenizer.eos_token_id} {vocabulary}"
 
 
+def mapped(
+    rows: datasets.Dataset,
+    function: Callable,
+    options: dict,
+    features: datasets.Features,
+    key: str,
+    name: str,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """What `function` makes of batches of rows and their indices, kept in the cache of `datasets`.
+
+    Args:
+        options: more arguments of `function`.
+        key: decides whether what the cache has is the same.
+        name: of the data, for messages.
+    """
+    with reading(name):
+        return rows.map(
+            function,
+            batched=True,
+            batch_size=256,
+            with_indices=True,
+            fn_kwargs=options,
+            remove_columns=rows.column_names,
+            features=features,
+            num_proc=num_proc,
+            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
+            desc="tokenising",
+        )
+
+
 def tokenized(documents: datasets.Dataset, tokenizer, column: str, num_proc: int | None = None) -> datasets.Dataset:
     """All documents as tokens, kept in the cache of `datasets` for the next run with the same text and tokenizer."""
     key = f"{documents._fingerprint} {PACKING_VERSION} {column} {vocabulary_key(tokenizer)}"
-    return documents.map(
-        tokenize,
-        batched=True,
-        batch_size=256,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "column": column},
-        remove_columns=documents.column_names,
-        features=TOKEN_FEATURES,
-        num_proc=num_proc,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
-        desc="tokenising",
-    )
+    options = {"tokenizer": tokenizer, "column": column}
+    return mapped(documents, tokenize, options, TOKEN_FEATURES, key, "the data", num_proc)
 
 
 def sequence(input_ids: np.ndarray, documents: np.ndarray) -> dict[str, torch.Tensor]:
@@ -278,7 +335,8 @@ class PackedDocuments(torch.utils.data.Dataset):
 
     def __init__(self, documents: datasets.Dataset, seq_len: int):
         self.documents = documents.with_format("arrow")
-        self.lengths = np.asarray(documents.with_format("numpy")["num_tokens"][:], dtype=np.int64)
+        columns = documents.with_format("numpy")
+        self.lengths, self.hashes = (np.asarray(columns[name][:], np.int64) for name in ("num_tokens", "hash"))
         self.ends = self.lengths.cumsum()
         self.seq_len = seq_len
 
@@ -326,19 +384,41 @@ class ShuffledSequences(torch.utils.data.Dataset):
 
 
 class StreamedSequences(torch.utils.data.IterableDataset):
-    """Sequences of a stream of documents, read again from its start whenever it ends. One side of the split."""
+    """`length` sequences of a stream of documents, read again from its start whenever it ends. One side of the split.
 
-    def __init__(self, documents, tokenizer, column: str, seq_len: int, held_out: bool, fraction: float):
+    Documents are numbered in the order in which they are read. Without a length, a Trainer would take one more step
+    when it goes on from the last one.
+    """
+
+    def __init__(
+        self,
+        documents,
+        tokenizer,
+        column: str,
+        seq_len: int,
+        held_out: bool,
+        fraction: float,
+        length: int = sys.maxsize,
+    ):
         self.documents, self.tokenizer, self.column = documents, tokenizer, column
-        self.seq_len, self.held_out, self.fraction = seq_len, held_out, fraction
+        self.seq_len, self.held_out, self.fraction, self.length = seq_len, held_out, fraction, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def batches(self) -> Iterator[dict]:
+        """Documents and their indices, as [`tokenize`] takes them."""
+        position = 0
+        with reading("the stream"):
+            for batch in self.documents.iter(batch_size=64):
+                size = len(batch[self.column])
+                yield {"batch": batch, "indices": list(range(position, position + size))}
+                position += size
 
     def once(self) -> Iterator[dict[str, torch.Tensor]]:
         input_ids, documents = np.empty(0, np.int64), np.empty(0, np.int64)
-        position = 0
-        for batch in self.documents.iter(batch_size=64):
-            indices = list(range(position, position + len(batch[self.column])))
-            position += len(indices)
-            tokens = tokenize(batch, indices, self.tokenizer, self.column)
+        for batch in self.batches():
+            tokens = tokenize(**batch, tokenizer=self.tokenizer, column=self.column)
             for ids, document, value in zip(tokens["input_ids"], tokens["document"], tokens["hash"]):
                 if is_held_out(value, self.fraction) == self.held_out:
                     input_ids = np.concatenate([input_ids, ids])
@@ -348,14 +428,14 @@ class StreamedSequences(torch.utils.data.IterableDataset):
                 input_ids, documents = input_ids[self.seq_len :], documents[self.seq_len :]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return itertools.islice(self.endless(), self.length)
+
+    def endless(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             empty = True
-            try:
-                for item in self.once():
-                    empty = False
-                    yield item
-            except READING_ERRORS as error:
-                raise reading_error("the stream", error) from None
+            for item in self.once():
+                empty = False
+                yield item
             if empty:
                 raise DataError(f"the stream holds less than one sequence of {self.seq_len} tokens to train on.")
 

@@ -9,11 +9,16 @@ import torch
 OPTIMIZERS = ("adamw", "muon")
 
 # Share of the learning rate that depth attention gets: the best of a sweep (results/depth_lr_scale) at hidden size 64
-# and learning rate 3e-3. A score is query . RMSNorm(source), without a division by sqrt(hidden): one step of Adam moves
-# each element of a query by up to its learning rate, so a score by up to learning rate * hidden for a source that
-# points that way and by about learning rate * sqrt(hidden) for a random one, 0.07 in the sweep's best run. Where a
-# wider model isn't trained with a learning rate that is smaller by sqrt(hidden), this has to be smaller.
+# and learning rate 3e-3, where 10 is as good. A score is query . RMSNorm(source), without a division by sqrt(hidden):
+# one step of Adam moves each element of a query by up to its learning rate, so a score by up to learning rate * hidden
+# for a source that points that way and by about learning rate * sqrt(hidden) for a random one, 0.07 in the sweep's best
+# run. Where a wider model isn't trained with a learning rate that is smaller by sqrt(hidden), this has to be smaller.
 DEPTH_LR_SCALE = 3.0
+
+
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` started this process for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def is_depth_attention(name: str) -> bool:
@@ -89,7 +94,7 @@ def new_optimizer(
     groups = parameter_groups(model, learning_rate, weight_decay, depth_lr_scale)
     if name == "adamw":
         return torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if uses_deepspeed():
         raise ValueError("Muon needs whole matrices, and DeepSpeed cuts them up; use AdamW, or FSDP2 or DDP.")
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"Muon needs torch 2.9 or newer, installed is {torch.__version__}; use AdamW.")

@@ -2,10 +2,12 @@
 """The options that all training scripts have, and what transformers' Trainer is told of them."""
 
 import argparse
+import importlib.util
 import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from training_optim import DEPTH_LR_SCALE, OPTIMIZERS
-from training_run import end_without_a_word
+from training_optim import DEPTH_LR_SCALE, OPTIMIZERS, uses_deepspeed
+from training_run import RunError, end_without_a_word
 from transformers import TrainingArguments
 
 
@@ -28,6 +30,30 @@ def positive(text: str) -> int:
     return number
 
 
+def number(kind: type, lowest: float, highest: float = math.inf, without: tuple[float, ...] = ()) -> Callable:
+    """The type of an option that takes a finite number from `lowest` to `highest`, but none of `without`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (math.isfinite(value) and lowest <= value <= highest) or value in without:
+            limits = f"more than {lowest}" if lowest in without else f"at least {lowest}"
+            if highest < math.inf:
+                limits += f" and less than {highest}" if highest in without else f" and at most {highest}"
+            elif kind is float:
+                limits += " and finite"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it
+    return parse
+
+
+natural = number(int, 0)
+non_negative = number(float, 0)
+above_zero = number(float, 0, without=(0,))
+share = number(float, 0, 1, without=(0, 1))
+
+
 def add_training_options(parser: argparse.ArgumentParser, compared: str, example: str):
     """The groups "training" and "run"; `set_defaults` of the parser changes defaults, also in the help.
 
@@ -39,26 +65,28 @@ def add_training_options(parser: argparse.ArgumentParser, compared: str, example
     add("--batch-size", type=positive, default=8, help="sequences per device and forward; default: 8")
     add("--accumulate", type=positive, default=1, help="forwards per step; default: 1")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for matrices, AdamW for the rest")
-    add("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
-    add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a multiple of "
-        "--learning-rate; default: %(default)s")  # fmt: skip
-    add("--weight-decay", type=float, default=0.1, help="of matrices; default: %(default)s")
-    add("--max-grad-norm", type=float, default=1.0, help="default: 1")
+    add("--learning-rate", type=above_zero, default=1e-3, help="default: %(default)s")
+    add("--depth-lr-scale", type=non_negative, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
+        "multiple of --learning-rate; default: %(default)s")  # fmt: skip
+    add("--weight-decay", type=non_negative, default=0.1, help="of matrices; default: %(default)s")
+    add("--max-grad-norm", type=non_negative, default=1.0, help="0 for no clipping; default: 1")
     add("--schedule", choices=SCHEDULES, default="cosine", help="default: cosine; wsd: warm-up, stable, decay")
-    add("--warmup", type=int, default=100, help="steps; default: %(default)s, at most a tenth of --steps")
-    add("--decay", type=float, default=0.2, help="share of the steps in which wsd decays; default: 0.2")
-    add("--min-lr-ratio", type=float, default=0.1, help="of the last learning rate to --learning-rate; default: 0.1")
+    add("--warmup", type=natural, default=100, help="steps; default: %(default)s, at most a tenth of --steps")
+    add("--decay", type=number(float, 0, 1, without=(0,)), default=0.2, help="share of the steps in which wsd decays; "
+        "default: 0.2")  # fmt: skip
+    add("--min-lr-ratio", type=number(float, 0, 1), default=0.1, help="of the last learning rate to --learning-rate; "
+        "default: 0.1")  # fmt: skip
     add("--bf16", action="store_true", help="compute in bfloat16, weights stay in float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--compile", action="store_true", help="torch.compile")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, required=True, help="run folder; the same command again resumes what is in it")
     add("--logging-steps", type=positive, default=1, help="default: 1")
     add("--eval-steps", type=positive, help="default: a tenth of --steps")
     add("--save-steps", type=positive, help="steps between checkpoints; default: a tenth of --steps")
     add("--keep-checkpoints", type=positive, default=2, help="default: the last 2")
-    add("--depth-every", type=int, default=100, help="steps between looks at each layer, 0 for none; default: 100")
+    add("--depth-every", type=natural, default=100, help="steps between looks at each layer, 0 for none; default: 100")
     add("--compare", help=f"{compared} to train one after the other, such as {example}")
     add("--sweep", nargs="*", default=[], metavar="OPTION=V1,V2", help="values to try, such as seed=0,1,2")
 
@@ -71,10 +99,16 @@ def check_training_options(parser: argparse.ArgumentParser, args: argparse.Names
     for name in args.compare:
         if name not in compared:
             parser.error(f"--compare: {name!r} is not one of {', '.join(compared)}")
+    if len(set(args.compare)) < len(args.compare):
+        parser.error(f"--compare {','.join(args.compare)} names one twice")
+    takes_a_value = {action.dest for action in parser._actions if action.nargs is None} - {"output", "compare"}
     for sweep in args.sweep:
-        name, equals, values = sweep.partition("=")
-        if name not in vars(args) or not values or name in ("output", "compare", "sweep", "set", "data"):
-            parser.error(f"--sweep {sweep}: give an option and values, such as depth_lr_scale=0.1,1,10")
+        name, _, values = sweep.partition("=")
+        values = values.split(",")
+        if name not in takes_a_value or "" in values:
+            parser.error(f"--sweep {sweep}: give an option that takes a value, and values: depth_lr_scale=0.1,1,10")
+        if len(set(values)) < len(values) or [other.partition("=")[0] for other in args.sweep].count(name) > 1:
+            parser.error(f"--sweep {sweep}: an option or value is given twice")
 
 
 def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -92,6 +126,7 @@ def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def set_intervals(args: argparse.Namespace):
     """Fills in what depends on the number of steps."""
+    args.logging_steps = min(args.logging_steps, args.steps)
     args.warmup = min(args.warmup, args.steps // 10)
     args.eval_steps = args.eval_steps or math.ceil(args.steps / 10)
     args.save_steps = args.save_steps or math.ceil(args.steps / 10 / args.logging_steps) * args.logging_steps
@@ -107,7 +142,11 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     ratio = {"cosine": "min_lr_rate", "wsd": "min_lr_ratio"}
     schedule_options = {ratio[args.schedule]: args.min_lr_ratio} if args.schedule in ratio else {}
     if args.schedule == "wsd":
-        schedule_options["num_decay_steps"] = max(1, round(args.decay * args.steps))
+        after_warmup = args.steps - 1 - args.warmup  # the schedule's length is one less, see RunTrainer
+        schedule_options["num_decay_steps"] = max(1, min(round(args.decay * args.steps), after_warmup))
+    is_cpu = not torch.accelerator.is_available()
+    if args.bf16 and is_cpu and uses_deepspeed():
+        raise RunError("DeepSpeed computes in bfloat16 on GPUs alone; leave out --bf16, or use FSDP2 or DDP.")
     checkpointing = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     return TrainingArguments(
         output_dir=str(args.output),
@@ -120,7 +159,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         lr_scheduler_type=schedule[args.schedule],
         lr_scheduler_kwargs=schedule_options,
         warmup_steps=args.warmup,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=is_cpu and not uses_deepspeed(),
+        ddp_backend="gloo" if is_cpu and uses_deepspeed() else None,
         ddp_find_unused_parameters=False,
         bf16=args.bf16,
         torch_compile=args.compile,
@@ -145,12 +185,18 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 def start_process() -> PartialState:
     """Joins the other processes of a launch, and leaves the terminal to the script."""
     is_cpu = not torch.accelerator.is_available()
-    if is_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        if os.environ.get("RANK", "0") != "0":
-            end_without_a_word()
-        raise SystemExit("no GPU here, and accelerate runs DeepSpeed on GPUs alone; use FSDP2 or DDP.")
+    options = {"cpu": is_cpu}
+    if uses_deepspeed():
+        if importlib.util.find_spec("deepspeed") is None:
+            if os.environ.get("RANK", "0") != "0":
+                end_without_a_word()
+            raise SystemExit("ZeRO-3 needs DeepSpeed: pip install deepspeed, or use FSDP2.")
+        if is_cpu:
+            # accelerate leaves out DeepSpeed where it is told to use the CPU; where it isn't, DeepSpeed finds the CPU
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            options = {"backend": "gloo"}
     # the others wait for the main process to prepare the data
-    state = PartialState(cpu=is_cpu, timeout=timedelta(hours=3))
+    state = PartialState(**options, timeout=timedelta(hours=3))
     transformers.utils.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():

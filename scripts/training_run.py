@@ -6,6 +6,8 @@ A run folder holds `run.json` (arguments and versions), `metrics.jsonl` (one lin
 `checkpoint-<step>/`, `model/` and, when the run is done, `results.json` and figures.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -28,9 +30,11 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from attnres_convert import ConversionError
+from peft import PeftModel
+from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
-from training_data import DataError
+from training_data import DataError, first_line
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -42,6 +46,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE = "run.json", "metrics.jsonl", "results.json", "failure.json"
+FILES_FILE = "files.json"  # of a checkpoint: names and sizes of its files
+MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
 
 
 class RunError(ValueError):
@@ -132,8 +138,61 @@ def remove(folder: Path):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = ((path.name.removeprefix(prefix), path) for path in folder.glob(f"{prefix}*"))
+    return [path for _, path in sorted((int(step), path) for step, path in steps if step.isdecimal())]
+
+
+def list_files(checkpoint: Path):
+    """Writes down what a checkpoint consists of, for [`check_files`]."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    write_json(checkpoint / FILES_FILE, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})
+
+
+def check_files(checkpoint: Path):
+    """Whether a checkpoint is as it was written.
+
+    Raises:
+        RunError: a file is missing or has another size.
+    """
+    written = checkpoint / FILES_FILE
+    for name, size in (read_json(written) if written.exists() else {}).items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise RunError(f"{checkpoint} is damaged, see its {name}; remove it to go on from the one before.")
+
+
+def read_json(path: Path) -> dict:
+    """
+    Raises:
+        RunError: the file isn't as it was written.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError(f"{path} is damaged; restore it, or choose another --output.") from None
+
+
+held_locks = {}  # open files by the path of a run's folder
+
+
+def lock(folder: Path):
+    """Keeps other processes from training in a folder until this one ends.
+
+    Raises:
+        RunError: one does so already, and doesn't end.
+    """
+    if folder.resolve() in held_locks:
+        return
+    file = open(folder / RUN_FILE)  # noqa: SIM115, stays open
+    for seconds in range(15, -1, -1):  # what a killed process has started ends some seconds after it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held_locks[folder.resolve()] = file
+            return
+        except OSError:
+            time.sleep(1 if seconds else 0)
+    raise RunError(f"another process trains in {folder}; let it end, or stop it.")
 
 
 def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Path | None:
@@ -149,7 +208,7 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
     except OSError as error:
         raise RunError(f"can't write to {folder}: {error.strerror}.") from None
     if run_file.exists():
-        before = {"processes": 1, **json.loads(run_file.read_text(encoding="utf-8"))["arguments"]}
+        before = {"processes": 1, **read_json(run_file)["arguments"]}
         for name in arguments.keys() | before.keys():
             if arguments.get(name) != before.get(name):
                 raise RunError(
@@ -160,27 +219,76 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
         raise RunError(f"{folder} exists and isn't the output of such a run; choose another --output.")
     if not is_main_process:
         return next(reversed(checkpoints(folder)), None)
+    now = {"arguments": arguments, "versions": versions()}
     if not run_file.exists():
-        write_json(run_file, {"arguments": arguments, "versions": versions()})
+        write_json(run_file, now)
+    lock(folder)
+    last = next(reversed(checkpoints(folder)), None)
+    if last is not None:
+        check_files(last)
+        before = read_json(run_file)["versions"]
+        changed = [f"{name} {before.get(name)}" for name in MODULES if before.get(name) != now["versions"][name]]
+        if changed:
+            print(f"{folder} was begun with {', '.join(changed)}; losses may differ a little", file=sys.stderr)
     for leftover in folder.glob(".*"):  # of a killed run
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     (folder / FAILURE_FILE).unlink(missing_ok=True)
-    return next(reversed(checkpoints(folder)), None)
+    return last
 
 
 @contextmanager
 def discarded_if_refused(folder: Path, is_new: bool):
     """Leaves nothing behind of a new run that can't start, so that the corrected command may use its folder.
 
-    Runs that have begun inside it stay, and it with them.
+    It stays once there is a loss or a failure to look at, or a run that has begun inside it.
     """
     try:
         yield
-    except (RunError, DataError, ConversionError):
-        begun = any(folder.glob(f"*/{RUN_FILE}"))
+    except Exception:
+        begun = (
+            read_lines(folder / METRICS_FILE) or (folder / FAILURE_FILE).exists() or any(folder.glob(f"*/{RUN_FILE}"))
+        )
         if is_new and not begun and (folder / RUN_FILE).exists() and PartialState().is_main_process:
             remove(folder)
         raise
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def one_line_errors(script: str, folder: Path):
+    """Ends a script whose input is bad, or which has no room for its run folder, with one line."""
+    try:
+        with discarded_if_refused(folder, is_new=not (folder / RUN_FILE).exists()):
+            yield
+    except (RunError, DataError, ConversionError) as error:
+        raise SystemExit(f"{script}: {error}") from None
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise SystemExit(f"{script}: {no_space(folder, error)}") from None
+
+
+def no_space(folder: Path, error: Exception) -> str:
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    return (
+        f"can't write to {folder}, where {free / 1e6:,.0f} MB are free: {first_line(error)}; make room and try again."
+    )
+
+
+@contextmanager
+def written_or_removed(partial: Path):
+    """The block writes the folder `partial`; what it can't write whole is removed.
+
+    Raises:
+        RunError: it can't.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # the second: torch
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(no_space(partial.parent, error)) from None
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -230,6 +338,8 @@ class RunLog(TrainerCallback):
         from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
         step = state.global_step
+        if not step:  # what a killed run wrote before its first checkpoint
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
         self.lines = JsonLines(self.folder / METRICS_FILE, step if step else -1)
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
         self.bar = tqdm(
@@ -270,7 +380,7 @@ class RunLog(TrainerCallback):
 
 class RunTrainer(Trainer):
     """A Trainer that takes the data in the order it is in, writes checkpoints complete or not at all, and stops at a
-    loss or gradient that isn't finite, before the step is taken.
+    loss or gradient that isn't finite, before the step is taken, and before a checkpoint of such a model is written.
 
     Batches may hold `documents` `(batch, seq)`, which row of the data each token is from.
     """
@@ -311,6 +421,10 @@ class RunTrainer(Trainer):
             self.optimizer = self.given_optimizer
         return super().create_optimizer(*args, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        # transformers' schedules reach their ends after their last steps, here the last step is to have that rate
+        return super().create_scheduler(max(1, num_training_steps - 1), optimizer)
+
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -327,22 +441,31 @@ class RunTrainer(Trainer):
             self.batches, self.batches_step = [], self.state.global_step
         self.batches.append(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._check_finite(loss, "loss")
+        self._check_finite(loss, "loss", self.state.global_step + 1)
         return loss
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if norm is not None:
-            self._check_finite(norm, "gradient norm")
+            self._check_finite(norm, "gradient norm", self.state.global_step + 1)
         return norm
 
-    def _check_finite(self, value, name: str):
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        self._check_finite(metrics["eval_loss"], "held-out loss", self.state.global_step)
+        return metrics
+
+    def _check_finite(self, value, name: str, step: int):
+        """Stops the run if `value` isn't finite in one of the processes.
+
+        Args:
+            step: the one that `value` belongs to, or after which it was measured.
+        """
         value = torch.as_tensor(value, device=self.args.device).detach().float().reshape(1)
         values = self.accelerator.gather(value)  # all processes stop together
         if values.isfinite().all():
             return
-        step = self.state.global_step + 1
         batches = [] if value.isfinite() else self.batches
         rows = [int(row) for batch in batches if "documents" in batch for row in batch["documents"].unique()]
         documents = sorted(set(gather_object(rows)))
@@ -357,24 +480,47 @@ class RunTrainer(Trainer):
         write_json(self.folder / FAILURE_FILE, failure)
         shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
         raise RunError(
-            f"the {name} is {reading} at step {step}, with documents {shown or 'unknown'} of the data; "
-            + (f"the last good checkpoint is {last}" if last else "no checkpoint was written yet")
-            + f"; {self.folder / FAILURE_FILE} holds the batch."
+            f"the {name} is {reading} at step {step}"
+            + (f", with documents {shown} of the data; " if shown else "; ")
+            + (f"the last good checkpoint is {last}" if last else "there is no good checkpoint yet")
+            + (f"; {self.folder / FAILURE_FILE} holds the batch." if failure.get("batch") else ".")
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # a Trainer hands the tensors of the file to the module as they are, and leaves out experts, which have other
+        # names and shapes there
+        loaded, info = type(self.model).from_pretrained(
+            resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise RunError(f"{resume_from_checkpoint} is damaged: it has no {min(info['missing_keys'])}.")
+        self.model.load_state_dict(loaded.state_dict())
 
     def _get_output_dir(self, trial):
         return str(self.folder / ".saving") if self.is_saving else super()._get_output_dir(trial)
 
     is_saving = False
 
+    def _loss_of_one(self, model) -> torch.Tensor:
+        """The loss of one held-out sequence: what isn't finite for it is no good checkpoint."""
+        model.eval()
+        inputs = self.data_collator([self.eval_dataset[0]])
+        loss, *_ = self.prediction_step(model, inputs, prediction_loss_only=True)
+        model.train()
+        return loss
+
     def _save_checkpoint(self, model, trial):
+        self._check_finite(self._loss_of_one(model), "held-out loss", self.state.global_step)
         partial = self.folder / ".saving"
         if self.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.is_saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with written_or_removed(partial):
+                super()._save_checkpoint(model, trial)
         finally:
             self.is_saving = False
         self.accelerator.wait_for_everyone()
@@ -384,6 +530,7 @@ class RunTrainer(Trainer):
                 self.model.config.save_pretrained(partial / name)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(partial / name)
+            list_files(partial / name)
             publish(partial / name, self.folder / name)
             partial.rmdir()
             for old in checkpoints(self.folder)[: -self.keep_checkpoints]:
@@ -396,12 +543,13 @@ class RunTrainer(Trainer):
         if self.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        if self.is_fsdp_enabled:  # save_model writes nothing if checkpoints are sharded
-            state_dict = self.accelerator.get_state_dict(self.model)
-            if self.is_world_process_zero():
-                self._save(str(partial), state_dict=state_dict)
-        else:
-            self.save_model(str(partial), _internal_call=True)
+        with written_or_removed(partial):
+            if self.is_fsdp_enabled:  # save_model writes nothing if checkpoints are sharded
+                state_dict = self.accelerator.get_state_dict(self.model)
+                if self.is_world_process_zero():
+                    self._save(str(partial), state_dict=state_dict)
+            else:
+                self.save_model(str(partial), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (partial / "training_args.bin").unlink(missing_ok=True)
@@ -442,7 +590,10 @@ def plot_losses(runs: dict[str, list[dict]], path: Path, title: str):
         if len(runs) <= 4:
             style |= {"marker": None, "alpha": 0.3, "linewidth": 1}
             axes.plot(training.keys(), training.values(), label="training" if len(runs) == 1 else None, **style)
+    if 1 < len(runs) <= 4:
+        axes.plot([], [], color="grey", alpha=0.3, linewidth=1, label="training")
     axes.set_xlabel("training step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("held-out loss (nats per token)" if len(runs) > 4 else "loss (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)

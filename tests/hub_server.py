@@ -1,5 +1,6 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""A Hub on 127.0.0.1: as much of its interface as huggingface_hub uses to publish and load models.
+"""A Hub on 127.0.0.1: as much of its interface as huggingface_hub uses to publish and load models, and datasets to load
+data sets. These are repositories whose id begins with `datasets/`.
 
 Repositories with commits, branches, tags and pull requests; large files by LFS; tokens and private repositories; faults
 on demand. Clients need HF_HUB_DISABLE_XET=1, as the server has no Xet storage.
@@ -21,7 +22,8 @@ import yaml
 
 
 DATE = "2026-01-01T00:00:00.000Z"
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".png")
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".png", ".parquet")
+DATASETS = "datasets/"
 FIRST_FILES = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
 
 
@@ -138,6 +140,10 @@ def tree_entry(path: str, content: bytes) -> dict:
     return entry
 
 
+def folder_entry(path: str) -> dict:
+    return {"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -214,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, repo_id: str, writes: bool) -> Repository:
         repository = self.hub.repositories.get(repo_id)
-        owns = self.user is not None and self.user == repo_id.split("/")[0]
+        owns = self.user is not None and self.user == repo_id.split("/")[-2]
         if repository is None or (repository.private and not owns):
             raise HubError(404 if self.user else 401, "RepoNotFound", "Repository not found")
         if repository.gated and not owns and "/api/" not in self.path:
@@ -263,6 +269,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, body, repo_id, repository, revision="main"):
         commit = self.commit_of(repository, revision)
+        repo_id = repo_id.removeprefix(DATASETS)
         return {
             "id": repo_id, "modelId": repo_id, "sha": commit, "private": repository.private, "tags": [],
             "gated": "auto" if repository.gated else False, "downloads": 0, "likes": 0,
@@ -272,7 +279,13 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, body, repo_id, repository, revision, folder=None):
         files = repository.commits[self.commit_of(repository, revision)].files
         under = f"{folder}/" if folder else ""
-        return [tree_entry(path, content) for path, content in files.items() if path.startswith(under)]
+        inside = {path: content for path, content in files.items() if path.startswith(under)}
+        if folder and not inside:
+            raise HubError(404, "EntryNotFound", f"{folder} does not exist")
+        folders = {under + path.removeprefix(under).split("/")[0] for path in inside} - set(inside)
+        if self.query.get("recursive") != ["true"]:
+            inside = {path: content for path, content in inside.items() if "/" not in path.removeprefix(under)}
+        return [folder_entry(path) for path in folders] + [tree_entry(*item) for item in inside.items()]
 
     def paths_info(self, body, repo_id, repository, revision):
         files = repository.commits[self.commit_of(repository, revision)].files
@@ -398,7 +411,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, headers, content
 
 
-API, REPO = "/api/models/", r"(?P<repo>[^/]+/[^/]+)"
+API, REPO = "/api/(models/)?", rf"(?P<repo>({DATASETS})?[^/]+/[^/]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/validate-yaml", "validate_yaml"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -109,21 +110,30 @@ def test_look_at_donor(family, probe):
 
 
 def test_gradient_norms(probe):
-    """The norm of each layer is that of all its parameters' gradients together."""
+    """The norm of each layer is that of all its parameters' gradients together; a frozen layer has none."""
     model = attnres_model()
-    assert gradient_norms(model.model.layers) is None
+    assert gradient_norms(model.model.layers) == [None] * 3
     model(**probe, labels=probe["input_ids"]).loss.backward()
     expected = [torch.cat([p.grad.flatten() for p in layer.parameters()]).norm().item() for layer in model.model.layers]
     assert gradient_norms(model.model.layers) == pytest.approx(expected, rel=1e-5)
+    model.model.layers[1].zero_grad()
+    assert gradient_norms(model.model.layers) == [pytest.approx(expected[0]), None, pytest.approx(expected[2])]
 
 
-def trained(model, folder: Path, callbacks: list, steps: int = 5, seq_len: int = 16) -> dict[str, torch.Tensor]:
+def trained(
+    model, folder: Path, callbacks: list, steps: int = 5, seq_len: int = 16, resume: str | None = None, **options
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 99, (8 * steps, seq_len))]
-    options = {"max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
-    arguments = TrainingArguments(str(folder), **options, report_to="none", save_strategy="no", disable_tqdm=True)
-    Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()
+    options = {"save_strategy": "no", "max_steps": steps, "learning_rate": 1e-2, "use_cpu": True, **options}
+    options = {"per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True, **options}
+    trainer = Trainer(model, TrainingArguments(str(folder), **options), train_dataset=rows, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
     return model.state_dict()
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "depth.jsonl").read_text().splitlines()]
 
 
 def test_any_trainer(probe, tmp_path):
@@ -132,7 +142,7 @@ def test_any_trainer(probe, tmp_path):
     callback = DepthCallback(tmp_path / "run", probe, every=2)
     weights = trained(attnres_model(attention_dropout=0.3), tmp_path, [callback])
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "depth.jsonl").read_text().splitlines()]
+    lines = entries(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 4]
     start = look(attnres_model(), probe)
     assert {name: lines[0][name] for name in start} == start
@@ -145,12 +155,61 @@ def test_any_trainer(probe, tmp_path):
     assert last == pytest.approx([line["entropy"][6] for line in lines])
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, {"logging_strategy": "no"}]
+)
+def test_gradient_norms_before_clipping(options, probe, tmp_path):
+    """Clipping doesn't hide how large gradients are, whatever the Trainer logs."""
+    norms = {}
+    for clip in (0, 1e3, 1e-2):
+        folder = tmp_path / str(clip)
+        trained(attnres_model(), folder, [DepthCallback(folder, probe, every=1)], 1, max_grad_norm=clip, **options)
+        (entry,) = entries(folder)
+        norms[clip] = entry["gradient_norm"]
+    assert min(norms[0]) > 0.1
+    assert norms[1e3] == norms[0] and norms[1e-2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_resumed(probe, tmp_path):
+    """A run that goes on from a checkpoint has each step once, also that of the checkpoint."""
+    options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    for folder in (tmp_path / "whole", tmp_path / "resumed"):
+        trained(attnres_model(), folder, [DepthCallback(folder, probe, every=1)], steps=4, **options)
+    lines = (folder / "depth.jsonl").read_text().splitlines()
+    (folder / "depth.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    checkpoint = str(folder / "checkpoint-2")
+    trained(attnres_model(), folder, [DepthCallback(folder, probe, every=1)], 4, resume=checkpoint, **options)
+    whole, resumed = entries(tmp_path / "whole"), entries(folder)
+    assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
+    for entry, other in zip(whole, resumed):
+        assert {**entry, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_frozen_layers(probe, tmp_path):
+    """Layers that aren't trained have no norm, and take none away from the others."""
+    model = attnres_model()
+    model.model.layers[:2].requires_grad_(False)
+    trained(model, tmp_path, [DepthCallback(tmp_path, probe)], steps=1)
+    norms = entries(tmp_path)[0]["gradient_norm"]
+    assert norms[:2] == [None, None] and norms[2] > 0
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Olmo2", "Cohere"])
+def test_refuses(name, probe, tmp_path):
+    """A model whose sublayers begin elsewhere is refused when training begins, before anything is written."""
+    config = getattr(transformers, f"{name}Config")(**SIZES)
+    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(config)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} can't be watched over depth; AttnRes models can"):
+        trained(model, tmp_path / "run", [DepthCallback(tmp_path / "run", probe)])
+    assert not (tmp_path / "run" / "depth.jsonl").exists()
+
+
 def test_adapters(probe, tmp_path):
     """With LoRA the query norms are those of the copy that is trained."""
     lora = peft.LoraConfig(target_modules="all-linear", modules_to_save=["depth_attention"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(attnres_model(), lora)
     trained(model, tmp_path, [DepthCallback(tmp_path, probe, every=1)])
-    lines = [json.loads(line) for line in (tmp_path / "depth.jsonl").read_text().splitlines()]
+    lines = entries(tmp_path)
     assert lines[-1]["query_norm"] != lines[0]["query_norm"]
     module = model.get_base_model().model.depth_attention.modules_to_save["default"]
     assert look(model, probe)["query_norm"] == pytest.approx(module.query.norm(dim=1).tolist())
@@ -164,7 +223,7 @@ def test_cost(tmp_path):
     started = time.perf_counter()
     trained(model, tmp_path, [callback], steps=6, seq_len=128)
     seconds = time.perf_counter() - started
-    lines = [json.loads(line) for line in (tmp_path / "depth.jsonl").read_text().splitlines()]
+    lines = entries(tmp_path)
     looks = sorted(line["seconds"] for line in lines)
     step = (seconds - sum(looks)) / 6
     assert looks[2] / (DepthCallback(tmp_path, probe).every * step) < 0.01

@@ -25,8 +25,10 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import evaluate_model  # noqa: E402
-from evaluate_model import answer_index, resampled_ratios, windows  # noqa: E402
+from evaluate_model import answer_index, choices_and_labels, resampled_ratios, windows  # noqa: E402
+from model_loading import short_names  # noqa: E402
 from training_data import is_held_out, text_hash, train_tokenizer  # noqa: E402
+from training_run import RunError  # noqa: E402
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 48}
@@ -276,11 +278,61 @@ def test_long_questions_lose_their_beginning(models, tmp_path):
     [
         (1, [], 1), ("B", [], 1), ("b", [], 1), ("1", [], 1), ("no", [], 1), ("2", ["1", "2", "3"], 1), (3, [], None),
         ("D", [], None), ("maybe", [], None), (None, [], None), (-1, [], None),
+        (1.0, [], 1), (1.5, [], None), (True, [], 1), ("B ", [], 1), ("(B)", [], 1), ("b.", [], 1), ([1], [], None),
+        (2, ["1", "2", "3"], 1), ("C", ["A", "B", "C", "D"], 2), ("4", ["1", "2", "3", "4"], None),
     ],
 )  # fmt: skip
 def test_answer(answer, labels, index):
     """Answers are indices, letters, texts or the labels of the choices."""
     assert answer_index(answer, ["yes", "no", "or"], labels) == index
+
+
+def test_answers_to_numbers():
+    """A number is an index or, where it can't be one, a choice."""
+    assert answer_index(1, ["10", "2", "1"], []) == 1 and answer_index(10, ["10", "2", "1"], []) == 0
+    assert answer_index(7, ["10", "2", "1"], []) is None
+
+
+@pytest.mark.parametrize(
+    ("choices", "texts", "labels"),
+    [
+        (["a", "b"], ["a", "b"], []),
+        ([1, 2.5], ["1", "2.5"], []),
+        ({"text": ["a", "b"], "label": ["A", "B"]}, ["a", "b"], ["A", "B"]),
+        ({"text": ["a", "b"], "label": None}, ["a", "b"], []),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": 2}], ["a", "b"], ["1", "2"]),
+        ([{"text": "a"}, {"text": "b"}], ["a", "b"], []),
+        ({"label": ["A"]}, None, ["A"]),
+        (None, None, []),
+    ],
+)
+def test_choices_and_labels(choices, texts, labels):
+    """Choices may be numbers, and come with labels in any of the usual ways."""
+    assert choices_and_labels(choices) == (texts, labels)
+
+
+def test_choices_without_tokens_before(models, tmp_path):
+    """Where nothing is to be predicted from anything, all choices are equally likely and the first one counts."""
+    path = write_rows(tmp_path / "questions.jsonl", [{"question": "", "choices": ["a", "b"], "answer": 0}])
+    options = ["--choices", path, "--choice-separator", "", "--output", tmp_path / "out"]
+    assert only(run(models["bare"], *options))["choices"]["accuracy"] == 1
+
+
+def test_names(tmp_path, monkeypatch):
+    """Names are as short as they can be, wherever the checkpoints are; one that is written in two ways is the same."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a/model", "runs/b/model"):
+        (tmp_path / name).mkdir(parents=True)
+    assert short_names(["runs/a/model", "runs/b/model"]) == ["a", "b"]
+    assert short_names(["runs/a/model", "org/model"]) == ["runs/a", "org"]
+    assert short_names(["/absent/a", "runs/b/model"]) == ["/absent/a", "runs/b/model"]
+    for again in ("runs/a/model/", "./runs/a/model", str(tmp_path / "runs/b/../a/model")):
+        with pytest.raises(RunError, match="given twice"):
+            short_names(["runs/a/model", again])
+    monkeypatch.chdir(tmp_path / "runs" / "a")
+    assert short_names(["."]) == ["runs/a"]
+    assert short_names([".", "../b"]) == ["a", "b"]
+    assert short_names([".", "model"]) == [tmp_path.joinpath("runs/a").as_posix(), "model"]
 
 
 def test_evaluate_modules():
@@ -294,6 +346,12 @@ def test_evaluate_modules():
     result = accuracy.compute(nats=[[3.0, 4.0], [1.0, 2.0, 3.0]], bytes=[[1, 2], [1, 1, 9]], answers=[1, 0])
     assert (result["accuracy"], result["correct"]) == (0.5, [1, 0])
     assert (result["raw_accuracy"], result["raw_correct"]) == (0.5, [0, 1])
+    for nats, bytes in (([], []), ([[]], [[]]), ([[1.0, 2.0]], [[1]]), ([[1.0, 2.0]], [[1, 0]])):
+        with pytest.raises(ValueError, match="There are no questions|Question 1 has"):
+            accuracy.compute(nats=nats, bytes=bytes, answers=[0] * len(nats))
+    for values in ([], [0]):
+        with pytest.raises(ValueError, match="There is no text to measure a loss on: 0 tokens, 0 bytes"):
+            loss.compute(nats=values, tokens=values, bytes=values)
 
 
 def test_intervals_cover():
@@ -378,10 +436,15 @@ def refusals(models, data, tmp_path) -> dict[str, tuple[list, str]]:
         shutil.copy(Path(models["attnres"]) / name, tmp_path / "no-weights")
     for name, choices, answer in (("answer", ["a", "b"], "C"), ("list", "a", 0), ("long", ["a", "del " * 90], 0)):
         write_rows(tmp_path / f"{name}.jsonl", [{"question": "?", "choices": choices, "answer": answer}])
+    numbers = write_rows(tmp_path / "numbers.jsonl", [{"text": None}, {"text": 1}])
     adapter, base = models["adapter"], models["attnres"]
     return {
-        "missing checkpoint": ([tmp_path / "absent"], "no configuration at"),
+        "missing checkpoint": ([tmp_path / "absent"], "absent doesn't exist"),
         "twice": ([base, base], "given twice"),
+        "twice in two ways": ([base, base + "/"], "given twice"),
+        "file": ([base, numbers], "numbers.jsonl is not a folder"),
+        "base of no adapter": ([base, "--base", base], "--base is for adapters"),
+        "numbers": ([base, "--data", numbers], "row 2 of"),
         "no tokenizer": ([tmp_path / "no-tokenizer"], "give --tokenizer"),
         "no weights": ([tmp_path / "no-weights"], "doesn't load"),
         "missing base": ([adapter, "--base", tmp_path / "absent"], "Give --base"),
@@ -407,7 +470,8 @@ def refusals(models, data, tmp_path) -> dict[str, tuple[list, str]]:
 @pytest.mark.parametrize(
     "name",
     [
-        "missing checkpoint", "twice", "no tokenizer", "no weights", "missing base",
+        "missing checkpoint", "twice", "twice in two ways", "file", "base of no adapter", "numbers",
+        "no tokenizer", "no weights", "missing base",
         "deeper base", "wider base", "donor as base", "missing data", "empty",
         "blank", "not text", "not JSON", "missing column", "context",
         "stride", "questions without columns", "answer", "choices", "long choice",
@@ -435,6 +499,49 @@ def test_unknown_task(models, tmp_path):
     with pytest.raises(SystemExit, match="the harness has no task attnres_nonsense; see"):
         run(models["attnres"], "--lm-eval", "attnres_nonsense", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_harness_fails(models, tmp_path):
+    """What the harness can't do with a model is said in one line, with its words."""
+    pytest.importorskip("lm_eval")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "choices": ["b", "c"], "answer": 0, "text": "a"}])
+    folder = harness_tasks(tmp_path / "tasks", rows, rows)
+    task = yaml.safe_load((folder / "attnres_text.yaml").read_text())
+    task |= {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 48, "until": ["x"]}}
+    task["metric_list"] = [{"metric": "exact_match"}]
+    (folder / "attnres_text.yaml").write_text(yaml.safe_dump(task))
+    options = ["--lm-eval", "attnres_words, attnres_text", "--lm-eval-include", folder, "--output", tmp_path / "out"]
+    with pytest.raises(
+        SystemExit, match="attnres: --lm-eval attnres_words,attnres_text fails: .*maximum sequence length"
+    ):
+        run(models["attnres"], *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_is_tried_first(models, data, tmp_path, monkeypatch):
+    """A folder that can't be written to is found before anything is evaluated; an interruption leaves nothing."""
+    monkeypatch.setattr(evaluate_model, "evaluate_checkpoints", lambda args: pytest.fail("evaluated"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="can't write to .*: Not a directory"):
+        run(models["attnres"], "--output", tmp_path / "file" / "out")
+
+    def interrupted(args):
+        assert args.output.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_model, "evaluate_checkpoints", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        run(models["attnres"], "--output", tmp_path / "new" / "out")
+    assert exit.value.code == 130 and not (tmp_path / "new").exists()
+
+
+def test_short_usage(capsys):
+    """A wrong option is answered in a few lines."""
+    for arguments, message in ((["a", "--seed", "-1"], "--seed is a number from 0"), ([], "required: checkpoints")):
+        with pytest.raises(SystemExit):
+            evaluate_model.main([*arguments, "--output", "out"])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 2
 
 
 def test_help(capsys):

@@ -18,7 +18,7 @@ from PIL import Image
 from pretrain_process import SCRIPTS, Server
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import attnres
@@ -33,7 +33,8 @@ import training_run  # noqa: E402
 
 
 RUN = ["--seq-len=48", "--batch-size=4", "--steps=6", "--save-steps=2", "--eval-steps=3", "--depth-every=3"]
-RUN += ["--held-out=0.2", "--learning-rate=0.01", "--lora-rank=4"]
+RUN += ["--held-out=0.2", "--learning-rate=0.01"]
+ON_AN_ADAPTER, RUN = RUN, [*RUN, "--lora-rank=4"]
 TIMES = ("tokens_per_second", "seconds")
 IGNORED = finetuning_data.IGNORED
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "one", "dog", "ran", "past", "two", "trees", "and", "birds"]
@@ -273,7 +274,7 @@ def test_training_on_an_adapter(server, finished, prompts):
     """`--adapter` goes on with a saved adapter on its base, from the loss where it was left."""
     folder, _ = finished
     options = ["--model", folder / "converted", "--adapter", folder / "model", "--output", "further"]
-    server.run(*RUN, "--data", prompts, *options)
+    server.run(*ON_AN_ADAPTER, "--data", prompts, *options)
     results, before = (json.loads((f / "results.json").read_text()) for f in (server.folder / "further", folder))
     assert results["held_out_loss_before"] == pytest.approx(before["held_out_loss"], rel=1e-5)
     assert results["held_out_loss"] < before["held_out_loss"]
@@ -311,7 +312,7 @@ def test_adapters_of_families(family, tmp_path):
     assert relative_error(expected, plain) > 1e-2
     adapted.save_pretrained(tmp_path / "adapter")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    training_run.write_json(tmp_path / "adapter" / "base.json", {"fingerprint": adapters.fingerprint(fresh)})
+    training_run.write_json(tmp_path / "adapter" / "base.json", adapters.describe_base(fresh))
     reloaded = adapters.load_adapter(fresh, str(tmp_path / "adapter")).eval()
     assert relative_error(reloaded(ids, use_cache=False).logits, expected) == 0
     by_peft = peft.PeftModel.from_pretrained(
@@ -336,7 +337,7 @@ def test_adapters_of_families(family, tmp_path):
 def test_adapter_for_another_base(tmp_path):
     """Other sizes, other layers, another family and other weights are told in one line, with what differs."""
     model = tiny_model()
-    training_run.write_json(tmp_path / "base.json", {"fingerprint": adapters.fingerprint(model)})
+    training_run.write_json(tmp_path / "base.json", adapters.describe_base(model))
     random_adapter(model).save_pretrained(tmp_path)
 
     def refusal(model):
@@ -347,6 +348,14 @@ def test_adapter_for_another_base(tmp_path):
 
     other = perturb(tiny_model(), seed=5)
     assert "weights differ" in refusal(other)
+    layers = tiny_model()
+    with torch.no_grad():
+        layers.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    assert "weights differ" in refusal(layers)
+    for name, value in {"attn_res_mode": "full", "attn_res_block_size": 3, "attn_res_sum_scale": True}.items():
+        assert f"with {name} = " in refusal(tiny_model(**{name: value}))
+    for dtype in (torch.bfloat16, torch.float16):
+        adapters.load_adapter(tiny_model().to(dtype), str(tmp_path))
     (tmp_path / "base.json").unlink()  # an adapter that PEFT alone has saved
     adapters.load_adapter(other, str(tmp_path))
     assert "is (11, 40) in it, here (11, 48)" in refusal(tiny_model(hidden_size=48))
@@ -355,6 +364,47 @@ def test_adapter_for_another_base(tmp_path):
     refusal(tiny_model("phi3"))
     with pytest.raises(training_run.RunError, match="no adapter at"):
         adapters.load_adapter(tiny_model(), str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("in_full", [True, False])
+@torch.no_grad()
+def test_adapters_of_embeddings(module, in_full, tmp_path):
+    """Also an adapter that trains the embedding or the head, by LoRA or in full, is reloaded as it was."""
+    saved = ["depth_attention", module] if in_full else ["depth_attention"]
+    targets = ["q_proj"] if in_full else ["q_proj", module]
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=targets, modules_to_save=saved))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    adapted.save_pretrained(tmp_path)
+    ids = random_tokens(2, 9)
+    reloaded = adapters.load_adapter(tiny_model(), str(tmp_path)).eval()
+    assert relative_error(reloaded(ids).logits, adapted.eval()(ids).logits) == 0
+
+
+def damaged_adapter(folder: Path, kind: str) -> str:
+    if kind == "prompt":
+        tokens = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        peft.get_peft_model(tiny_model(), tokens).save_pretrained(folder)
+        return "tokens of its own"
+    random_adapter(tiny_model()).save_pretrained(folder)
+    weights = folder / "adapter_model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return "no adapter at"
+    name, content = {"config": ("adapter_config.json", "[]"), "base": ("base.json", "[1]")}[kind]
+    (folder / name).write_text(content)
+    return "no adapter at"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "config", "base", "prompt"])
+def test_damaged_adapters(kind, tmp_path):
+    """Files that were cut off or hold something else, and adapters that change the length of the text, are refused."""
+    message = damaged_adapter(tmp_path, kind)
+    with pytest.raises(training_run.RunError, match=message) as error:
+        adapters.load_adapter(tiny_model(), str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 # Data
@@ -395,15 +445,83 @@ def test_chat_labels(chat_tokenizer):
     prompt, answer = CHATS[12]["messages"][1]["content"], CHATS[12]["messages"][2]["content"]
     assert decoded(rows[0], chat_tokenizer) == [
         (f"<bos><|im_start|>system\nBe brief.<eos>\n<|im_start|>user\n{prompt}<eos>\n<|im_start|>assistant\n", False),
-        (f"{answer}<eos>\n", True),
-        ("<|im_start|>user\nAnd?<eos>\n<|im_start|>assistant\n", False),
-        ("No.<eos>\n", True),
+        (f"{answer}<eos>", True),
+        ("\n<|im_start|>user\nAnd?<eos>\n<|im_start|>assistant\n", False),
+        ("No.<eos>", True),
     ]
-    mask = chat_tokenizer.apply_chat_template(
+    # what transformers itself makes of the template, but for the white space after the last answer
+    whole = chat_tokenizer.apply_chat_template(
         CHATS[12]["messages"], return_assistant_tokens_mask=True, return_dict=True
     )
-    text = chat_tokenizer.decode([t for t, m in zip(mask["input_ids"], mask["assistant_masks"]) if m])
-    assert text == f"{answer}<eos>No.<eos>"  # what transformers itself makes of the template
+    length = len(rows[0]["input_ids"])
+    assert whole["input_ids"][:length] == rows[0]["input_ids"]
+    assert chat_tokenizer.decode(whole["input_ids"][length:]) == "\n"
+    assert [label != IGNORED for label in rows[0]["labels"]] == list(map(bool, whole["assistant_masks"][:length]))
+
+
+def test_content_in_parts(chat_tokenizer):
+    """Content that is given as a list of parts is their text; what isn't text is refused."""
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "dog"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [parts[1]]}]
+    plain = [{"role": "user", "content": "one dog"}, {"role": "assistant", "content": "dog"}]
+    rows = [encoded([{"messages": each}], chat_tokenizer)[0]["input_ids"] for each in (messages, plain)]
+    assert rows[0] == rows[1]
+    messages[0]["content"] = [*parts, {"type": "image", "text": None}]
+    with pytest.raises(training_data.DataError, match="row 0 of data has a message with a part that isn't text, 'ima"):
+        encoded([{"messages": messages}], chat_tokenizer)
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join(',') }};{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content or m.tool_calls[0].function.name }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_tools(chat_tokenizer):
+    """Definitions of tools stand where the template puts them, as a list or as JSON; without such a template, calls of
+    tools are refused."""
+    call = {"type": "function", "function": {"name": "count", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("count", "sum")]
+    with pytest.raises(training_data.DataError, match="row 0 of data doesn't go with the chat template: .* alone"):
+        encoded([{"messages": messages}], chat_tokenizer)
+    chat_tokenizer.chat_template = TOOLS_TEMPLATE
+    for given in (tools, json.dumps(tools)):
+        rows = encoded([{"messages": messages, "tools": given}], chat_tokenizer, ("messages", "tools"))
+        assert decoded(rows[0], chat_tokenizer) == [("count,sum;<user>q<assistant>", False), ("count", True)]
+    rows = encoded([{"messages": messages}], chat_tokenizer)
+    assert decoded(rows[0], chat_tokenizer)[0] == ("<user>q<assistant>", False)
+
+
+def test_rows_without_answer_are_counted(chat_tokenizer):
+    """What nothing can be learned from is left out, and said to be."""
+    turns = [[{"role": "user", "content": "q"}, {"role": role, "content": "a"}] for role in ("assistant", "gpt") * 4]
+    examples = encoded([{"messages": messages} for messages in turns], chat_tokenizer)
+    with pytest.raises(training_data.DataError, match="too little data: 4 examples with an answer, none"):
+        finetuning_data.split_and_pack_examples(examples, seq_len=32, fraction=1e-9)
+    turns = [[{**turn[0], "content": f"q{index}"}, turn[1]] for index, turn in enumerate(turns)]
+    examples = encoded([{"messages": messages} for messages in turns], chat_tokenizer)
+    *_, counts = finetuning_data.split_and_pack_examples(examples, seq_len=32, fraction=0.5)
+    assert counts == {"examples": 4, "without_answer": 4, "truncated": 0}
+
+
+def test_later_turns_are_cut_as_in_use():
+    """Also by a tokenizer that puts a space in front of each stretch of text between special tokens."""
+    words = {word: index for index, word in enumerate(["<unk>", "</s>", "▁[Q]", "▁[", "[", "Q", "]", "▁a", "▁", "a"])}
+    model = models.BPE(words, [], unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }}</s>"
+        "{% endif %}{% endfor %}"
+    )
+    turns = ["Q", "a", "Q", "a"]
+    messages = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
+    row = encoded([{"messages": messages}], tokenizer)[0]
+    in_use = tokenizer(tokenizer.apply_chat_template(messages[:3], tokenize=False), add_special_tokens=False)
+    assert row["input_ids"][: len(in_use["input_ids"])] == in_use["input_ids"]
 
 
 def test_chat_template_that_drops_reasoning(chat_tokenizer):
@@ -429,7 +547,13 @@ def test_prompt_labels(chat_tokenizer):
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = encoded([{"prompt": [user, answer, user], "completion": [answer]}], chat_tokenizer, ("prompt", "completion"))
     stretches = decoded(rows[0], chat_tokenizer)
-    assert [learned for _, learned in stretches] == [False, True] and stretches[1][0] == "b<eos>\n"
+    assert [learned for _, learned in stretches] == [False, True] and stretches[1][0] == "b<eos>"
+
+
+def test_end_of_text_is_there_once(chat_tokenizer):
+    """A completion that has it gets no second one, a prompt keeps its own."""
+    rows = encoded([{"prompt": "a<eos>", "completion": " b<eos>"}], chat_tokenizer, ("prompt", "completion"))
+    assert decoded(rows[0], chat_tokenizer) == [("<bos>a<eos>", False), (" b<eos>", True)]
 
 
 def test_tokens_after_a_text():
@@ -537,6 +661,11 @@ BAD = {
     "empty file": (lambda d: ["--data", write(d / "empty.jsonl", "")], "is empty"),
     "text file": (lambda d: ["--data", write(d / "a.txt", "one\n\ntwo")], "neither a column 'messages' nor .*: text"),
     "image": (lambda d: ["--data", write(d / "image.jsonl", PNG)], "is not text|can't be read"),
+    "latin-1": (
+        lambda d: ["--data", write(d / "l.jsonl", '{"prompt": "kät", "completion": "x"}\n'.encode("latin-1"))],
+        "l.jsonl is not text",
+    ),  # fmt: skip
+    "no rows": (lambda d: ["--data", write(d / "none.jsonl", "\n\n")], "none.jsonl is empty"),
     "unknown kind": (lambda d: ["--data", write(d / "image.png", PNG)], "unknown kind of file"),
     "missing file": (lambda d: ["--data", d / "absent.jsonl"], "doesn't exist"),
     "column": (lambda d: ["--data", write(d / "c.jsonl", [{"prompt": "x", "answer": "y"}])], "prompt, answer"),
@@ -563,7 +692,8 @@ def test_refuses(name, server, donor, prompts, tmp_path):
     """Bad input ends with one clear line and exit code 1, and leaves nothing behind."""
     arguments, message = BAD[name]
     options = arguments(tmp_path)
-    printed = server.run(*RUN, "--model", donor, "--data", prompts, "--output", tmp_path / "out", *options, exit_code=1)
+    run = ON_AN_ADAPTER if "--adapter" in options else RUN
+    printed = server.run(*run, "--model", donor, "--data", prompts, "--output", tmp_path / "out", *options, exit_code=1)
     line = printed.splitlines()[-1]
     assert len(printed.splitlines()) == 1 and line.startswith("finetune: "), printed
     assert re.search(message, line), line
@@ -576,7 +706,7 @@ def test_refuses_adapter_of_another_base(server, finished, prompts, donor, token
     other = AutoModelForCausalLM.from_pretrained(folder / "converted")
     perturb(other).save_pretrained(server.folder / "other")
     tokenizer.save_pretrained(server.folder / "other")
-    options = [*RUN, "--data", prompts, "--adapter", folder / "model", "--output", "refused"]
+    options = [*ON_AN_ADAPTER, "--data", prompts, "--adapter", folder / "model", "--output", "refused"]
     for model in ("other", "kimi-like"):
         if model == "kimi-like":
             shutil.copytree(server.folder / "other", server.folder / model)

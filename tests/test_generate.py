@@ -171,6 +171,10 @@ def own_type(models, folder: Path) -> Path:
 def test_remote_code(models, capsys, tmp_path, monkeypatch):
     """Code of a model runs by flag only."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # what another test has loaded is in another cache
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").exists()])
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
     folder = own_type(models, tmp_path / "model")
     with pytest.raises(SystemExit, match="add --trust-remote-code"):
         generate.main([str(folder), "--prompt", "import"])
@@ -200,7 +204,7 @@ def without_tokenizer(models, folder):
     [
         pickle_only,
         without_tokenizer,
-        lambda models, folder: ([folder], "no configuration"),
+        lambda models, folder: ([folder], "doesn't exist"),
         lambda models, folder: ([models / "plain", "--prompt", "x" * 60], "the model's context 48"),
         lambda models, folder: ([models / "plain", "--system", "s"], "chat template"),
     ],

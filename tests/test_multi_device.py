@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Training on several devices, for real: two processes on gloo with the configurations in `scripts/accelerate`."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -278,12 +279,32 @@ def test_refusals(server, single, launched):
         "ddp holds a run with sharding = None, not FSDP": ("fsdp2", *RUN, TWO, "--output=ddp"),
         "start processes themselves": ("ddp", *RUN, TWO, "--compare=donor,block", "--output=refused-comparison"),
     }
-    if not torch.accelerator.is_available():  # it would turn into DDP
-        refused["accelerate runs DeepSpeed on GPUs alone"] = ("zero3", *RUN, TWO, "--output=refused-zero3")
+    if importlib.util.find_spec("deepspeed") is None:
+        refused["ZeRO-3 needs DeepSpeed: pip install deepspeed"] = ("zero3", *RUN, TWO, "--output=refused-zero3")
     for message, (config, *options) in refused.items():
         outputs = server.launch(config, "pretrain", *options).finish(exit_code=1)
         lines = [line for output in outputs for line in output.splitlines()]
         assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_zero3(server, single):
+    """ZeRO-3 has the losses of one process too, resumes exactly, and leaves a whole model."""
+    pytest.importorskip("deepspeed")
+    folders = [server.folder / name for name in ("zero3", "zero3-resumed")]
+    command = ("zero3", "pretrain", *RUN, TWO, "--depth-every=0", "--output")
+    server.launch(*command, "zero3").finish()
+    launch = server.launch(*command, "zero3-resumed")
+    assert launch.runs[0].wait_for((folders[1] / "checkpoint-2").exists)
+    launch.kill()
+    server.launch(*command, "zero3-resumed").finish()
+    expected = read_lines(single / "metrics.jsonl")
+    for folder in folders:
+        for line, other in zip(read_lines(folder / "metrics.jsonl"), expected, strict=True):
+            assert line.keys() == other.keys()
+            assert all(line[name] == pytest.approx(other[name], rel=REORDERED) for name in line if name not in TIMES)
+        check_same_weights(weights(folder), weights(single), tolerance=1e-5)
+    first, second = map(weights, folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_configurations(monkeypatch):

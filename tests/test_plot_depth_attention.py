@@ -2,6 +2,7 @@
 """The figures of what happens over depth: their numbers, and that what is written on them can be read."""
 
 import json
+import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import attnres
 
@@ -58,6 +60,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     made = {mode: attnres_model(mode) for mode in MODES}
     made["donor"] = perturbed(LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=300, num_hidden_layers=3)))
+    made["broken"] = attnres_model("uneven")
+    made["broken"].model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    made["gpt2"] = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2))
     tokenizer = train_tokenizer([TEXT], 300)
     for name, model in made.items():
         model.save_pretrained(root / name)
@@ -126,6 +131,36 @@ def test_dynamics(name):
     assert (len(dynamics["output_rms"]), len(dynamics["read_rms"])) == (6, 7)
 
 
+def test_documents_stay_apart():
+    """Token by token too, a document of the text sees nothing of the one before it."""
+    model, ids = attnres_model("full"), batches(1)[0]["input_ids"]
+    batch = {"input_ids": ids, "position_ids": torch.tensor([[*range(7), *range(6)]])}
+    weights = plots.token_weights(model, plots.prompt_batch(None, None, [batch], 11))
+    for rows in (slice(0, 7), slice(7, 11)):
+        alone = plots.token_weights(model, {"input_ids": ids[:, rows]})
+        for read, expected in zip(weights, alone):
+            np.testing.assert_allclose(read[:, rows], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_file_stems():
+    """No model's files replace another one's."""
+    assert plots.file_stems(["a/b", "a-b", "/a/b", "c"]) == ["a-b", "a-b-2", "a-b-3", "c"]
+
+
+def test_token_texts():
+    """Tokens that are no whole character are shown as bytes."""
+    tokenizer = train_tokenizer(["größer"], 280)
+    ids = tokenizer(" é日", add_special_tokens=False)["input_ids"]
+    texts = [plots.token_text(tokenizer, token) for token in ids]
+    assert texts == [" ", *(f"\\x{byte:02x}" for byte in "é日".encode())]
+    assert plots.token_text(tokenizer, tokenizer.bos_token_id) == "<bos>"
+    fallback = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE({"<0xE6>": 0}, [], byte_fallback=True))
+    )
+    fallback.backend_tokenizer.decoder = tokenizers.decoders.ByteFallback()
+    assert plots.token_text(fallback, 0) == r"\xe6"
+
+
 def run(capsys, *arguments) -> dict:
     plots.main(list(map(str, arguments)))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -135,7 +170,7 @@ def test_all_figures(models, text, tmp_path, capsys):
     """Each model gets its figures, all of them share one; each has its numbers beside it."""
     out = tmp_path / "out"
     order = ["donor", "uneven", "full", "denseformer"]
-    prompt = ["--prompt", "return args.value $x_1$ 日本", "--tokens", 9, "--reads", "1m,output"]
+    prompt = ["--prompt", "return args.value $x_1$ 日本", "--tokens", 9, "--reads", "1m, output"]
     printed = run(capsys, *(models[name] for name in order), "--text", text, *prompt, "--output", out)
     kinds = ("reads", "relative", "tokens", "weights")
     expected = [f"{name}-{kind}.png" for name in ("uneven", "full") for kind in kinds]
@@ -254,7 +289,7 @@ def test_token_labels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent"], "no configuration at"),
+        (["absent"], "absent doesn't exist"),
         (["uneven", "--text", "absent.txt"], "doesn't exist"),
         (["uneven", "--text", "empty.txt"], "is empty"),
         (["uneven", "--text", "bytes.txt"], "is not text"),
@@ -262,6 +297,11 @@ def test_token_labels():
         (["uneven", "--seq-len", "33"], "longer than the model's context"),
         (["uneven", "--reads", "0a,3m"], "there is no read 3m"),
         (["uneven", "uneven"], "given twice"),
+        (["uneven", "broken"], "isn't finite; the model is broken"),
+        (["uneven", "gpt2"], "GPT2LMHeadModel can't be watched over depth"),
+        (["uneven", "--prompt", "return " * 40, "--tokens", "33"], "give --tokens 32 or less"),
+        (["uneven", "--base", "uneven"], "--base is for adapters"),
+        (["uneven", "empty.txt"], "empty.txt is not a folder"),
     ],
 )
 def test_refuses(arguments, message, models, tmp_path, monkeypatch):
@@ -275,3 +315,34 @@ def test_refuses(arguments, message, models, tmp_path, monkeypatch):
         plots.main([names.get(argument, argument) for argument in arguments] + ["--output", "out"])
     assert exit.value.code.startswith("plot_depth_attention: ") and "\n" not in exit.value.code
     assert message in exit.value.code and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device"), "plot_depth_attention: can't write .*No space left"),
+        (KeyboardInterrupt(), "130"),
+    ],
+)
+def test_stops_cleanly(error, code, models, text, tmp_path, monkeypatch, capsys):
+    """A full disk or an interruption leaves no half of a figure and no traceback."""
+
+    def fails(figure, path, **options):
+        path.touch()
+        raise error
+
+    monkeypatch.setattr(plots.Figure, "savefig", fails)
+    with pytest.raises(SystemExit) as exit:
+        plots.main([models["uneven"], "--text", str(text), "--output", str(tmp_path / "out")])
+    assert re.match(code, str(exit.value.code)) and not (tmp_path / "out").exists()
+    if isinstance(error, KeyboardInterrupt):
+        assert "interrupted" in capsys.readouterr().err
+
+
+def test_short_usage(capsys):
+    """A wrong option is answered in a few lines."""
+    for arguments, message in ((["a", "--prompt", ""], "--prompt is empty"), ([], "required: models")):
+        with pytest.raises(SystemExit):
+            plots.main([*arguments, "--output", "out"])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 2

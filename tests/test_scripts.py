@@ -24,7 +24,7 @@ import quickstart  # noqa: E402
 from training_data import stdlib_files  # noqa: E402
 
 
-SIZES = {"seq-len": 32, "batch-size": 4, "eval-documents": 2, "steps": 4, "eval-sequences": 8, "new-tokens": 4}
+SIZES = {"seq-len": 32, "batch-size": 4, "eval-documents": 2, "steps": 8, "eval-sequences": 8, "new-tokens": 4}
 TINY = [f"--{name}={value}" for name, value in SIZES.items()] + ["--continue-learning-rate=0.002"]
 DONOR_SIZES = {"layers": 3, "hidden-size": 32, "vocab-size": 400, "donor-steps": 8, "learning-rate": 0.01}
 TINY_DONOR = ["--train-donor", *(f"--{name}={value}" for name, value in DONOR_SIZES.items())]

@@ -36,6 +36,14 @@ class ChoiceAccuracy(evaluate.Metric):
 
     def _compute(self, nats, bytes, answers):
         rows = list(zip(map(np.asarray, nats), map(np.asarray, bytes), answers))
+        if not rows:
+            raise ValueError("There are no questions.")
+        for number, (nats, lengths, _) in enumerate(rows, 1):
+            if len(nats) == 0 or len(nats) != len(lengths) or not (lengths > 0).all():
+                raise ValueError(
+                    f"Question {number} has {len(nats)} nats and {len(lengths)} bytes; it needs one of each, the bytes "
+                    "more than zero, for each of its choices."
+                )
         correct = [int(np.argmin(nats / lengths) == answer) for nats, lengths, answer in rows]
         raw_correct = [int(np.argmin(nats) == answer) for nats, _, answer in rows]
         return {

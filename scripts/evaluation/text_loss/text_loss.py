@@ -37,6 +37,8 @@ class TextLoss(evaluate.Metric):
 
     def _compute(self, nats, tokens, bytes):
         nats, num_tokens, num_bytes = math.fsum(nats), int(np.sum(tokens)), int(np.sum(bytes))
+        if num_tokens == 0 or num_bytes == 0:
+            raise ValueError(f"There is no text to measure a loss on: {num_tokens} tokens, {num_bytes} bytes.")
         loss = nats / num_tokens
         return {
             "loss": loss,
