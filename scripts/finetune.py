@@ -52,7 +52,6 @@ from pretrain import (
     check_same_data,
     depth_callbacks,
     get_tokenizer,
-    has_recurrent_layers,
     load_model,
     read_config,
     starting_point,
@@ -161,15 +160,13 @@ def prepare_model(args, tokenizer) -> tuple[torch.nn.Module, dict | None]:
     return model, base
 
 
-def get_data(args, tokenizer, config):
+def get_data(args, tokenizer):
     """Sequences to train on and held-out ones, and what is known about their amount."""
     rows = load_examples(args.data, args.columns, args.data_config, args.data_split)
     if uses_chat(rows):
         set_chat_template(tokenizer)
     examples = encoded_examples(rows, tokenizer, data_name(args.data))
-    # a recurrent layer would carry one example over into the next
-    packing = args.packing and not has_recurrent_layers(config)
-    train, test, amount = split_and_pack_examples(examples, args.seq_len, args.held_out, packing)
+    train, test, amount = split_and_pack_examples(examples, args.seq_len, args.held_out, args.packing)
     if PartialState().is_main_process:
         for count, what in (
             (amount["truncated"], f"longer than --seq-len {args.seq_len} and lose their ends"),
@@ -179,8 +176,6 @@ def get_data(args, tokenizer, config):
                 print(
                     f"{count} of {amount['examples'] + amount['without_answer']} examples are {what}", file=sys.stderr
                 )
-        if args.packing and not packing:
-            print("the model has recurrent layers: each sequence holds one example", file=sys.stderr)
     per_step = args.batch_size * args.accumulate * PartialState().num_processes
     steps = args.steps or math.ceil(args.epochs * len(train) / per_step)
     amount |= {
@@ -200,7 +195,7 @@ def prepare(args, is_new: bool):
         config = read_config(args.model, {})
         check_context(config, args.seq_len)
         tokenizer = get_tokenizer(args, None)
-        train, held_out, amount, steps = get_data(args, tokenizer, config)
+        train, held_out, amount, steps = get_data(args, tokenizer)
         transformers.set_seed(args.seed)
         model, base = prepare_model(args, tokenizer)
         check_same_data(args.output, train, is_new)

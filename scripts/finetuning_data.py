@@ -375,12 +375,15 @@ class PackedExamples(torch.utils.data.Dataset):
 
 
 def collate_padded(sequences: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch `(batch, seq)`, padded at the end: each token there is at position 0, so a document of its own."""
+    """A batch `(batch, seq)`, padded at the end; the padding of a sequence is a document of its own."""
     padding = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0}
     batch = {
         name: torch.nn.utils.rnn.pad_sequence([item[name] for item in sequences], True, value)
         for name, value in padding.items()
     }
+    for positions, item in zip(batch["position_ids"], sequences):
+        padding = positions[len(item["position_ids"]) :]
+        torch.arange(len(padding), out=padding)
     return {**batch, "documents": torch.cat([item["documents"] for item in sequences])}
 
 

@@ -27,6 +27,7 @@ from accelerate import PartialState
 from attnres_convert import convert_checkpoint, convert_to_donor
 from comparison import check_variants, compare, open_comparison
 from depth_callback import DEPTH_FILE, DepthCallback, check_can_be_watched, decoder
+from packed_documents import mixes_documents, separate_documents
 from safetensors import SafetensorError
 from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import (
@@ -82,7 +83,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -170,11 +170,6 @@ def check_context(config: PreTrainedConfig, seq_len: int):
         raise RunError(f"--seq-len {seq_len} is longer than the model's context, max_position_embeddings = {longest}.")
 
 
-def has_recurrent_layers(config: PreTrainedConfig) -> bool:
-    """Whether layers carry a state from token to token, which the start of another document doesn't reset."""
-    return "linear_attention" in (getattr(config, "layer_types", None) or ())
-
-
 def new_model(args, tokenizer):
     """A model with random weights; of one seed, all modes of a family share the donor's weights."""
     config = read_config(args.config, args.set)
@@ -255,28 +250,6 @@ def load_tokenizer(source: str, **options):
     saved_as = get_tokenizer_config(source, **options).get("tokenizer_class")
     is_plain = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
     return (PreTrainedTokenizerFast if is_plain else AutoTokenizer).from_pretrained(source, **options)
-
-
-def separate_documents(model):
-    """Makes transformers' GPT-OSS keep attention within a document, as the other families do: it doesn't look at the
-    position ids for its masks, and takes ready ones."""
-
-    def with_masks(decoder, args, kwargs):
-        input_ids, position_ids = kwargs.get("input_ids"), kwargs.get("position_ids")
-        if input_ids is None or position_ids is None or not torch.is_tensor(position_ids) or kwargs.get("use_cache"):
-            return args, kwargs
-        if kwargs.get("attention_mask") is None:
-            shape = torch.empty(*input_ids.shape, 0, dtype=decoder.embed_tokens.weight.dtype, device=input_ids.device)
-            options = {"attention_mask": None, "past_key_values": None, "position_ids": position_ids}
-            kwargs["attention_mask"] = {
-                "full_attention": create_causal_mask(decoder.config, shape, **options),
-                "sliding_attention": create_sliding_window_causal_mask(decoder.config, shape, **options),
-            }
-        return args, kwargs
-
-    if model.config.model_type == "gpt_oss":
-        model.model.register_forward_pre_hook(with_masks, with_kwargs=True)
-    return model
 
 
 def load_model(args, tokenizer, **options):
@@ -375,7 +348,7 @@ def prepare(args, is_new: bool):
         check_same_data(args.output, train, is_new)
     if PartialState().is_main_process:
         report_fewer_tokens(args, tokenizer)
-        if has_recurrent_layers(model.config):
+        if mixes_documents(model.config):
             print("the model has recurrent layers, whose state goes on from one document to the next", file=sys.stderr)
     return tokenizer, model, train, held_out, amount
 

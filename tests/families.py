@@ -2,7 +2,7 @@
 """The families under test: one row each, and the tiny models every test is run on."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import attnres  # noqa: F401  registers the classes
 
@@ -125,6 +125,15 @@ def tiny_donor(family: str = "llama", auto_class=AutoModelForCausalLM, **kwargs)
     """A donor of transformers, every tensor perturbed, in evaluation mode."""
     torch.manual_seed(0)
     return perturb(auto_class.from_config(tiny_donor_config(family, **kwargs)))
+
+
+def tiny_qwen3_next_config(**changes) -> PreTrainedConfig:
+    """Of a family that has no AttnRes form, and recurrent layers."""
+    sizes = dict.fromkeys(["num_attention_heads", "num_key_value_heads", "num_experts", "num_experts_per_tok"], 2)
+    sizes |= dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads"], 2)
+    sizes |= dict.fromkeys(["head_dim", "linear_key_head_dim", "linear_value_head_dim", "moe_intermediate_size"], 8)
+    sizes |= {"hidden_size": 16, "num_hidden_layers": 4, "shared_expert_intermediate_size": 8, "vocab_size": 67}
+    return AutoConfig.for_model("qwen3_next", **{**sizes, **changes})
 
 
 def tiny_model(family: str = "llama", auto_class=AutoModelForCausalLM, **kwargs) -> torch.nn.Module:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import adapters  # noqa: E402
 import finetuning_data  # noqa: E402
+import packed_documents  # noqa: E402
 import training_data  # noqa: E402
 import training_run  # noqa: E402
 
@@ -599,10 +600,11 @@ def test_packing(seq_len, chat_tokenizer):
     assert fills[0] + fills[1] > seq_len and (seq_len == 32 or len(train) < len(train.lengths))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "kimi_linear"])
 def test_attention_stays_within_examples(family, chat_tokenizer):
     """Packed and padded, each example has the logits and the loss that it has alone."""
     model = tiny_model(family, vocab_size=len(chat_tokenizer), max_position_embeddings=128)
+    model = packed_documents.separate_documents(model)
     rows = encoded(CHATS[:9], chat_tokenizer)
     packed = finetuning_data.PackedExamples(rows, 120)
     batch = finetuning_data.collate_padded([packed[0], packed[len(packed) - 1]], pad_token_id=0)
@@ -616,19 +618,6 @@ def test_attention_stays_within_examples(family, chat_tokenizer):
             number = (labels != IGNORED).sum().item()
             total, count = total + number * model(input_ids=ids, labels=labels).loss.item(), count + number
     assert loss.item() == pytest.approx(total / count, rel=1e-4)
-
-
-def test_recurrent_models_get_one_example_per_sequence(server, tokenizer, prompts):
-    """Kimi Linear, whose recurrent layers would carry one example into the next, isn't trained on packed ones."""
-    model = tiny_model("kimi_linear", vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=1)
-    model.save_pretrained(server.folder / "kimi")
-    tokenizer.save_pretrained(server.folder / "kimi")
-    short = ["--steps=1", "--save-steps=1", "--depth-every=0", "--eval-sequences=4", "--output", "kimi-out"]
-    printed = server.run(*RUN, *short, "--model", "kimi", "--data", prompts)
-    assert "each sequence holds one example" in printed
-    results = json.loads((server.folder / "kimi-out" / "results.json").read_text())
-    held_out = sum(training_data.text_hash(row["prompt"]) < int(0.2 * 2**63) for row in PROMPTS)
-    assert results["training_sequences"] == 90 - held_out
 
 
 def test_built_in_examples():

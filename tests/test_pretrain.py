@@ -13,7 +13,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, perturb, relative_error, tiny_config, tiny_donor_config
+from families import (
+    FAMILIES,
+    perturb,
+    relative_error,
+    tiny_config,
+    tiny_donor_config,
+    tiny_qwen3_next_config,
+)
 from PIL import Image
 from pretrain_process import SCRIPTS, SIZES, TINY, Server
 from safetensors.torch import load_file, save_file
@@ -26,7 +33,7 @@ import attnres
 sys.path.insert(0, str(SCRIPTS))
 
 import finetune  # noqa: E402
-import pretrain  # noqa: E402
+import packed_documents  # noqa: E402
 import training_data  # noqa: E402
 import training_optim  # noqa: E402
 import training_run  # noqa: E402
@@ -474,14 +481,16 @@ def test_training_on(server, text, donor):
     assert message.count("\n") == 1 and "was trained in block mode" in message
 
 
-def test_recurrent_layers_are_named(server, text):
-    """Of models like Kimi Linear a line says that documents in a sequence aren't separated there."""
-    tiny_config("kimi_linear").to_json_file(server.folder / "kimi.json")
+@pytest.mark.parametrize("model_type", ["kimi_linear", "qwen3_next"])
+def test_recurrent_layers(server, text, model_type):
+    """Of models whose recurrent layers mix the documents of a sequence, as Kimi Linear's don't, a line says so."""
+    config = tiny_config("kimi_linear") if model_type == "kimi_linear" else tiny_qwen3_next_config()
+    config.to_json_file(server.folder / f"{model_type}.json")
     options = ["--steps", 1, "--depth-every", 0, "--eval-sequences", 4, "--data", text]
     tiny = ["--train-tokenizer", 300, "--seq-len", 32, "--batch-size", 2]
-    printed = server.run("--config", "kimi.json", *tiny, *options, "--output", "kimi")
-    assert printed.count("recurrent layers") == 1
-    assert "recurrent" not in server.run(*TINY, *options, "--output", "not-kimi")
+    command = ["--config", f"{model_type}.json", "--mode", "donor", *tiny, *options, "--output", model_type]
+    printed = server.run(*command)
+    assert printed.count("recurrent layers") == (model_type == "qwen3_next")
 
 
 @pytest.mark.slow
@@ -527,12 +536,12 @@ def test_packing(text, tokenizer, cache):
 
 
 @pytest.mark.parametrize("mode", ["donor", "block"])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "kimi_linear"])  # which is recurrent
+@pytest.mark.parametrize("family", FAMILIES)
 def test_attention_stays_within_documents(family, mode):
     """In a packed sequence each document has the logits that it has alone."""
     make_config = tiny_donor_config if mode == "donor" else tiny_config
     model = perturb(AutoModelForCausalLM.from_config(make_config(family)).eval(), std=0.2)
-    model = pretrain.separate_documents(model)
+    model = packed_documents.separate_documents(model)
     documents = np.repeat([4, 7, 8], [9, 5, 10])
     item = training_data.sequence(np.random.default_rng(0).integers(3, 67, 24), documents)
     batch = training_data.collate([item])
@@ -540,6 +549,36 @@ def test_attention_stays_within_documents(family, mode):
         packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         alone = [model(input_ids=ids[None]).logits for ids in item["input_ids"].split([9, 5, 10])]
     assert relative_error(packed, torch.cat(alone, dim=1)) < 1e-4
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_delta_attention_by_document(is_checkpointed):
+    """Kimi Linear's logits and gradients are those of each document alone, whatever their lengths."""
+    model = perturb(AutoModelForCausalLM.from_config(tiny_config("kimi_linear")), std=0.2).train()
+    lengths = [[1, 70, 129], [64, 65, 2, 1, 1, 67]]
+    ids = torch.randint(3, 67, (2, 200), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    weights = torch.randn(2, 200, model.config.vocab_size, generator=torch.Generator().manual_seed(1))
+
+    def gradients(logits):
+        model.zero_grad()
+        (logits * weights).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    documents = [part for row, parts in zip(ids, lengths) for part in row.split(parts)]
+    alone = torch.cat([model(input_ids=part[None], use_cache=False).logits for part in documents], 1).view_as(weights)
+    expected = gradients(alone)
+    packed_documents.separate_documents(model)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert relative_error(packed, alone) < 1e-5
+    found = gradients(packed)
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < 1e-4, name
+    model.eval()
+    with torch.no_grad():  # generation isn't packed
+        assert relative_error(model(input_ids=ids[1:, :64]).logits, alone[1:, :64]) < 1e-5
 
 
 def test_split_is_by_hash(text, tokenizer, cache, tmp_path):
