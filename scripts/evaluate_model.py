@@ -12,7 +12,8 @@ compare in bits per byte only.
 
 Intervals hold 95 % of bootstrap resamples of the documents or questions, the same ones for all models, so that those of
 differences are much narrower than those of values. They don't cover the randomness of training. `evaluation.json` and
-`evaluation.md` appear in --output at the end; the last line printed is JSON.
+`evaluation.md` appear in --output at the end; the last line printed is JSON. If a checkpoint fails, the others are
+compared, and the script ends with an error.
 """
 
 import argparse
@@ -398,11 +399,34 @@ def fill_in_lengths(args, checkpoints: list[Checkpoint]):
         raise RunError(f"--stride {args.stride} is longer than --seq-len {args.seq_len}: tokens would be left out.")
 
 
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, texts: list[str], questions: list[Question], manager, args, name: str
+) -> tuple[dict, dict[str, Metric], int | None]:
+    """What one checkpoint is and has; its numbers with the documents' shares; a hash of the tokens of `texts`."""
+    model, tokenizer = load_checkpoint(checkpoint, args.dtype), checkpoint.tokenizer
+    result = {"path": checkpoint.path, "base": checkpoint.base, "parameters": model.num_parameters()}
+    result["mode"] = getattr(checkpoint.config, "attn_res_mode", "donor")
+    result["dtype"] = str(model.dtype).removeprefix("torch.")
+    metrics, tokens = {}, None
+    if texts:
+        result["first_token"] = describe_first_context(tokenizer)
+        result["text"], found, tokens = evaluate_texts(model, tokenizer, texts, args, name)
+        metrics |= found
+    if questions:
+        result["choices"], found = evaluate_choices(model, tokenizer, questions, args, name)
+        metrics |= found
+    if manager is not None:
+        result["lm_eval"], found = evaluate_lm_eval(model, tokenizer, manager, args, name)
+        metrics |= found
+    return result, metrics, tokens
+
+
 def evaluate_checkpoints(args) -> dict:
-    """Evaluates one checkpoint after the other and returns what is also in `evaluation.json`.
+    """Evaluates one checkpoint after the other and returns what is also in `evaluation.json`: if some of several fail,
+    the others, and why in `failures`.
 
     Raises:
-        RunError, DataError: bad input; one line says what to do.
+        RunError, DataError: bad input, or all checkpoints fail; one line says what to do.
     """
     started = time.perf_counter()
     names = short_names(args.checkpoints)
@@ -413,28 +437,18 @@ def evaluate_checkpoints(args) -> dict:
     texts = read_texts(args) if args.data else []
     questions = read_questions(args) if args.choices else []
     manager = lm_eval_tasks(args) if args.lm_eval else None
-    results, metrics, tokens = {}, {}, {}
+    results, metrics, tokens, failures = {}, {}, {}, {}
     for name, checkpoint in zip(names, checkpoints):
-        tokenizer = checkpoint.tokenizer
-        model = load_checkpoint(checkpoint, args.dtype)
-        result = {"path": checkpoint.path, "base": checkpoint.base, "parameters": model.num_parameters()}
-        result["mode"] = getattr(checkpoint.config, "attn_res_mode", "donor")
-        result["dtype"] = str(model.dtype).removeprefix("torch.")
-        own = {}
-        if texts:
-            result["first_token"] = describe_first_context(tokenizer)
-            result["text"], found, tokens[name] = evaluate_texts(model, tokenizer, texts, args, name)
-            own |= found
-        if questions:
-            result["choices"], found = evaluate_choices(model, tokenizer, questions, args, name)
-            own |= found
-        if manager is not None:
-            result["lm_eval"], found = evaluate_lm_eval(model, tokenizer, manager, args, name)
-            own |= found
-        results[name] = result
+        try:
+            results[name], own, tokens[name] = evaluate_checkpoint(checkpoint, texts, questions, manager, args, name)
+        except RunError as error:  # what the others took may be hours
+            failures[name] = str(error)
+            continue
         for label, value in own.items():
             metrics.setdefault(label, {})[name] = value
-        del model
+    if not results:
+        raise RunError(failures[names[0]])
+    names = list(results)
     same_tokens = {name for name in names if tokens.get(name) == tokens.get(names[0])}
     for label, by_name in metrics.items():
         comparable = same_tokens if label in ("loss", "perplexity") else set(names)
@@ -442,6 +456,7 @@ def evaluate_checkpoints(args) -> dict:
             results[name].setdefault("metrics", {})[label] = entry
     return {
         "checkpoints": results,
+        "failures": failures,
         "different_tokens": sorted(set(names) - same_tokens),
         "seconds": time.perf_counter() - started,
         "arguments": json.loads(json.dumps(vars(args), default=str)),
@@ -491,6 +506,7 @@ def notes(evaluation: dict) -> list[str]:
         lines.append(
             f"Text: {' '.join(args['data'])}{share}; windows of {args['seq_len']} tokens, {args['stride']} apart."
         )
+    lines += [f"Left out, as it fails: {message}" for message in evaluation["failures"].values()]
     if evaluation["different_tokens"]:
         others = ", ".join(evaluation["different_tokens"])
         lines.append(f"{others}: other tokens than {first}; compare bits per byte, not loss or perplexity.")
@@ -594,7 +610,9 @@ def main(argv: list[str] | None = None):
     print("\n".join(notes(evaluation)))
     summary = {name: {label: entry["value"] for label, entry in result["metrics"].items()} for name, result in
                evaluation["checkpoints"].items()}  # fmt: skip
-    print(json.dumps({"output": str(args.output), "checkpoints": summary}))
+    print(json.dumps({"output": str(args.output), "checkpoints": summary, "failures": evaluation["failures"]}))
+    if evaluation["failures"]:
+        raise SystemExit(f"evaluate_model: {'; '.join(evaluation['failures'].values())}")
 
 
 if __name__ == "__main__":

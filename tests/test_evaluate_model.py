@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import attnres
@@ -499,6 +500,28 @@ def test_unknown_task(models, tmp_path):
     with pytest.raises(SystemExit, match="the harness has no task attnres_nonsense; see"):
         run(models["attnres"], "--lm-eval", "attnres_nonsense", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_checkpoint_fails(models, data, tmp_path):
+    """The others are compared, and the end is an error that names it; nothing is written if all fail."""
+    broken = shutil.copytree(models["deeper"], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file(
+        {name: weight * torch.nan for name, weight in weights.items()}, broken / "model.safetensors", {"format": "pt"}
+    )
+    options = ["--data", data, "--output"]
+    message = "broken, text: the loss is nan; the model is broken"
+    with pytest.raises(SystemExit, match=message):
+        run(broken, models["attnres"], models["donor"], *options, tmp_path / "out")
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [Path(name).name for name in evaluation["failures"]] == ["broken"]
+    expected = run(models["attnres"], models["donor"], *options, tmp_path / "without")
+    numbers, expected = ([entry["metrics"] for entry in e["checkpoints"].values()] for e in (evaluation, expected))
+    assert len(numbers) == 2 and numbers == expected
+    assert message in (tmp_path / "out" / "evaluation.md").read_text()
+    with pytest.raises(SystemExit, match=message):
+        run(broken, *options, tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
 
 
 def test_harness_fails(models, tmp_path):
