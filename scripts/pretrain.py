@@ -134,6 +134,11 @@ def check_sizes(config: PreTrainedConfig):
     heads, key_value_heads = sizes["num_attention_heads"], getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(key_value_heads, int) and (key_value_heads < 1 or heads % key_value_heads):
         raise RunError(f"num_key_value_heads = {key_value_heads} must divide num_attention_heads = {heads}.")
+    chosen = getattr(config, "num_experts_per_tok", None)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(config, name, None)
+        if isinstance(chosen, int) and isinstance(experts, int) and experts and not 0 < chosen <= experts:
+            raise RunError(f"num_experts_per_tok = {chosen} must be from 1 to {name} = {experts}.")
 
 
 def with_mode(config: PreTrainedConfig, mode: str | None, block_size: int | None) -> PreTrainedConfig:

@@ -24,12 +24,6 @@ NOT_OF_A_RUN = ("output", "compare", "sweep", "set_options", "command")
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
 def number(kind: type, lowest: float, highest: float = math.inf, without: tuple[float, ...] = ()) -> Callable:
     """The type of an option that takes a finite number from `lowest` to `highest`, but none of `without`."""
 
@@ -48,6 +42,7 @@ def number(kind: type, lowest: float, highest: float = math.inf, without: tuple[
     return parse
 
 
+positive = number(int, 1)
 natural = number(int, 0)
 non_negative = number(float, 0)
 above_zero = number(float, 0, without=(0,))

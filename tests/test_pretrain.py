@@ -766,6 +766,18 @@ BAD = {
     "null value": (lambda d: ["--set", "hidden_size=null"], "hidden_size.*expected int, got NoneType"),
     "no layers": (lambda d: ["--set", *SIZES, "num_hidden_layers=0"], "num_hidden_layers is 0"),
     "heads": (lambda d: ["--set", *SIZES, "num_key_value_heads=3"], "num_key_value_heads = 3 must divide .* = 2"),
+    "experts": (
+        lambda d: [
+            "--config",
+            "mixtral",
+            "--set",
+            *SIZES,
+            "num_key_value_heads=2",
+            "num_local_experts=2",
+            "num_experts_per_tok=3",
+        ],
+        "num_experts_per_tok = 3 must be from 1 to num_local_experts = 2",
+    ),
     "activation": (lambda d: ["--set", *SIZES, "hidden_act=foo"], "no model has this configuration: KeyError: 'foo'"),
     "encoder": (lambda d: ["--config", "bert", "--mode", "donor", "--set"], "bert is no decoder-only language model"),
     "no configuration": (lambda d: ["--config", d / "absent"], "absent doesn't exist"),
