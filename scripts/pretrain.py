@@ -43,6 +43,7 @@ from training_data import (
 )
 from training_optim import new_optimizer
 from training_options import (
+    Lists,
     add_training_options,
     check_training_options,
     given_options,
@@ -471,7 +472,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument_group("model").add_argument
     add("--config", help="train from scratch: model type (llama, attnres_qwen3, ...), JSON file, checkpoint or Hub id")
-    add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of --config to replace")
+    add("--set", nargs="*", action=Lists, default=[], metavar="FIELD=VALUE", help="fields of --config to replace")
     add("--model", help="train on: AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
     add("--mode", choices=MODES, help="residual stream or kind of depth attention; default: the model's, or block")
     add("--block-size", type=positive, help="decoder layers per block, in modes that have blocks; default: an "

@@ -42,6 +42,14 @@ def number(kind: type, lowest: float, highest: float = math.inf, without: tuple[
     return parse
 
 
+class Lists(argparse.Action):
+    """For an option of several values, which holds them all if it is given several times, and none if given without."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default or not values else [*before, *values])
+
+
 positive = number(int, 1)
 natural = number(int, 0)
 non_negative = number(float, 0)
@@ -83,7 +91,8 @@ def add_training_options(parser: argparse.ArgumentParser, compared: str, example
     add("--keep-checkpoints", type=positive, default=2, help="default: the last 2")
     add("--depth-every", type=natural, default=100, help="steps between looks at each layer, 0 for none; default: 100")
     add("--compare", help=f"{compared} to train one after the other, such as {example}")
-    add("--sweep", nargs="*", default=[], metavar="OPTION=V1,V2", help="values to try, such as seed=0,1,2")
+    add("--sweep", nargs="*", action=Lists, default=[], metavar="OPTION=V1,V2", help="values to try, such as "
+        "seed=0,1,2")  # fmt: skip
 
 
 def check_training_options(parser: argparse.ArgumentParser, args: argparse.Namespace, compared: tuple[str, ...]):

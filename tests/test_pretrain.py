@@ -34,6 +34,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import finetune  # noqa: E402
 import packed_documents  # noqa: E402
+import pretrain  # noqa: E402
 import training_data  # noqa: E402
 import training_optim  # noqa: E402
 import training_run  # noqa: E402
@@ -798,6 +799,14 @@ def test_refuses(name, server, text, tmp_path):
     assert len(printed.splitlines()) == 1 and line.startswith("pretrain: "), printed
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_lists_add_up():
+    """--set and --sweep that are given several times lose none of their values."""
+    words = "--config llama --output out --set hidden_size=8 --set vocab_size=9 --sweep seed=0,1 --sweep seq_len=8,16"
+    args = pretrain.parse_arguments(words.split())
+    assert args.set == {"hidden_size": 8, "vocab_size": 9} and args.sweep == ["seed=0,1", "seq_len=8,16"]
+    assert pretrain.parse_arguments([*words.split(), "--sweep"]).sweep == []
 
 
 def test_refused_comparison_leaves_nothing(server, text, tmp_path):
