@@ -108,8 +108,9 @@ def read_config(source: str, overrides: dict) -> PreTrainedConfig:
     """
     if source.startswith((".", "/", "~")) and not Path(source).exists():
         raise RunError(f"{source} doesn't exist.")
+    is_type = source in CONFIG_MAPPING and not Path(source, "config.json").exists()
     try:
-        values = {"model_type": source} if source in CONFIG_MAPPING else PreTrainedConfig.get_config_dict(source)[0]
+        values = {"model_type": source} if is_type else PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as error:
         raise RunError(f"no configuration at {source}: {first_line(error)}") from None
     if not isinstance(values, dict):

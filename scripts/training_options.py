@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -206,4 +207,6 @@ def start_process() -> PartialState:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # AttnRes layers return views to nothing that changes them in place
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPAttnRes\w+\) returned a view")
     return state

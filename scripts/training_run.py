@@ -17,7 +17,7 @@ import shutil
 import statistics
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import accelerate
@@ -378,6 +378,27 @@ class RunLog(TrainerCallback):
             self.writer.flush()
 
 
+@contextmanager
+def buffers_left_whole(model: torch.nn.Module):
+    """In this block accelerate can shard a model that has buffers in its checkpoints, such as the routers' biases of
+    DeepSeek-V3 and Kimi Linear: it takes all that is in a state dict for sharded. All processes get the main one's."""
+    persistent = [
+        (module, name)
+        for module in model.modules()
+        for name in module._buffers
+        if name not in module._non_persistent_buffers_set
+    ]
+    values = [[module._buffers[name] for module, name in persistent]]
+    for (module, name), value in zip(persistent, broadcast_object_list(values)[0]):
+        module._buffers[name].copy_(value)
+        module._non_persistent_buffers_set.add(name)
+    try:
+        yield
+    finally:
+        for module, name in persistent:
+            module._non_persistent_buffers_set.discard(name)
+
+
 class RunTrainer(Trainer):
     """A Trainer that takes the data in the order it is in, writes checkpoints complete or not at all, and stops at a
     loss or gradient that isn't finite, before the step is taken, and before a checkpoint of such a model is written.
@@ -415,6 +436,10 @@ class RunTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with buffers_left_whole(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
