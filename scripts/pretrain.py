@@ -100,16 +100,19 @@ from configuration_attnres import ATTN_RES_MODES, AttnResConfigMixin, attn_res_c
 MODES = ("donor", *ATTN_RES_MODES)
 
 
-def read_config(source: str, overrides: dict) -> PreTrainedConfig:
-    """The configuration of a checkpoint, in a JSON file or of a model type, with some fields replaced.
+def read_config(source: str, overrides: dict, may_be_type: bool = False) -> PreTrainedConfig:
+    """The configuration of a checkpoint, or in a JSON file, with some fields replaced.
+
+    Args:
+        may_be_type: whether `source` may also be a model type, which goes before a folder of this name.
 
     Raises:
         RunError: there is none, or a field is unknown or has a wrong value.
     """
     if source.startswith((".", "/", "~")) and not Path(source).exists():
         raise RunError(f"{source} doesn't exist.")
-    is_type = source in CONFIG_MAPPING and not Path(source, "config.json").exists()
     try:
+        is_type = may_be_type and source in CONFIG_MAPPING
         values = {"model_type": source} if is_type else PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as error:
         raise RunError(f"no configuration at {source}: {first_line(error)}") from None
@@ -179,7 +182,7 @@ def check_context(config: PreTrainedConfig, seq_len: int):
 
 def new_model(args, tokenizer):
     """A model with random weights; of one seed, all modes of a family share the donor's weights."""
-    config = read_config(args.config, args.set)
+    config = read_config(args.config, args.set, may_be_type=True)
     check_sizes(config)
     try:
         config = with_mode(config, args.mode, args.block_size)
@@ -344,7 +347,8 @@ def check_same_data(folder: Path, train, is_new: bool):
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
-        read_config(args.model or args.config, args.set)  # what is wrong with it is said before what it leads to
+        # what is wrong with it is said before what it leads to
+        read_config(args.model or args.config, args.set, may_be_type=args.model is None)
         documents = load_documents(
             args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
         )

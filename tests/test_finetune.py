@@ -668,6 +668,10 @@ BAD = {
     "long prompts": (lambda d: ["--seq-len", 4], "none of the 90 examples has an answer within --seq-len 4"),
     "one row": (lambda d: ["--data", write(d / "one.jsonl", PROMPTS[:1])], "too little data: 1 example"),
     "long context": (lambda d: ["--seq-len", 97], "max_position_embeddings = 96"),
+    "long context of a folder that is named as a model type": (
+        lambda d: ["--model", "llama", "--seq-len", 97],
+        "max_position_embeddings = 96",
+    ),
     "model": (lambda d: ["--model", "nobody/nothing"], "nobody/nothing"),
     "target modules": (lambda d: ["--target-modules", "qq_proj"], "can't be adapted at qq_proj.*down_proj.*q_proj"),
     "no adapter": (lambda d: ["--adapter", d], "no adapter at"),
