@@ -118,8 +118,12 @@ def read_config(source: str, overrides: dict, may_be_type: bool = False) -> PreT
         raise RunError(f"no configuration at {source}: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise RunError(f"no configuration at {source}: its JSON isn't an object.")
-    if values.get("model_type") not in CONFIG_MAPPING:
-        raise RunError(f"{source}: model type {values.get('model_type')!r} is unknown to transformers.")
+    if "model_type" not in values:
+        is_adapter = Path(source, "adapter_config.json").exists()
+        reason = "it is an adapter, which needs its base as the model" if is_adapter else "nothing names a model type"
+        raise RunError(f"no configuration at {source}: {reason}.")
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise RunError(f"{source}: model type {values['model_type']!r} is unknown to transformers.")
     config_class = CONFIG_MAPPING[values["model_type"]]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     if unknown := overrides.keys() - known:
@@ -296,9 +300,8 @@ def get_tokenizer(args, documents):
     try:
         return load_tokenizer(source)
     except Exception as error:  # of many kinds, some of tokenizers' own
-        raise RunError(
-            f"no tokenizer at {source}: {first_line(error)}; give --tokenizer or --train-tokenizer."
-        ) from None
+        choice = "--tokenizer or --train-tokenizer" if args.config else "--tokenizer"
+        raise RunError(f"no tokenizer at {source}: {first_line(error)}; give {choice}.") from None
 
 
 def report_fewer_tokens(args, tokenizer):

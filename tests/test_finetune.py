@@ -673,6 +673,15 @@ BAD = {
         "max_position_embeddings = 96",
     ),
     "model": (lambda d: ["--model", "nobody/nothing"], "nobody/nothing"),
+    "adapter as model": (
+        lambda d: ["--model", write(d / "adapter" / "adapter_config.json", "{}").parent],
+        "no configuration at .*adapter: it is an adapter, which needs its base",
+    ),
+    "folder without a model": (lambda d: ["--model", d], "no configuration at .*: nothing names a model type"),
+    "no tokenizer": (
+        lambda d: ["--tokenizer", "nobody/nothing"],
+        "no tokenizer at nobody/nothing.*; give --tokenizer\\.$",
+    ),
     "target modules": (lambda d: ["--target-modules", "qq_proj"], "can't be adapted at qq_proj.*down_proj.*q_proj"),
     "no adapter": (lambda d: ["--adapter", d], "no adapter at"),
     "donor": (lambda d: ["--method", "depth", "--mode", "donor"], "no depth attention"),
