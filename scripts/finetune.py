@@ -114,7 +114,8 @@ class SupervisedTrainer(RunTrainer):
 
     @functools.cached_property
     def labels_per_sequence(self) -> float:
-        return np.mean([(item["labels"] != -100).sum().item() for item in self.eval_dataset])
+        # torch.compile takes a number of numpy's for an array
+        return float(np.mean([(item["labels"] != -100).sum().item() for item in self.eval_dataset]))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -220,6 +220,18 @@ def test_sigkill(name, server, donor, chats):
         assert changed == depth if name == "depth" else changed > depth
 
 
+@pytest.mark.slow
+def test_compile(server, donor, prompts):
+    """`--compile` trains and evaluates to the same losses, to rounding."""
+    command = [*RUN, "--model", donor, "--data", prompts, "--steps=2", "--eval-steps=2", "--depth-every=0"]
+    server.run(*command, "--output", "eager")
+    server.run(*command, "--compile", "--output", "compiled")
+    eager, compiled = (read_lines(server.folder / name / "metrics.jsonl") for name in ("eager", "compiled"))
+    for name in ("loss", "held_out_loss"):
+        losses, expected = ([line[name] for line in lines if name in line] for lines in (compiled, eager))
+        assert len(losses) == 2 and losses == pytest.approx(expected, rel=1e-4)
+
+
 def test_compare(server, donor, chats):
     """All methods start from one converted base on the same batches, and end in one table and one figure."""
     short = [*RUN, "--steps=2", "--save-steps=2", "--depth-every=0", "--eval-steps=2"]
