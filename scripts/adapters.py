@@ -197,3 +197,15 @@ def take_over_quantized(base: nn.Module, trained):
         if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and ".lora_" not in name:
             weight = base.get_submodule(name.removesuffix(".base_layer")).weight
             weight.copy_(dequantize_module_weight(module).to(weight.dtype))
+
+
+@torch.no_grad()
+def untie_adapted(adapted: peft.PeftModel):
+    """Gives the head weights of its own where it has those of the embedding and one of the two is adapted: merged into
+    weights that both have, the adapter would change the other one too."""
+    model = adapted.get_base_model()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is embedding.weight and any(isinstance(module, BaseTunerLayer) for module in (embedding, head)):
+        linear = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        linear.weight = nn.Parameter(linear.weight.clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False

@@ -36,6 +36,7 @@ from adapters import (
     prepare_quantized,
     quantization_config,
     take_over_quantized,
+    untie_adapted,
 )
 from comparison import check_variants, compare, open_comparison
 from depth_callback import decoder
@@ -213,6 +214,7 @@ def save_merged(args, trainer, tokenizer) -> float:
     adapted = load_adapter(base, str(args.output / "model")).eval()
     probe = {name: trainer.eval_dataset[0][name][None] for name in ("input_ids", "position_ids")}
     expected = adapted(**probe, use_cache=False).logits
+    untie_adapted(adapted)
     model = adapted.merge_and_unload(safe_merge=True)
     logits = model(**probe, use_cache=False).logits
     folder = args.output / "merged"

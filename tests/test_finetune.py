@@ -396,6 +396,24 @@ def test_adapters_of_embeddings(module, in_full, tmp_path):
     assert relative_error(reloaded(ids).logits, adapted.eval()(ids).logits) == 0
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["q_proj"]])
+@torch.no_grad()
+def test_merging_into_tied_embeddings(targets, tmp_path):
+    """An adapter of the embedding or of the head changes that one alone, also where both have the same weights; where
+    neither has one, they stay tied."""
+    adapted = peft.get_peft_model(tiny_model(tie_word_embeddings=True), peft.LoraConfig(target_modules=targets))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    ids = random_tokens(2, 9)
+    expected = adapted.eval()(ids).logits
+    adapters.untie_adapted(adapted)
+    adapted.merge_and_unload(safe_merge=True).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert relative_error(loaded(ids).logits, expected) < 1e-5
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (targets == ["q_proj"])
+
+
 def damaged_adapter(folder: Path, kind: str) -> str:
     if kind == "prompt":
         tokens = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
