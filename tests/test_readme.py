@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,33 @@ def test_exactness_table_is_the_recorded_one():
     assert section("exactness") == markdown(results["rows"])
     assert all(row["scaled"] < 3e-6 < 1e-3 < row["plain_mean"] for row in results["rows"])
     assert (results["settings"]["layers"], results["settings"]["hidden_size"]) == (12, 256)
+
+
+def recorded_numbers(folder: Path) -> list[float]:
+    """Losses of a comparison, and for repeated ones their mean and standard deviation."""
+    runs = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["runs"]
+    losses = {name: run["held_out_loss"] for name, run in runs.items()}
+    groups = {}
+    for name, loss in losses.items():
+        groups.setdefault(re.sub(r" ?seed=\d+", "", name), []).append(loss)
+    repeated = [group for group in groups.values() if len(group) > 1]
+    return [*losses.values(), *map(statistics.mean, repeated), *map(statistics.stdev, repeated)]
+
+
+def test_losses_are_the_recorded_ones():
+    """Each loss in the tables of the results is one of the committed run's, rounded once."""
+    folder = ROOT / "results"
+    sections = (folder / "README.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    folders = [re.search(r"\]\((\w+)/comparison\.md\)", text) for text in sections]
+    checked = {match[1]: text for match, text in zip(folders, sections) if match}
+    assert len(checked) == 6
+    for name, text in checked.items():
+        rows = [line.split("|", 2)[2] for line in text.splitlines() if line.startswith("|")]
+        shown = re.findall(r"\d+\.\d{3,}", "\n".join(rows[2:]))
+        recorded = recorded_numbers(folder / name)
+        digits = {len(number.split(".")[1]) for number in shown}
+        rounded = {f"{number:.{places}f}" for number in recorded for places in digits}
+        assert shown and [number for number in shown if number not in rounded] == [], name
 
 
 def test_make_commands_exist():
