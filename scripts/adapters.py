@@ -137,14 +137,17 @@ def check_base(model: nn.Module, before: dict, made_for: str):
     Raises:
         RunError: it isn't; the message begins with `made_for`.
     """
+    for name in ("model_type", *READS):  # first, as only models of the same kind have the same tensors
+        now = getattr(model.config, name, None)
+        if name in before and now != before[name]:
+            raise RunError(f"{made_for}, with {name} = {before[name]}; the model has {now}.")
+    if (
+        not {"fingerprint", "layers"} & before.keys() or model.dtype == torch.float16
+    ):  # rounds others than bfloat16 does
+        return
     now = describe_base(model)
-    if model.dtype == torch.float16:  # rounds other weights than bfloat16 does
-        now = {name: value for name, value in now.items() if name not in ("fingerprint", "layers")}
-    for name in now.keys() & before.keys():
-        if name in ("fingerprint", "layers") and now[name] != before[name]:
-            raise RunError(f"{made_for}, whose weights differ from the model's.")
-        if now[name] != before[name]:
-            raise RunError(f"{made_for}, with {name} = {before[name]}; the model has {now[name]}.")
+    if any(now[name] != before[name] for name in now.keys() & before.keys()):
+        raise RunError(f"{made_for}, whose weights differ from the model's.")
 
 
 def load_adapter(model, adapter: str, is_trainable: bool = False):

@@ -19,7 +19,15 @@ from pretrain_process import SCRIPTS, Server
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import attnres
 
@@ -369,12 +377,15 @@ def test_adapter_for_another_base(tmp_path):
         assert f"with {name} = " in refusal(tiny_model(**{name: value}))
     for dtype in (torch.bfloat16, torch.float16):
         adapters.load_adapter(tiny_model().to(dtype), str(tmp_path))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=67, n_embd=40, n_layer=2, n_head=4))
+    assert "with model_type = attnres; the model has gpt2" in refusal(gpt2)
     (tmp_path / "base.json").unlink()  # an adapter that PEFT alone has saved
     adapters.load_adapter(other, str(tmp_path))
     assert "is (11, 40) in it, here (11, 48)" in refusal(tiny_model(hidden_size=48))
     for layers in (3, 7):
         assert f"is (11, 40) in it, here ({2 * layers + 1}, 40)" in refusal(tiny_model(num_hidden_layers=layers))
     refusal(tiny_model("phi3"))
+    refusal(gpt2)
     with pytest.raises(training_run.RunError, match="no adapter at"):
         adapters.load_adapter(tiny_model(), str(tmp_path / "nowhere"))
 
