@@ -161,10 +161,11 @@ class DepthCallback(TrainerCallback):
     Args:
         folder: where to; TensorBoard's part goes to its `tensorboard/depth`.
         probe: what the model is shown, for instance `{"input_ids": ids}` `(batch, seq)`. One sequence is enough.
-        every: steps between two looks; the first step is always looked at.
+        every: steps between two looks; the first step is always looked at. By default both looks of the first 200
+            steps together take less than one percent of them, also where a batch is no larger than the probe.
     """
 
-    def __init__(self, folder: str | Path, probe: dict[str, torch.Tensor], every: int = 100):
+    def __init__(self, folder: str | Path, probe: dict[str, torch.Tensor], every: int = 200):
         self.folder, self.probe, self.every = Path(folder), probe, every
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
