@@ -395,7 +395,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="default: eager, two_phase and the models' default; the last alone in compiled and model_growth",
     )
-    add("--modes", nargs="+", choices=("block", "full"), default=["block", "full"])
+    add("--modes", nargs="+", choices=("block", "full"), default=["block", "full"], help="of depth attention; default: "
+        "both")  # fmt: skip
     add(
         "--cases",
         nargs="+",

@@ -1,7 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Runs the model tests of transformers on every donor and on its AttnRes family, and compares them test by test.
+"""python scripts/conformance.py --families llama,gemma2
 
-    python scripts/conformance.py --families llama,gemma2
+Runs the model tests of transformers on every donor and on its AttnRes family, and compares them test by test.
 
 What the donor passes AttnRes must pass, and what runs for the donor must run for AttnRes. The tests are not part of an
 installed transformers, so the source distribution of the same version is fetched once through pip. The results go to a
@@ -165,7 +165,7 @@ def run_conformance(families: list[str], cache: Path, processes: int) -> dict:
 
 
 def parse_args(argv: list[str] | None, families: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--families", default=",".join(families), help="comma-separated; default: all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to update (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the tests are kept (default: %(default)s)")

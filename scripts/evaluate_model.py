@@ -571,7 +571,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--output", type=Path, required=True, help="folder for evaluation.json and evaluation.md")
     add("--resamples", type=positive, default=1000, help="of the bootstrap; default: 1000")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the bootstrap, and of the harness; default: 0")
     args = parser.parse_args(argv)
     args.lm_eval = [name.strip() for name in args.lm_eval.split(",")] if args.lm_eval else []
     if not (args.data or args.choices or args.lm_eval):

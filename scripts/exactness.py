@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--layers", type=int, default=12, help="decoder layers")
-    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--hidden-size", type=int, default=256, help="width")
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[1, 2, 12], help="in decoder layers")
     parser.add_argument("--tokens", type=int, default=128, help="length of each of the two random sequences")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     settings = {name: value for name, value in vars(args).items() if name != "output"}

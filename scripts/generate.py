@@ -162,7 +162,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=positive, default=128, help="per answer at most; default: 128")
     add("--temperature", type=float, default=0.8, help="0 always takes the most likely token; default: 0.8")
     add("--top-k", type=positive, default=50, help="sample among this many tokens; default: 50")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of sampling; default: 0")
     add("--base", help="base of an adapter, instead of the one that it names")
     add("--tokenizer", help="folder or Hub id; default: the model's own")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as saved")

@@ -308,7 +308,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
         f"multiple; default: {DEPTH_LR_SCALE:g}")  # fmt: skip
     add("--lora-rank", type=positive, default=8, help="rank of the adapters; default: 8")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, of the order of the data and of sampling; default: 0")
     add = parser.add_argument_group("a new donor").add_argument
     add("--train-donor", action="store_true", help="train one; the options below are for it, and some minutes more")
     add("--donor-steps", type=positive, help="training steps; default: 360")

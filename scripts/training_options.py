@@ -68,7 +68,8 @@ def add_training_options(parser: argparse.ArgumentParser, compared: str, example
     add("--steps", type=positive, default=1000, help="default: %(default)s")
     add("--batch-size", type=positive, default=8, help="sequences per device and forward; default: 8")
     add("--accumulate", type=positive, default=1, help="forwards per step; default: 1")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for matrices, AdamW for the rest")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for matrices, AdamW for the rest; "
+        "default: adamw")  # fmt: skip
     add("--learning-rate", type=above_zero, default=1e-3, help="default: %(default)s")
     add("--depth-lr-scale", type=non_negative, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
         "multiple of --learning-rate; default: %(default)s")  # fmt: skip
@@ -83,7 +84,8 @@ def add_training_options(parser: argparse.ArgumentParser, compared: str, example
     add("--bf16", action="store_true", help="compute in bfloat16, weights stay in float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--compile", action="store_true", help="torch.compile")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and the order of the data; "
+        "default: 0")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, required=True, help="run folder; the same command again resumes what is in it")
     add("--logging-steps", type=positive, default=1, help="default: 1")

@@ -1,8 +1,11 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The scripts, run as users run them: as processes, on real text, at the smallest sizes."""
 
+import argparse
+import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +76,28 @@ def finished(own, tmp_path_factory) -> tuple[Path, str]:
 def test_help(script, tmp_path):
     """Every script explains its options."""
     assert "--output" in run_script(script, "--help", folder=tmp_path).stdout
+
+
+COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained(name, monkeypatch):
+    """A script's docstring begins with a command that it understands, and each of its options has a help."""
+    options = {}
+
+    def parse(parser, *args, **kwargs):
+        options.update({action.option_strings[0]: action.help for action in parser._actions if action.option_strings})
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        script.main([])
+    assert [option for option, text in options.items() if not text] == []
+    program, path, *arguments = shlex.split(script.__doc__.split("\n\n")[0])
+    assert (program, path) == ("python", f"scripts/{name}.py")
+    assert {word for word in arguments if word.startswith("--")} <= options.keys()
 
 
 def test_quickstart_writes_everything(finished):
