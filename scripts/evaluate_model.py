@@ -464,11 +464,18 @@ def evaluate_checkpoints(args) -> dict:
     }
 
 
+def number(x: float, sign: str = "") -> str:
+    """To four decimals or, where it is as large as perplexities may be, with fewer."""
+    if abs(x) < 1000:
+        return f"{x:{sign}.4f}"
+    return f"{x:{sign},.0f}" if abs(x) < 1e9 else f"{x:{sign}.3e}"
+
+
 def cells(entry: dict, key: str, sign: str = "") -> tuple[str, str]:
     """A value and its interval."""
     interval_key = "interval" if key == "value" else f"{key}_interval"
     numbers = [entry[key], *entry.get(interval_key, ())] if key in entry else []
-    value, *bounds = (f"{x:{sign}.4f}" if abs(x) < 1000 else f"{x:{sign},.0f}" for x in numbers) if numbers else "-"
+    value, *bounds = [number(x, sign) for x in numbers] or "-"
     return value, f"{bounds[0]} to {bounds[1]}" if bounds else "-"
 
 

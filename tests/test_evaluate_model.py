@@ -359,6 +359,27 @@ def test_names(tmp_path, monkeypatch):
     assert short_names([".", "model"]) == [tmp_path.joinpath("runs/a").as_posix(), "model"]
 
 
+def test_folder_named_as_a_model_type(models, data, tmp_path, monkeypatch):
+    """A checkpoint in a folder with the name of a model type is itself, not that type's defaults."""
+    (tmp_path / "attnres").symlink_to(models["donor"])
+    monkeypatch.chdir(tmp_path)
+    result = run("attnres", "--data", data, "--output", "out")
+    assert only(result)["mode"] == "donor" and result["arguments"]["seq_len"] == SIZES["max_position_embeddings"]
+    with pytest.raises(SystemExit, match="--seq-len 49 is longer than the model's context"):
+        evaluate_model.main(["attnres", "--data", data, "--seq-len", "49", "--output", "no"])
+    with pytest.raises(SystemExit, match="no configuration at llama"):
+        evaluate_model.main(["llama", "--data", data, "--output", "no"])
+
+
+def test_numbers_of_the_table():
+    """Numbers stay narrow, whatever a perplexity is."""
+    entry = {"value": 7.3e43, "interval": [1234.5, 7.3e43], "difference": -2e9}
+    assert evaluate_model.cells(entry, "value") == ("7.300e+43", "1,234 to 7.300e+43")
+    assert evaluate_model.cells(entry, "difference", "+") == ("-2.000e+09", "-")
+    assert evaluate_model.cells({"value": 0.25}, "value") == ("0.2500", "-")
+    assert evaluate_model.cells({"value": 0.25}, "difference", "+") == ("-", "-")
+
+
 def test_evaluate_modules():
     """The modules are evaluate's own kind, load from their folders, and compute what can be done by hand."""
     loss = evaluate.load(str(SCRIPTS / "evaluation" / "text_loss"), keep_in_memory=True)
