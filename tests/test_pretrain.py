@@ -726,6 +726,10 @@ def late(folder: Path) -> list:
     return ["--data", folder / "files"]
 
 
+def cut_off(path: Path) -> Path:
+    return write(path, gzip.compress(b'{"text": "one"}\n' * 999)[:-20])
+
+
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00"
 BAD = {
     "empty file": (lambda d: ["--data", write(d / "empty.txt", "")], "is empty"),
@@ -736,6 +740,14 @@ BAD = {
         lambda d: [datasets.Dataset.from_dict({"text": []}).to_parquet(d / "e.parquet"), "--data", d / "e.parquet"][1:],
         "is empty",
     ),  # fmt: skip
+    "empty compressed rows": (lambda d: ["--data", write(d / "e.jsonl.gz", gzip.compress(b""))], "e.jsonl.gz is empty"),
+    "empty compressed text": (lambda d: ["--data", write(d / "e.txt.gz", gzip.compress(b""))], "e.txt.gz is empty"),
+    "cut off": (lambda d: ["--data", cut_off(d / "c.jsonl.gz")], "c.jsonl.gz can't be read: Compressed file ended"),
+    "cut off stream": (lambda d: ["--streaming", "--data", cut_off(d / "c.jsonl.gz")], "c.jsonl.gz can't be read"),
+    "archive": (
+        lambda d: ["--data", write(d / "a.txt", b"PK\x03\x04 no more")],
+        "a.txt can't be read: File is not a zip",
+    ),
     "image": (lambda d: ["--data", write(d / "image.txt", PNG)], "is not text"),
     "streamed image": (lambda d: ["--streaming", "--data", write(d / "image.txt", PNG)], "is not text"),
     "streamed column": (lambda d: ["--streaming", "--data", write(d / "c.jsonl", '{"a": 1}\n')], "no column 'text'.*a"),
