@@ -16,6 +16,7 @@ import resource
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -205,6 +206,7 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
     run_file = folder / RUN_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise RunError(f"can't write to {folder}: {error.strerror}.") from None
     if run_file.exists():

@@ -3,10 +3,12 @@
 
 import gzip
 import json
+import os
 import re
 import resource
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -383,6 +385,19 @@ def test_full_disk(server, text):
     assert run.wait_for((folder / f"checkpoint-{int(last.name.split('-')[1]) + 2}").exists)
     run.kill()
     assert f"going on from full-disk/{last.name}" in run.output()
+
+
+def test_folder_that_cannot_be_written():
+    """An empty folder in which this user may not write is refused in one line, as one that can't be made is."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may write anywhere
+        try:
+            with pytest.raises(training_run.RunError, match=f"can't write to {folder}: Permission denied"):
+                training_run.open_run(Path(folder), {})
+        finally:
+            os.seteuid(user)
 
 
 def test_figure(monkeypatch, tmp_path):
