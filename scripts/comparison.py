@@ -2,11 +2,9 @@
 """Several runs of a training script, one after the other, with the same data order, seed and budget, and one table."""
 
 import argparse
-import ctypes
 import io
 import itertools
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from training_run import (
     METRICS_FILE,
     RESULTS_FILE,
     RunError,
+    end_with_parent,
     main_process_first,
     open_run,
     plot_losses,
@@ -67,12 +66,6 @@ def check_variants(
                 parse(alone(argv, options, args.output))
         except SystemExit:
             parser.error(f"{name}: {message.getvalue().rpartition('error: ')[2].strip()}")
-
-
-def end_with_parent():
-    """Lets a process that was started end when the one that started it is killed; Linux alone can do so."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def compare_table(runs: dict[str, dict], columns: dict[str, str]) -> str:

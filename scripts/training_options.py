@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from training_optim import DEPTH_LR_SCALE, OPTIMIZERS, uses_deepspeed
-from training_run import RunError, end_without_a_word
+from training_run import RunError, end_with_parent, end_without_a_word
 from transformers import TrainingArguments
 
 
@@ -191,6 +191,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 def start_process() -> PartialState:
     """Joins the other processes of a launch, and leaves the terminal to the script."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # or a killed launcher's processes would go on, and keep the run folder
+        end_with_parent()
     is_cpu = not torch.accelerator.is_available()
     options = {"cpu": is_cpu}
     if uses_deepspeed():

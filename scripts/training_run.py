@@ -6,6 +6,7 @@ A run folder holds `run.json` (arguments and versions), `metrics.jsonl` (one lin
 `checkpoint-<step>/`, `model/` and, when the run is done, `results.json` and figures.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -14,6 +15,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -59,6 +61,12 @@ def end_without_a_word():
     """Ends a process that isn't the main one, which is left the time to say why: a launcher ends all with the first."""
     time.sleep(2)
     raise SystemExit(1)
+
+
+def end_with_parent():
+    """Lets a process that was started end when the one that started it is killed; Linux alone can do so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dist_cp
@@ -96,6 +98,13 @@ def server(tmp_path_factory):
         server.stop()
 
 
+def accelerate_launch(config: str, *arguments) -> list[str]:
+    """The command line of two processes."""
+    launch = ["launch", "--config_file", CONFIGS / f"{config}.yaml", "--num_processes", 2, "--main_process_port", 0]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, SCRIPTS / "pretrain.py", *arguments]
+    return list(map(str, command))
+
+
 @pytest.fixture(scope="module")
 def single(server) -> Path:
     """The run of one process."""
@@ -106,10 +115,8 @@ def single(server) -> Path:
 @pytest.fixture(scope="module")
 def launched(server, single) -> dict[str, tuple[Path, str]]:
     """The same training in two processes, by configuration: the run's folder and what the processes printed."""
-    launch = ["launch", "--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0]
-    script = [SCRIPTS / "pretrain.py", *RUN, TWO, "--output", "fsdp2"]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *script]
-    result = subprocess.run(list(map(str, command)), cwd=server.folder, capture_output=True, text=True, timeout=250)
+    command = accelerate_launch("fsdp2", *RUN, TWO, "--output", "fsdp2")
+    result = subprocess.run(command, cwd=server.folder, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
     outputs = server.launch("ddp", "pretrain", *RUN, TWO, "--output", "ddp").finish()
     return {"ddp": (server.folder / "ddp", "".join(outputs)), "fsdp2": (server.folder / "fsdp2", result.stdout)}
@@ -153,6 +160,25 @@ def test_resume(config, launched, resumed):
     """A killed run ends with the losses, looks and weights of the undisturbed one, bit for bit."""
     assert without_times(resumed[config]) == without_times(launched[config][0])
     check_same_weights(weights(resumed[config]), weights(launched[config][0]))
+
+
+def test_killed_launcher(server):
+    """With it end the processes that it started, which would keep the run folder from the same command."""
+    command = accelerate_launch(
+        "ddp", *RUN, "--steps=100000", "--eval-steps=1000", "--save-steps=1000", "--output", "launcher"
+    )
+    launcher = subprocess.Popen(command, cwd=server.folder)
+    while not (server.folder / "launcher" / "metrics.jsonl").exists():
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    started = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    launcher.wait()
+    _, remaining = psutil.wait_procs(started, timeout=10)
+    alive = [process for process in remaining if process.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    assert len(started) == 2 and not alive
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
