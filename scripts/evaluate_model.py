@@ -38,7 +38,7 @@ from model_loading import Checkpoint, check_contexts, load_checkpoint, open_chec
 from output_folder import output_folder
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from training_data import STDLIB, DataError, data_name, first_line, is_held_out, load_documents, load_rows, text_hash
+from training_data import STDLIB, DataError, data_name, first_line, held_out_rows, load_documents, load_rows, text_hash
 from training_options import positive
 from training_run import RunError, table, versions, write_json, write_text
 
@@ -328,7 +328,8 @@ def read_texts(args) -> list[str]:
         if text and not text.isspace():
             texts.append(text)
     if args.held_out:
-        texts = [text for text in texts if is_held_out(text_hash(text), args.held_out)]
+        hashes, sizes = (np.array([measure(text) for text in texts], np.int64) for measure in (text_hash, len))
+        texts = [texts[index] for index in held_out_rows(hashes, args.held_out, sizes).nonzero()[0]]
     texts = texts[: args.max_documents]
     if not texts:
         which = f" of which {args.held_out:g} is held out" if args.held_out else ""

@@ -358,7 +358,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--data-split", default="train", help="split, also train[:1%%] and the like; default: train")
     add("--columns", help="one column, of conversations, or two, of prompts and completions; default: messages, else "
         "prompt,completion")  # fmt: skip
-    add("--held-out", type=share, default=0.05, help="share of the examples, chosen by hash; default: 0.05")
+    add("--held-out", type=share, default=0.05, help="share of the examples, chosen by hash, one at least; "
+        "default: 0.05")  # fmt: skip
     add("--eval-sequences", type=positive, default=64, help="held-out sequences to evaluate at most; default: 64")
     add("--seq-len", type=number(int, 2), default=512, help="tokens per sequence; longer examples lose their ends; "
         "default: 512")  # fmt: skip

@@ -24,7 +24,7 @@ from training_data import (
     DataError,
     data_name,
     first_line,
-    is_held_out,
+    held_out_rows,
     load_rows,
     mapped,
     stdlib_files,
@@ -413,7 +413,7 @@ def split_and_pack_examples(
             if len(first) and (first < lengths).any()
             else "no conversation has a turn of the assistant to learn from, or all answers are empty."
         )
-    held_out = is_held_out(hashes.astype(np.int64), fraction)
+    held_out = held_out_rows(hashes.astype(np.int64), fraction, usable)
     train, test = (examples.select(np.flatnonzero(usable & side)) for side in (~held_out, held_out))
     for side, what in ((train, "to train on"), (test, "held out")):
         if not len(side):

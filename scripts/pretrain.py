@@ -498,7 +498,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--streaming", action="store_true", help="read the data as training goes on, without preparing all of it")
     add("--shuffle-buffer", type=positive, default=1000, help="documents shuffled at a time with "
         "--streaming; default: 1000")  # fmt: skip
-    add("--held-out", type=share, default=0.05, help="share of the documents, chosen by hash; default: 0.05")
+    add("--held-out", type=share, default=0.05, help="share of the documents, chosen by hash, at least one sequence; "
+        "default: 0.05")  # fmt: skip
     add("--eval-sequences", type=positive, default=64, help="held-out sequences to evaluate at most; default: 64")
     add("--seq-len", type=number(int, 2), default=256, help="tokens per sequence; default: 256")
     add("--num-proc", type=positive, help="processes that tokenise")

@@ -222,6 +222,14 @@ def is_held_out(hashes, fraction: float):
     return hashes < int(fraction * 2**63)
 
 
+def held_out_rows(hashes: np.ndarray, fraction: float, sizes: np.ndarray, at_least: int = 1) -> np.ndarray:
+    """Which documents are held out: those with a hash in the lowest `fraction`; of little data, in which their `sizes`
+    come to less than `at_least`, as many more as it takes, the lowest hashes first."""
+    order = np.argsort(hashes, kind="stable")
+    needed = sizes[order].cumsum() - sizes[order] < at_least
+    return is_held_out(hashes, fraction) | (hashes <= hashes[order][needed].max(initial=-1))
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of `vocab_size` tokens that puts `<bos>` in front."""
     tokenizer = Tokenizer(models.BPE())
@@ -453,7 +461,8 @@ def split_and_pack(tokens: datasets.Dataset, seq_len: int, fraction: float) -> t
         DataError: one of the two is empty.
     """
     hashes = np.asarray(tokens.with_format("numpy")["hash"][:], dtype=np.int64)
-    held_out = is_held_out(hashes, fraction)
+    sizes = np.asarray(tokens.with_format("numpy")["num_tokens"][:], dtype=np.int64)
+    held_out = held_out_rows(hashes, fraction, sizes, seq_len)
     order = np.argsort(hashes, kind="stable")
     train = PackedDocuments(tokens.select(np.flatnonzero(~held_out)), seq_len)
     test = PackedDocuments(tokens.select(order[held_out[order]]), seq_len)

@@ -620,6 +620,20 @@ def test_split_is_by_hash(text, tokenizer, cache, tmp_path):
     assert other_train < train and other_test < test
 
 
+def test_little_data_has_a_held_out_part(tokenizer, cache, tmp_path):
+    """Where no document has a hash below the share, those with the lowest are held out until they make a sequence."""
+    rows = training_data.held_out_rows(np.array([7, 3, 5, 3, 9]) << 58, 0.01, np.array([4, 2, 9, 2, 4]), at_least=6)
+    assert rows.tolist() == [False, True, True, True, False]  # copies are on the same side
+    assert training_data.held_out_rows(np.array([7, 3]) << 58, 0.5, np.array([1, 1])).tolist() == [True, True]
+    for index in range(6):
+        (tmp_path / f"{index}.txt").write_text(f"{index} " * 30)
+    documents = load(tmp_path)
+    train, test = training_data.split_and_pack(training_data.tokenized(documents, tokenizer, "text"), 40, 1e-9)
+    assert len(test) > 0 and train.num_tokens > test.num_tokens
+    hashes = [training_data.text_hash(text) for text in documents["text"]]
+    assert sorted(test.hashes) == sorted(hashes)[: len(test.hashes)]
+
+
 def test_streaming_gives_the_same_sequences(text, tokenizer, cache):
     """A stream packs the documents as the prepared data set does, and starts again at its end."""
     tokens = training_data.tokenized(load(text), tokenizer, "text")
