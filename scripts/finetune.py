@@ -155,6 +155,10 @@ def prepare_model(args, tokenizer) -> tuple[torch.nn.Module, dict | None]:
         model = load_adapter(model, args.adapter, is_trainable=True)
         if getattr(model.peft_config["default"], "use_dora", None) != (args.method == "dora"):
             raise RunError(f"the adapter {args.adapter} wasn't made by --method {args.method}.")
+        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        has_depth = hasattr(decoder(model), DEPTH_ATTENTION)
+        if has_depth and not any(map(is_depth_attention, trained)) and PartialState().is_main_process:
+            print(f"the adapter {args.adapter} has no depth attention, which stays as it is", file=sys.stderr)
     else:
         alpha = args.lora_alpha or 2 * args.lora_rank
         model = new_adapter(model, args.lora_rank, alpha, args.lora_dropout, args.method == "dora", args.target_modules)
@@ -320,6 +324,8 @@ def compare_runs(args, argv: list[str]) -> dict:
     with discarded_if_refused(args.output, is_new):
         config = read_config(args.model, {})
         check_context(config, args.seq_len)
+        if "qlora" in args.compare:
+            quantization_config(args.quantization, args.bf16)  # what it needs may be absent
         base = starting_point(args, config)  # converted once for all
         shared = ["--model", base, "--tokenizer", args.tokenizer or args.model]
         columns = {"trained parameters": "trained_parameters", "of depth attention": "depth_parameters"}

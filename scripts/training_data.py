@@ -3,7 +3,7 @@
 
 A document is a row of a data set, or a file, paragraph or line of text. Documents follow one another with an end of
 text between them, and are cut into sequences of equal length. Position ids restart with each document: from this, and
-because no attention mask is given, transformers keeps attention within a document.
+because no attention mask is given, transformers keeps attention within a document (see also packed_documents.py).
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 
 import datasets
@@ -140,6 +141,7 @@ def load_rows(
         DataError: it can't be read, is empty or lacks a column.
     """
     name = data_name(data)
+    data = [path for pattern in data for path in sorted(glob(pattern, recursive=True)) or [pattern]]
     options = {"split": split, "streaming": streaming}
     paths = [Path(path) for path in data]
     with reading(name):

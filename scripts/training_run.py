@@ -268,7 +268,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def one_line_errors(script: str, folder: Path):
-    """Ends a script whose input is bad, or which has no room for its run folder, with one line."""
+    """Ends a script that is interrupted, whose input is bad or which has no room for its run folder with one line."""
     try:
         with discarded_if_refused(folder, is_new=not (folder / RUN_FILE).exists()):
             yield
@@ -278,6 +278,10 @@ def one_line_errors(script: str, folder: Path):
         if error.errno not in NO_SPACE:
             raise
         raise SystemExit(f"{script}: {no_space(folder, error)}") from None
+    except KeyboardInterrupt:
+        if PartialState().is_main_process:
+            print(f"{script}: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def no_space(folder: Path, error: Exception) -> str:

@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Fine-tuning, run as users run it: in processes, on files, at the smallest sizes; and its data and adapters."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -299,6 +300,26 @@ def test_training_on_an_adapter(server, finished, prompts):
     results, before = (json.loads((f / "results.json").read_text()) for f in (server.folder / "further", folder))
     assert results["held_out_loss_before"] == pytest.approx(before["held_out_loss"], rel=1e-5)
     assert results["held_out_loss"] < before["held_out_loss"]
+
+
+def test_training_on_an_adapter_without_depth_attention(server, finished, prompts):
+    """It may be gone on with, and a line says what isn't trained."""
+    base = AutoModelForCausalLM.from_pretrained(finished[0] / "converted")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapted.save_pretrained(server.folder / "plain")
+    options = ["--model", finished[0] / "converted", "--adapter", "plain", "--output", "plain-further", "--steps=1"]
+    printed = server.run(*ON_AN_ADAPTER, "--data", prompts, *options)
+    assert printed.count("the adapter plain has no depth attention, which stays as it is") == 1
+    assert json.loads(printed.splitlines()[-1])["depth_parameters"] == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
+def test_comparison_that_lacks_a_package(server, donor, prompts):
+    """What one of the methods needs is missed before the others are trained."""
+    options = ["--model", donor, "--data", prompts, "--compare=lora,qlora", "--output", "lacking"]
+    printed = server.run(*RUN, *options, exit_code=1)
+    assert printed.splitlines() == ["finetune: --quantization nf4 needs bitsandbytes: pip install bitsandbytes"]
+    assert not (server.folder / "lacking").exists()
 
 
 # Adapters

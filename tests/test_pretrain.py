@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -598,6 +599,14 @@ def test_delta_attention_by_document(is_checkpointed):
         assert relative_error(model(input_ids=ids[1:, :64]).logits, alone[1:, :64]) < 1e-4
 
 
+def test_patterns(text, cache):
+    """A pattern in quotes stands for the files that it matches."""
+    found = training_data.load_documents([str(text / "1*.txt"), str(text / "0[1-3].txt")])["text"]
+    assert sorted(found) == sorted(file.read_text() for file in [*text.glob("1*.txt"), *text.glob("0[1-3].txt")])
+    with pytest.raises(training_data.DataError, match=r"x\*\.txt doesn't exist"):
+        training_data.load_documents([str(text / "x*.txt")])
+
+
 def test_split_is_by_hash(text, tokenizer, cache, tmp_path):
     """A document's side depends on it alone, copies stay together, and both sides make up the whole."""
 
@@ -840,6 +849,18 @@ def test_refuses(name, server, text, tmp_path):
     assert len(printed.splitlines()) == 1 and line.startswith("pretrain: "), printed
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="nothing here can be interrupted")
+def test_interrupted(server, text):
+    """Ctrl-C ends a run with one line that says how to go on, and the same command does."""
+    command = [*TINY, *SHALLOW, "--data", text, "--depth-every", 0, "--steps", 40, "--save-steps", 1]
+    run = server.start(*command, "--output", "interrupted")
+    assert run.wait_for((server.folder / "interrupted" / "checkpoint-1").exists)
+    os.kill(run.process.pid, signal.SIGINT)
+    lines = run.finish(130).splitlines()
+    assert lines[-1] == "pretrain: interrupted; the same command goes on from the last checkpoint.", lines
+    assert "going on from" in server.run(*command, "--output", "interrupted")
 
 
 def test_lists_add_up():
