@@ -376,6 +376,22 @@ def test_adapters_of_families(family, tmp_path):
     assert relative_error(loaded(ids, use_cache=False).logits, expected) < 1e-4
 
 
+@torch.no_grad()
+def test_adapters_by_transformers(tmp_path):
+    """transformers' own adapters, without PEFT's wrapper, are switched off and on with depth attention."""
+    model = tiny_model().eval()
+    ids = random_tokens(2, 9)
+    plain = model(ids, use_cache=False).logits
+    random_adapter(model).save_pretrained(tmp_path)
+    model = tiny_model().eval()
+    model.load_adapter(str(tmp_path))
+    expected = model(ids, use_cache=False).logits
+    model.disable_adapters()
+    assert torch.equal(model(ids, use_cache=False).logits, plain) and not torch.equal(expected, plain)
+    model.enable_adapters()
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
 def test_adapter_for_another_base(tmp_path):
     """Other sizes, other layers, another family and other weights are told in one line, with what differs."""
     model = tiny_model()

@@ -863,6 +863,13 @@ class AttnResPreTrainedModelMixin:
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
+    def enable_adapters(self):
+        """As in transformers, which leaves off what adapters hold in full (`modules_to_save`): depth attention."""
+        super().enable_adapters()
+        for module in self.modules():
+            if type(module).__name__ == "ModulesToSaveWrapper":  # of PEFT, which need not be installed
+                module.enable_adapters(enabled=True)
+
     @classmethod
     def is_remote_code(cls) -> bool:
         # transformers' own copying enters only the saved class, under the name that FSDP gave it: see save_pretrained
