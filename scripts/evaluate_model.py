@@ -287,11 +287,13 @@ def resampled_ratios(values: np.ndarray, weights: np.ndarray, resamples: int, se
     ratios = []
     for _ in range(resamples):
         counts = np.bincount(generator.integers(documents, size=documents), minlength=documents)
-        ratios.append((values @ counts) / (weights @ counts))
+        with np.errstate(invalid="ignore"):
+            ratios.append((values @ counts) / (weights @ counts))
     return np.stack(ratios, axis=1)
 
 
 def interval(samples: np.ndarray) -> list[float]:
+    samples = samples[~np.isnan(samples)]  # as those are that drew nothing but documents without tokens
     return np.percentile(samples, [2.5, 97.5]).tolist()
 
 

@@ -399,6 +399,12 @@ def test_evaluate_modules():
             loss.compute(nats=values, tokens=values, bytes=values)
 
 
+def test_intervals_of_few_documents():
+    """Resamples of nothing but documents without tokens say nothing, and don't make an interval one of no numbers."""
+    ratios = resampled_ratios(np.array([[3.0, 0.0]]), np.array([[2.0, 0.0]]), 200, seed=0)
+    assert np.isnan(ratios).any() and evaluate_model.interval(ratios[0]) == [1.5, 1.5]
+
+
 def test_intervals_cover():
     """About 95 % of intervals hold the true value, and those of paired differences are as narrow as the differences."""
     generator = np.random.default_rng(0)
