@@ -141,9 +141,8 @@ def check_base(model: nn.Module, before: dict, made_for: str):
         now = getattr(model.config, name, None)
         if name in before and now != before[name]:
             raise RunError(f"{made_for}, with {name} = {before[name]}; the model has {now}.")
-    if (
-        not {"fingerprint", "layers"} & before.keys() or model.dtype == torch.float16
-    ):  # rounds others than bfloat16 does
+    tells_weights = not before.keys().isdisjoint(("fingerprint", "layers"))
+    if not tells_weights or model.dtype == torch.float16:  # which rounds other weights than bfloat16 does
         return
     now = describe_base(model)
     if any(now[name] != before[name] for name in now.keys() & before.keys()):

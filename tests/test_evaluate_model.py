@@ -246,9 +246,10 @@ def test_adapter(models, data, tmp_path):
 
 def test_adapter_of_another_architecture(data, tokenizer, tmp_path):
     """PEFT's own adapters of models that are built in another way, as GPT-2 is, are evaluated too."""
+    torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     base = save(GPT2LMHeadModel(config), tokenizer, tmp_path / "gpt2")
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], init_lora_weights=False)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn", "c_fc"], init_lora_weights=False)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -257,7 +258,7 @@ def test_adapter_of_another_architecture(data, tokenizer, tmp_path):
     results = run(*(tmp_path / name for name in names), "--data", data, "--output", tmp_path / "out")["checkpoints"]
     losses = {name: results[name]["text"]["loss"] for name in names}
     assert losses["adapter"] == pytest.approx(losses["merged"], rel=1e-5)
-    assert abs(losses["adapter"] - losses["gpt2"]) > 0.001
+    assert abs(losses["adapter"] - losses["gpt2"]) > 0.01
 
 
 @torch.no_grad()
