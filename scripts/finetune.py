@@ -319,17 +319,15 @@ def finetune(args) -> dict:
 
 def compare_runs(args, argv: list[str]) -> dict:
     """All methods, on one base; see [`compare`]."""
-    is_new = not (args.output / RUN_FILE).exists()
     open_comparison(args)
-    with discarded_if_refused(args.output, is_new):
-        config = read_config(args.model, {})
-        check_context(config, args.seq_len)
-        if "qlora" in args.compare:
-            quantization_config(args.quantization, args.bf16)  # what it needs may be absent
-        base = starting_point(args, config)  # converted once for all
-        shared = ["--model", base, "--tokenizer", args.tokenizer or args.model]
-        columns = {"trained parameters": "trained_parameters", "of depth attention": "depth_parameters"}
-        return compare(Path(__file__), args, argv, "--method", shared, columns)
+    config = read_config(args.model, {})
+    check_context(config, args.seq_len)
+    if "qlora" in args.compare:
+        quantization_config(args.quantization, args.bf16)  # what it needs may be absent
+    base = starting_point(args, config)  # converted once for all
+    shared = ["--model", base, "--tokenizer", args.tokenizer or args.model]
+    columns = {"trained parameters": "trained_parameters", "of depth attention": "depth_parameters"}
+    return compare(Path(__file__), args, argv, "--method", shared, columns)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

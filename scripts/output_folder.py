@@ -2,11 +2,10 @@
 """The folder that a script writes to in the end, tried at the beginning."""
 
 import os
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from training_run import RunError
+from training_run import make_writable
 
 
 @contextmanager
@@ -18,11 +17,7 @@ def output_folder(folder: Path):
     """
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+        make_writable(folder)
         yield
     except BaseException:
         with suppress(OSError):  # what isn't empty stays

@@ -454,20 +454,18 @@ def pretrain(args) -> dict:
 
 def compare_runs(args, argv: list[str]) -> dict:
     """All variants, with one tokenizer; see [`compare`]."""
-    is_new = not (args.output / RUN_FILE).exists()
     open_comparison(args)
-    with discarded_if_refused(args.output, is_new):
-        shared = []
-        if args.train_tokenizer:
-            documents = load_documents(
-                args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
-            )
-            tokenizer = get_tokenizer(args, documents)
-            report_fewer_tokens(args, tokenizer)
-            shared = ["--train-tokenizer", "0", "--tokenizer", str(args.output / "tokenizer")]
-            shared += ["--set", *args.set_options, f"vocab_size={len(tokenizer)}"] if args.config else []
-        columns = {"parameters": "parameters", "of depth attention": "depth_parameters"}
-        return compare(Path(__file__), args, argv, "--mode", shared, columns)
+    shared = []
+    if args.train_tokenizer:
+        documents = load_documents(
+            args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
+        )
+        tokenizer = get_tokenizer(args, documents)
+        report_fewer_tokens(args, tokenizer)
+        shared = ["--train-tokenizer", "0", "--tokenizer", str(args.output / "tokenizer")]
+        shared += ["--set", f"vocab_size={len(tokenizer)}"] if args.config else []
+    columns = {"parameters": "parameters", "of depth attention": "depth_parameters"}
+    return compare(Path(__file__), args, argv, "--mode", shared, columns)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -204,6 +204,19 @@ def lock(folder: Path):
     raise RunError(f"another process trains in {folder}; let it end, or stop it.")
 
 
+def make_writable(folder: Path):
+    """Makes a folder if there is none, and tries it.
+
+    Raises:
+        RunError: it can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+
+
 def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Path | None:
     """Starts a run in `folder` or takes up the one that is there, and returns its last complete checkpoint, if any.
 
@@ -212,11 +225,7 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
     """
     arguments = json.loads(json.dumps({**arguments, **launched()}, default=str))
     run_file = folder / RUN_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+    make_writable(folder)
     if run_file.exists():
         before = {"processes": 1, **read_json(run_file)["arguments"]}
         for name in arguments.keys() | before.keys():
