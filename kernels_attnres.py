@@ -81,8 +81,9 @@ def _rows(table, index, inside, token, like, D: tl.constexpr, ALIGN: tl.constexp
 
 
 @triton.jit
-def _tile(rows, inside, column, D: tl.constexpr):
-    return tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0)
+def _tile(rows, inside, column, D: tl.constexpr, EVICTION: tl.constexpr):
+    mask = inside[:, None] & (column < D)[None, :]
+    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -98,10 +99,10 @@ def _warp_columns(WARPS: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def _warp_tile(rows, inside, column, D: tl.constexpr):
+def _warp_tile(rows, inside, column, D: tl.constexpr, EVICTION: tl.constexpr):
     """(WARPS, rows, PART)"""
     mask = inside[None, :, None] & (column < D)[:, None, :]
-    return tl.load(rows[None, :, None] + column[:, None, :], mask=mask, other=0.0)
+    return tl.load(rows[None, :, None] + column[:, None, :], mask=mask, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -153,6 +154,8 @@ def _closed_forward(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,  # cache policy of what is needed again
+    DROP: tl.constexpr,  # and of what isn't
 ):
     first = tl.program_id(0).to(tl.int64) * TOKENS
     row = tl.arange(0, ROWS)
@@ -166,11 +169,11 @@ def _closed_forward(
         dots = tl.zeros([WARPS, ROWS, READS_DOT], tl.float32)
         gram = tl.zeros([WARPS, ROWS, ROWS], tl.float32)  # its diagonal has the squares
         column = _warp_columns(WARPS, PART)
-        value = _warp_tile(rows, inside, column, D)
+        value = _warp_tile(rows, inside, column, D, KEEP)
         for _ in range(0, D, WARPS * PART):
             next_column = column + WARPS * PART
-            next_value = _warp_tile(rows, inside, next_column, D)  # on its way while this one is multiplied
-            product = _warp_tile(products + read_dot * D, read_dot < S, column, D)
+            next_value = _warp_tile(rows, inside, next_column, D, KEEP)  # on its way while this one is multiplied
+            product = _warp_tile(products + read_dot * D, read_dot < S, column, D, "")
             dots = _dot(value, tl.permute(product, (0, 2, 1)), dots, PRECISION)
             gram = _dot(value, tl.permute(value, (0, 2, 1)), gram, PRECISION)
             column, value = next_column, next_value
@@ -210,9 +213,10 @@ def _closed_forward(
             at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
             same = (token[:, None] == row_token[None, :]) & inside_line[:, None] & inside[None, :]
             weight = tl.exp(tl.load(scores + at, mask=same, other=float("-inf")) - normaliser[:, None])
-            mixed = _dot(weight, _tile(rows, inside, column, D), mixed, PRECISION)
+            mixed = _dot(weight, _tile(rows, inside, column, D, DROP), mixed, PRECISION)
         inside_tile = inside_line[:, None] & (column < D)[None, :]
-        tl.store(results[:, None] + column[None, :], _cast(mixed, mixed_like.dtype.element_ty), mask=inside_tile)
+        result = _cast(mixed, mixed_like.dtype.element_ty)
+        tl.store(results[:, None] + column[None, :], result, mask=inside_tile, eviction_policy=DROP)
 
 
 @triton.jit
@@ -240,6 +244,8 @@ def _closed_backward(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+    DROP: tl.constexpr,
     HAS_GRAD_SCORES: tl.constexpr,
     GRAD_SOURCES: tl.constexpr,
 ):
@@ -258,12 +264,12 @@ def _closed_backward(
         rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
         dots = tl.zeros([WARPS, TOKENS * READS, ROWS], tl.float32)
         column = _warp_columns(WARPS, PART)
-        grad_mixed = _warp_tile(results, inside_line, column, D)
-        value = _warp_tile(rows, inside, column, D)
+        grad_mixed = _warp_tile(results, inside_line, column, D, KEEP)
+        value = _warp_tile(rows, inside, column, D, KEEP)
         for _ in range(0, D, WARPS * PART):
             column += WARPS * PART
-            next_grad = _warp_tile(results, inside_line, column, D)
-            next_value = _warp_tile(rows, inside, column, D)
+            next_grad = _warp_tile(results, inside_line, column, D, KEEP)
+            next_value = _warp_tile(rows, inside, column, D, KEEP)
             dots = _dot(grad_mixed, tl.permute(value, (0, 2, 1)), dots, PRECISION)
             grad_mixed, value = next_grad, next_value
         grad_weights = tl.sum(dots, 0)
@@ -315,10 +321,11 @@ def _closed_backward(
                 grad = tl.zeros([ROWS, CHUNK], tl.float32)
                 product = _products(products, read_dot, column, S, D)
                 grad = _dot(grad_score * rms[:, None], product, grad, PRECISION)
-                grad = _dot(weight, _tile(results, inside_line, column, D), grad, PRECISION)
-                grad -= along[:, None] * _tile(rows, inside, column, D).to(tl.float32)
+                grad = _dot(weight, _tile(results, inside_line, column, D, ""), grad, PRECISION)
+                grad -= along[:, None] * _tile(rows, inside, column, D, DROP).to(tl.float32)
                 inside_tile = inside[:, None] & (column < D)[None, :]
-                tl.store(grad_rows[:, None] + column[None, :], _cast(grad, like.dtype.element_ty), mask=inside_tile)
+                result = _cast(grad, like.dtype.element_ty)
+                tl.store(grad_rows[:, None] + column[None, :], result, mask=inside_tile, eviction_policy=DROP)
 
 
 @triton.jit
@@ -338,6 +345,7 @@ def _products_backward(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`sum over tokens and i of grad_score_si * inverse_rms_i * v_i` of a range of tokens and columns."""
     column = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -348,9 +356,9 @@ def _products_backward(
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         inside = token < last
-        for source in range(0, num_sources):
+        for source in tl.range(0, num_sources, num_stages=STAGES):
             tensor = tl.load(table + source).to(like.dtype)
-            value = _tile(tl.multiple_of(tensor + token * D, ALIGN), inside, column, D)
+            value = _tile(tl.multiple_of(tensor + token * D, ALIGN), inside, column, D, "")
             rms = tl.load(inverse_rms + tl.cast(source, tl.int64) * num_tokens + token, mask=inside, other=0.0)
             at = (tl.cast(source, tl.int64) * S + read[:, None]) * num_tokens + token[None, :]
             grad_score = tl.load(grad_scores + at, mask=(read < S)[:, None] & inside[None, :], other=0.0)
@@ -477,7 +485,7 @@ def _read_forward(
         else:
             address = _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
         rows = tl.multiple_of(address.to(t0.dtype) + token * D, ALIGN)
-        value = _tile(rows, is_source, column, D).to(tl.float32)
+        value = _tile(rows, is_source, column, D, "").to(tl.float32)
         rms = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
         score = tl.where(is_source, tl.sum(value * key[None, :], 1) * rms, float("-inf"))
         if WRITE_WEIGHTS:
@@ -569,6 +577,49 @@ def _step_forward(
 
 
 @triton.jit
+def _row(tensor, token, column, inside, D: tl.constexpr, PRESENT: tl.constexpr):
+    """A token's numbers, or 0 where there is no such tensor."""
+    return tl.load(tensor + token * D + column, mask=inside, other=0.0) if PRESENT else 0.0
+
+
+@triton.jit
+def _number(numbers, token, PRESENT: tl.constexpr):
+    return tl.load(numbers + token) if PRESENT else 0.0
+
+
+@triton.jit
+def _step_inputs(
+    value,
+    mixed,
+    statistics,
+    grad_partial,
+    grad_normed,
+    token,
+    num_tokens,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_GRAD_PARTIAL: tl.constexpr,
+    HAS_GRAD_NORMED: tl.constexpr,
+):
+    """What the backward pass of a step takes of a token, or of the last, if there is none."""
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    token = tl.minimum(token, num_tokens - 1)
+    return (
+        _row(value, token, column, inside, D, HAS_OUTPUT),
+        _row(mixed, token, column, inside, D, True),
+        _row(grad_partial, token, column, inside, D, HAS_OUTPUT and HAS_GRAD_PARTIAL),
+        _row(grad_normed, token, column, inside, D, HAS_GRAD_NORMED),
+        _number(statistics, token, HAS_OUTPUT),
+        _number(statistics + num_tokens, token, HAS_OUTPUT),
+        _number(statistics + 2 * num_tokens, token, HAS_OUTPUT),
+        _number(statistics + 3 * num_tokens, token, HAS_OUTPUT),
+        _number(statistics + 4 * num_tokens, token, HAS_GRAD_NORMED),
+    )
+
+
+@triton.jit
 def _step_backward(
     value_pointer,
     mixed,
@@ -596,31 +647,79 @@ def _step_backward(
     HAS_GRAD_HIDDEN: tl.constexpr,
     HAS_GRAD_WEIGHT: tl.constexpr,
     DTYPE: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether a token is loaded while the one before is computed
 ):
     column = tl.arange(0, WIDTH)
     inside = column < D
     product_sum = tl.zeros([WIDTH], tl.float32)
     norm_sum = tl.zeros([WIDTH], tl.float32)
-    for index in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-        token = tl.cast(index, tl.int64)
+    token = tl.program_id(0).to(tl.int64)
+    if AHEAD:
+        key = _row(product, 0, column, inside, D, HAS_OUTPUT and not HAS_SCORE)
+        gain = _row(norm_weight, 0, column, inside, D, HAS_GRAD_NORMED)
+        value_, mixed_, partial_, normed_, score_, rms_, closed_score_, closed_rms_, norm_rms_ = _step_inputs(
+            value_pointer,
+            mixed,
+            statistics,
+            grad_partial,
+            grad_normed,
+            token,
+            num_tokens,
+            D,
+            WIDTH,
+            HAS_OUTPUT,
+            HAS_GRAD_PARTIAL,
+            HAS_GRAD_NORMED,
+        )
+    for _ in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        if not AHEAD:
+            key = _row(product, 0, column, inside, D, HAS_OUTPUT and not HAS_SCORE)
+            gain = _row(norm_weight, 0, column, inside, D, HAS_GRAD_NORMED)
+            value_, mixed_, partial_, normed_, score_, rms_, closed_score_, closed_rms_, norm_rms_ = _step_inputs(
+                value_pointer,
+                mixed,
+                statistics,
+                grad_partial,
+                grad_normed,
+                token,
+                num_tokens,
+                D,
+                WIDTH,
+                HAS_OUTPUT,
+                HAS_GRAD_PARTIAL,
+                HAS_GRAD_NORMED,
+            )
         at = token * D + column
-        closed = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
-        read = closed
+        closed = mixed_.to(tl.float32)
+        read, grad_partial_row = closed, partial_
+        score, rms, closed_score, closed_rms, norm_rms = score_, rms_, closed_score_, closed_rms_, norm_rms_
         if HAS_OUTPUT:
-            value = tl.load(value_pointer + at, mask=inside, other=0.0).to(tl.float32)
-            score = tl.load(statistics + token)
-            rms = tl.load(statistics + num_tokens + token)
-            closed_score = tl.load(statistics + 2 * num_tokens + token)
-            closed_rms = tl.load(statistics + 3 * num_tokens + token)
+            value = value_.to(tl.float32)
+        if HAS_GRAD_NORMED:
+            grad_unit = normed_.to(tl.float32)
+        if AHEAD:
+            value_, mixed_, partial_, normed_, score_, rms_, closed_score_, closed_rms_, norm_rms_ = _step_inputs(
+                value_pointer,
+                mixed,
+                statistics,
+                grad_partial,
+                grad_normed,
+                token + tl.num_programs(0),
+                num_tokens,
+                D,
+                WIDTH,
+                HAS_OUTPUT,
+                HAS_GRAD_PARTIAL,
+                HAS_GRAD_NORMED,
+            )
+        if HAS_OUTPUT:
             share = 1.0 / (1.0 + tl.exp(closed_score - score))
             read = (1.0 - share) * closed + share * value
         grad = tl.zeros([WIDTH], tl.float32)
         if HAS_GRAD_NORMED:
-            norm_rms = tl.load(statistics + 4 * num_tokens + token)
             unit = read * scale * norm_rms
-            grad_unit = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
             norm_sum += grad_unit * _cast(unit, DTYPE).to(tl.float32)
-            grad_unit *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+            grad_unit *= gain.to(tl.float32)
             grad = norm_rms * (grad_unit - unit * (tl.sum(grad_unit * unit, 0) / D))
         if HAS_GRAD_HIDDEN:
             grad += tl.load(grad_hidden + at, mask=inside, other=0.0).to(tl.float32)
@@ -633,7 +732,6 @@ def _step_backward(
             result = share * grad
             grad *= 1.0 - share
             if not HAS_SCORE:
-                key = tl.load(product + column, mask=inside, other=0.0)
                 product_sum += grad_score * rms * value
                 result += grad_score * rms * (key - (score * rms / D) * value)
             if HAS_LSE:
@@ -642,9 +740,10 @@ def _step_backward(
                 product_sum -= grad_score * closed_rms * closed
                 grad -= grad_score * closed_rms * (key - (closed_score * closed_rms / D) * closed)
             if HAS_GRAD_PARTIAL:
-                result += tl.load(grad_partial + at, mask=inside, other=0.0).to(tl.float32)
+                result += grad_partial_row.to(tl.float32)
             tl.store(grad_value + at, _cast(result, grad_value.dtype.element_ty), mask=inside)
         tl.store(grad_mixed + at, _cast(grad, grad_mixed.dtype.element_ty), mask=inside)
+        token += tl.num_programs(0)
     at = tl.program_id(0).to(tl.int64) * D + column
     if HAS_OUTPUT and not HAS_SCORE:
         tl.store(product_sums + at, product_sum, mask=inside)
@@ -691,42 +790,55 @@ def _alignment(tensors: Sequence[torch.Tensor], hidden_size: int) -> int:
     return 2
 
 
-TILE_SIZE = 1 << 14  # numbers of sources that a program of a whole read holds at a time
+# What programs hold and how they go through it; found by scripts/gpu_tuning.py
+TUNED = {
+    # most tokens, rows (source, token) at a time, what the sources of the programs that run at one time may take of
+    # the cache divided by their number, columns that a warp multiplies and mixes at a time, cache hints
+    "closed_forward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 64, "hints": False},
+    "closed_backward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 32, "hints": False},
+    "products_backward": {"tokens": 32, "chunk": 128, "warps": 4, "stages": 2, "programs": 4},
+    # columns per warp; warps of a processor, the widest token that is loaded while the one before is computed
+    "step_forward": {"columns": 512},
+    "step_backward": {"columns": 256, "warps": 16, "ahead": 4096},
+    "read_forward": {"tile": 1 << 14, "columns": 1024},  # numbers of sources at a time; of them for each warp
+}
 
-# What the sources of the programs that run at one time may take of the cache, about, divided by their number
-CACHE_BYTES_PER_PROGRAM = 128 * 1024
 
-
-def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, chunk_per_warp: int, most_warps: int) -> dict:
+def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, kernel: str) -> dict:
     """Tile sizes: few tokens per program, so that the second look at its sources hits the cache."""
+    tuned, most_warps = TUNED[kernel], 16 if kernel == "closed_forward" else 8
     hidden_size = sources[0].shape[-1]
     num_tokens = sources[0].numel() // hidden_size
     token_bytes = len(sources) * hidden_size * sources[0].element_size()
     reads = triton.next_power_of_2(num_reads)
     enough_programs = 2 * _num_processors(sources[0])
-    rows = 16  # (source, token), the least that a matrix unit takes
+    rows = tuned["rows"]  # at least 16, which a matrix unit takes
     tokens = 1
     while (
         2 * tokens * triton.next_power_of_2(len(sources)) <= rows
         and 2 * tokens * reads <= 64
-        and 2 * tokens * token_bytes <= CACHE_BYTES_PER_PROGRAM
+        and 2 * tokens * token_bytes <= tuned["cache_bytes"]
         and 2 * tokens * enough_programs <= num_tokens
     ):
         tokens *= 2
     reads = max(reads, 16 // tokens)
-    warps = 4 if hidden_size < 4096 else 8
+    warps, chunk = tuned["warps"], tuned["chunk"]
+    if hidden_size >= 4096:
+        warps = min(2 * warps, most_warps)
     if num_tokens <= enough_programs:  # as in decoding: what counts is how long one program takes
         warps = min(max(triton.next_power_of_2(hidden_size) // 64, 4), most_warps)
     if tokens * reads > 32:
-        chunk_per_warp //= 2
+        chunk //= 2
     return {
         "ROWS": rows,
         "TOKENS": tokens,
         "READS": reads,
         "READS_DOT": max(reads, 16),
         "WARPS": warps,
-        "PART": 32,
-        "CHUNK": min(max(triton.next_power_of_2(hidden_size), 16), chunk_per_warp * warps),
+        "PART": tuned["part"],
+        "CHUNK": min(max(triton.next_power_of_2(hidden_size), 16), chunk * warps),
+        "KEEP": "evict_last" if tuned["hints"] else "",
+        "DROP": "evict_first" if tuned["hints"] else "",
         "num_warps": warps,
         "num_stages": 1,  # with more, loads go past the first-level cache, and triton 3.2 fails
     }
@@ -748,7 +860,8 @@ class TritonKernels(DepthKernels):
         sources = [source.to(dtype) for source in sources]
         few_sources = len(sources) <= TABLE_ARGUMENTS
         width, extends = triton.next_power_of_2(hidden_size), partial.numel() > 0
-        tile = max(1, min(TABLE_ARGUMENTS, TILE_SIZE // width))
+        tuned = TUNED["read_forward"]
+        tile = max(1, min(TABLE_ARGUMENTS, tuned["tile"] // width))
 
         def given(tensor):
             return product if tensor is None else tensor
@@ -780,12 +893,12 @@ class TritonKernels(DepthKernels):
                 WRITE_HIDDEN=hidden.numel() > 0,
                 WRITE_WEIGHTS=weights.numel() > 0,
                 DTYPE=DTYPES[dtype],
-                num_warps=min(max(tile * width // 1024, 1), 16),
+                num_warps=min(max(tile * width // tuned["columns"], 1), 16),
             )
 
     def closed_forward(self, sources, products, eps, mixed, lse, scores, inverse_rms):
         (num_reads, hidden_size), (num_sources, num_tokens) = products.shape, inverse_rms.shape
-        tiles = _closed_tiles(sources, num_reads, chunk_per_warp=64, most_warps=16)
+        tiles = _closed_tiles(sources, num_reads, "closed_forward")
         with _on_device(products):
             _closed_forward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
                 sources[0],
@@ -819,7 +932,7 @@ class TritonKernels(DepthKernels):
         need_products,
     ):
         (num_reads, hidden_size), (num_sources, num_tokens) = products.shape, inverse_rms.shape
-        tiles = _closed_tiles(sources, num_reads, chunk_per_warp=32, most_warps=8)
+        tiles = _closed_tiles(sources, num_reads, "closed_backward")
         tensors = [*sources, *grad_mixed, *grad_sources]
         alignment, precision = _alignment(tensors, hidden_size), _precision(products)
         given_grad_scores, grad_scores = grad_scores, torch.empty_like(scores)
@@ -848,9 +961,11 @@ class TritonKernels(DepthKernels):
             )
             if not need_products:
                 return None
-            chunk, tokens = min(max(triton.next_power_of_2(hidden_size), 16), 128), 32
+            tuned = TUNED["products_backward"]
+            chunk, tokens = min(max(triton.next_power_of_2(hidden_size), 16), tuned["chunk"]), tuned["tokens"]
             chunks = triton.cdiv(hidden_size, chunk)
-            programs = max(1, min(triton.cdiv(4 * _num_processors(products), chunks), triton.cdiv(num_tokens, tokens)))
+            enough_programs = triton.cdiv(tuned["programs"] * _num_processors(products), chunks)
+            programs = max(1, min(enough_programs, triton.cdiv(num_tokens, tokens)))
             tokens_per_program = triton.cdiv(triton.cdiv(num_tokens, programs), tokens) * tokens
             programs = triton.cdiv(num_tokens, tokens_per_program)
             partial_sums = products.new_empty(programs, num_reads, hidden_size)
@@ -870,7 +985,8 @@ class TritonKernels(DepthKernels):
                 CHUNK=chunk,
                 ALIGN=alignment,
                 PRECISION=precision,
-                num_warps=4,
+                STAGES=tuned["stages"],
+                num_warps=tuned["warps"],
             )
         return partial_sums.sum(0)
 
@@ -905,7 +1021,7 @@ class TritonKernels(DepthKernels):
                 HAS_NORM=norm_weight is not None,
                 WRITE_HIDDEN=results[2].numel() > 0,
                 DTYPE=DTYPES[dtype],
-                num_warps=_step_warps(hidden_size, 512),
+                num_warps=_step_warps(hidden_size, TUNED["step_forward"]["columns"]),
             )
 
     def step_backward(
@@ -929,8 +1045,10 @@ class TritonKernels(DepthKernels):
         def given(tensor):
             return mixed if tensor is None else tensor
 
-        warps = _step_warps(hidden_size, 256)
-        programs = min(num_tokens, max(20 // warps, 1) * _num_processors(mixed))  # as many as run at one time
+        tuned = TUNED["step_backward"]
+        warps = _step_warps(hidden_size, tuned["columns"])
+        # as many as run at one time
+        programs = min(num_tokens, max(tuned["warps"] // warps, 1) * _num_processors(mixed))
         product_sums = statistics.new_empty(programs if has_product else 0, hidden_size)
         norm_sums = statistics.new_empty(programs if grad_normed is not None else 0, hidden_size)
         with _on_device(mixed):
@@ -958,6 +1076,7 @@ class TritonKernels(DepthKernels):
                 HAS_GRAD_HIDDEN=grad_hidden is not None,
                 HAS_GRAD_WEIGHT=grad_weight is not None,
                 DTYPE=DTYPES[dtype],
+                AHEAD=hidden_size <= tuned["ahead"],
                 num_warps=warps,
             )
         return product_sums.sum(0) if has_product else None, norm_sums.sum(0) if grad_normed is not None else None

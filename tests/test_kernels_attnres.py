@@ -966,11 +966,11 @@ def test_compiles_for_gpus(hidden_size, num_reads, absent):
     fp32 = ["products", "product", "lse", "grad_lse", "given_score", "scores", "inverse_rms", "grad_scores", "weight"]
     fp32 += ["partial_sums", "statistics", "grad_weight", "product_sums", "norm_sums", "weights"]
     types = {**integers, **floats, **dict.fromkeys(fp32, "*fp32"), "table": "*i64"}
-    tiles = kernels._closed_tiles(
-        [torch.empty(9, hidden_size, dtype=torch.bfloat16)] * 8, num_reads, chunk_per_warp=32, most_warps=8
-    )
+    sources = [torch.empty(9, hidden_size, dtype=torch.bfloat16)] * 8
+    tiles = kernels._closed_tiles(sources, num_reads, "closed_backward")
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"S": num_reads, "D": hidden_size, "ALIGN": 16, "PRECISION": "tf32x3", "GRAD_SOURCES": True, **tiles}
+    constants["STAGES"] = 2
     constants |= {"WIDTH": 2 ** (hidden_size - 1).bit_length(), "DTYPE": bfloat16, "WRITE_HIDDEN": True, "SOURCES": 8}
     for kernel in (
         kernels._read_forward,
