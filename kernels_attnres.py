@@ -375,11 +375,10 @@ def _score(value, product, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _write_normed(read, results, gains, inside, eps, D: tl.constexpr, DTYPE: tl.constexpr):
+def _write_normed(read, gain, results, inside, eps, D: tl.constexpr, DTYPE: tl.constexpr):
     """Stores the norm of a read, as Llama casts it. Returns the inverse RMS."""
     rms = tl.rsqrt(tl.sum(read * read, 0) / D + eps)
-    gain = tl.load(gains, mask=inside, other=0.0).to(tl.float32)
-    result = _cast(read * rms, DTYPE).to(tl.float32) * gain
+    result = _cast(read * rms, DTYPE).to(tl.float32) * gain.to(tl.float32)
     tl.store(results, _cast(result, results.dtype.element_ty), mask=inside)
     return rms
 
@@ -402,6 +401,42 @@ def _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t
     address = tl.where(index == 13, t13.to(tl.int64), address)
     address = tl.where(index == 14, t14.to(tl.int64), address)
     return tl.where(index == 15, t15.to(tl.int64), address)
+
+
+@triton.jit
+def _closed_tile(
+    index,
+    num_closed,
+    table,
+    token,
+    column,
+    t0,
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    t7,
+    t8,
+    t9,
+    t10,
+    t11,
+    t12,
+    t13,
+    t14,
+    t15,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+):
+    """The rows of a token in the sources number `index`."""
+    if HAS_TABLE:
+        address = tl.load(table + index, mask=index < num_closed, other=0)
+    else:
+        address = _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
+    rows = tl.multiple_of(address.to(t0.dtype) + token * D, ALIGN)
+    return _tile(rows, index < num_closed, column, D, "")
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_closed"])
@@ -452,7 +487,37 @@ def _read_forward(
     column = tl.arange(0, WIDTH)
     inside = column < D
     at = token * D + column
+    # what is needed later is on its way while something else is computed, as for a single token nothing else hides it
     key = tl.load(product + column, mask=inside, other=0.0)
+    if HAS_NORM:
+        gain = tl.load(norm_weight + column, mask=inside, other=0.0)
+    next_index = tl.arange(0, SOURCES)
+    next_tile = _closed_tile(
+        next_index,
+        num_closed,
+        table,
+        token,
+        column,
+        t0,
+        t1,
+        t2,
+        t3,
+        t4,
+        t5,
+        t6,
+        t7,
+        t8,
+        t9,
+        t10,
+        t11,
+        t12,
+        t13,
+        t14,
+        t15,
+        D,
+        ALIGN,
+        HAS_TABLE,
+    )
     num_sources = num_closed
     if HAS_OUTPUT:
         num_sources += 1
@@ -464,12 +529,32 @@ def _read_forward(
         read = tl.load(output + at, mask=inside, other=0.0).to(tl.float32)
         if EXTENDS:
             last = num_closed + tl.arange(0, 1)
-            if HAS_TABLE:
-                last_address = tl.load(table + last)
-            else:
-                last_address = _one_of(last, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
-            last_row = tl.multiple_of(last_address.to(t0.dtype) + token * D, ALIGN)
-            open_sum = tl.load(last_row[:, None] + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            open_sum = _closed_tile(
+                last,
+                num_closed + 1,
+                table,
+                token,
+                column,
+                t0,
+                t1,
+                t2,
+                t3,
+                t4,
+                t5,
+                t6,
+                t7,
+                t8,
+                t9,
+                t10,
+                t11,
+                t12,
+                t13,
+                t14,
+                t15,
+                D,
+                ALIGN,
+                HAS_TABLE,
+            ).to(tl.float32)
             rounded = _cast(read + tl.sum(open_sum, 0), partial.dtype.element_ty)
             tl.store(partial + at, rounded, mask=inside)
             read = rounded.to(tl.float32)
@@ -478,14 +563,35 @@ def _read_forward(
         if WRITE_WEIGHTS:
             tl.store(weights + at_weights + tl.cast(num_closed, tl.int64) * seq_len, peak)
     for first in range(0, num_closed, SOURCES):
-        index = first + tl.arange(0, SOURCES)
+        index, value = next_index, next_tile.to(tl.float32)
         is_source = index < num_closed
-        if HAS_TABLE:
-            address = tl.load(table + index, mask=is_source, other=0)
-        else:
-            address = _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
-        rows = tl.multiple_of(address.to(t0.dtype) + token * D, ALIGN)
-        value = _tile(rows, is_source, column, D, "").to(tl.float32)
+        next_index = first + SOURCES + tl.arange(0, SOURCES)
+        next_tile = _closed_tile(
+            next_index,
+            num_closed,
+            table,
+            token,
+            column,
+            t0,
+            t1,
+            t2,
+            t3,
+            t4,
+            t5,
+            t6,
+            t7,
+            t8,
+            t9,
+            t10,
+            t11,
+            t12,
+            t13,
+            t14,
+            t15,
+            D,
+            ALIGN,
+            HAS_TABLE,
+        )
         rms = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
         score = tl.where(is_source, tl.sum(value * key[None, :], 1) * rms, float("-inf"))
         if WRITE_WEIGHTS:
@@ -507,7 +613,7 @@ def _read_forward(
     if WRITE_HIDDEN:
         tl.store(hidden + at, _cast(read, hidden.dtype.element_ty), mask=inside)
     if HAS_NORM:
-        _write_normed(read, normed + at, norm_weight + column, inside, norm_eps, D, DTYPE)
+        _write_normed(read, gain, normed + at, inside, norm_eps, D, DTYPE)
 
 
 @triton.jit
@@ -542,24 +648,28 @@ def _step_forward(
     column = tl.arange(0, WIDTH)
     inside = column < D
     at = token * D + column
+    # everything is on its way before the first sum over the columns, which nothing passes
     read = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        gain = tl.load(norm_weight + column, mask=inside, other=0.0)
     score, rms, closed_score, closed_rms, norm_rms = 0.0, 0.0, 0.0, 0.0, 0.0  # unless they are computed
     if HAS_OUTPUT:
         value = tl.load(output + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_LSE:
+            closed_score = tl.load(lse + token)
+        if HAS_SCORE:
+            score = tl.load(given_score + token)
+        else:
+            key = tl.load(product + column, mask=inside, other=0.0)
         if HAS_PARTIAL:
             value += tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)
             # what is scored is what later reads will see: the rounded sum
             rounded = _cast(value, new_partial.dtype.element_ty)
             tl.store(new_partial + at, rounded, mask=inside)
             value = rounded.to(tl.float32)
-        if HAS_SCORE:
-            score = tl.load(given_score + token)
-        else:
-            key = tl.load(product + column, mask=inside, other=0.0)
+        if not HAS_SCORE:
             score, rms = _score(value, key, key_eps, D)
-        if HAS_LSE:
-            closed_score = tl.load(lse + token)
-        else:
+        if not HAS_LSE:
             closed_score, closed_rms = _score(read, key, key_eps, D)
         share = 1.0 / (1.0 + tl.exp(closed_score - score))
         read = (1.0 - share) * read + share * value
@@ -568,7 +678,7 @@ def _step_forward(
     if WRITE_HIDDEN:
         tl.store(hidden + at, _cast(read, hidden.dtype.element_ty), mask=inside)
     if HAS_NORM:
-        norm_rms = _write_normed(read, normed + at, norm_weight + column, inside, norm_eps, D, DTYPE)
+        norm_rms = _write_normed(read, gain, normed + at, inside, norm_eps, D, DTYPE)
     tl.store(statistics + token, score)
     tl.store(statistics + num_tokens + token, rms)
     tl.store(statistics + 2 * num_tokens + token, closed_score)
@@ -800,7 +910,8 @@ TUNED = {
     # columns per warp; warps of a processor, the widest token that is loaded while the one before is computed
     "step_forward": {"columns": 512},
     "step_backward": {"columns": 256, "warps": 16, "ahead": 4096},
-    "read_forward": {"tile": 1 << 14, "columns": 1024},  # numbers of sources at a time; of them for each warp
+    # columns per warp, so that no row of a source is split more than it must; numbers of sources in each thread
+    "read_forward": {"columns": 256, "numbers": 64},
 }
 
 
@@ -861,7 +972,9 @@ class TritonKernels(DepthKernels):
         few_sources = len(sources) <= TABLE_ARGUMENTS
         width, extends = triton.next_power_of_2(hidden_size), partial.numel() > 0
         tuned = TUNED["read_forward"]
-        tile = max(1, min(TABLE_ARGUMENTS, tuned["tile"] // width))
+        warps = _step_warps(hidden_size, tuned["columns"])
+        numbers = tuned["numbers"] if warps < 16 else tuned["numbers"] // 2  # as such threads have fewer registers
+        tile = max(1, min(TABLE_ARGUMENTS, 32 * warps * numbers // width))
 
         def given(tensor):
             return product if tensor is None else tensor
@@ -893,7 +1006,7 @@ class TritonKernels(DepthKernels):
                 WRITE_HIDDEN=hidden.numel() > 0,
                 WRITE_WEIGHTS=weights.numel() > 0,
                 DTYPE=DTYPES[dtype],
-                num_warps=min(max(tile * width // tuned["columns"], 1), 16),
+                num_warps=warps,
             )
 
     def closed_forward(self, sources, products, eps, mixed, lse, scores, inverse_rms):
