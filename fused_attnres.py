@@ -466,7 +466,7 @@ def _depth_step_backward_kernel(
     if product_sum is not None:
         grad_product = product_sum
     if norm_sum is not None:
-        grad_norm_weight = norm_sum.to(grad_norm_weight.dtype)
+        grad_norm_weight = norm_sum.to(grad_norm_weight.dtype, copy=True)  # it may be part of the same tensor
     return grad_value, grad_mixed, grad_lse, grad_product, grad_norm_weight
 
 

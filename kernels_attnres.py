@@ -74,22 +74,36 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _rows(table, index, inside, token, like, D: tl.constexpr, ALIGN: tl.constexpr):
+def _dot_of_parts(high, middle, low, b, total, PRECISION: tl.constexpr):
+    """`total + a @ b` for a float32 `a` that has been split before, so that it can be used again."""
+    if b.dtype == tl.bfloat16:
+        total = _bfloat16_dot(low, b, total)
+        total = _bfloat16_dot(middle, b, total)
+        total = _bfloat16_dot(high, b, total)
+    else:
+        whole = high.to(tl.float32) + middle.to(tl.float32) + low.to(tl.float32)
+        total = _dot(whole, b, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _rows(table, index, token, like, D: tl.constexpr, ALIGN: tl.constexpr):
     """Pointers to rows `token` of the tensors number `index` of a table of addresses."""
-    tensors = tl.load(table + index, mask=inside, other=0).to(like.dtype)
+    tensors = tl.load(table + index).to(like.dtype)
     return tl.multiple_of(tensors + token * D, ALIGN)
 
 
-@triton.jit
-def _tile(rows, inside, column, D: tl.constexpr, EVICTION: tl.constexpr):
-    mask = inside[:, None] & (column < D)[None, :]
-    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0, eviction_policy=EVICTION)
+# Tiles are loaded without a mask where their columns divide the hidden size; rows that don't exist are others twice.
 
 
 @triton.jit
-def _products(products, read, column, S: tl.constexpr, D: tl.constexpr):
-    inside = (read < S)[:, None] & (column < D)[None, :]
-    return tl.load(products + read[:, None] * D + column[None, :], mask=inside, other=0.0)
+def _tile(rows, column, D: tl.constexpr, STEP: tl.constexpr, EVICTION: tl.constexpr):
+    """(rows, columns), of which there are STEP at a time."""
+    at = rows[:, None] + column[None, :]
+    if D % STEP == 0:
+        return tl.load(at, eviction_policy=EVICTION)
+    else:
+        return tl.load(at, mask=(column < D)[None, :], other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -99,36 +113,85 @@ def _warp_columns(WARPS: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def _warp_tile(rows, inside, column, D: tl.constexpr, EVICTION: tl.constexpr):
+def _warp_tile(rows, column, D: tl.constexpr, STEP: tl.constexpr, EVICTION: tl.constexpr):
     """(WARPS, rows, PART)"""
-    mask = inside[None, :, None] & (column < D)[:, None, :]
-    return tl.load(rows[None, :, None] + column[:, None, :], mask=mask, other=0.0, eviction_policy=EVICTION)
+    at = rows[None, :, None] + column[:, None, :]
+    if D % STEP == 0:
+        return tl.load(at, eviction_policy=EVICTION)
+    else:
+        return tl.load(at, mask=(column < D)[:, None, :], other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _split_products(products, parts, S: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes the three parts of each product and zeros, four rows for each read; reads that don't exist are others."""
+    read = tl.program_id(0)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = column < D
+    product = tl.load(products + tl.minimum(read, S - 1) * D + column, mask=inside, other=0.0)
+    high, middle, low = _three_parts(product)
+    at = parts + 4 * read * D + column
+    tl.store(at, high, mask=inside)
+    tl.store(at + D, middle, mask=inside)
+    tl.store(at + 2 * D, low, mask=inside)
+    tl.store(at + 3 * D, tl.zeros([CHUNK], tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15):
+    """The addresses of the tensors number `index`."""
+    address = tl.where(index == 1, t1.to(tl.int64), t0.to(tl.int64))
+    address = tl.where(index == 2, t2.to(tl.int64), address)
+    address = tl.where(index == 3, t3.to(tl.int64), address)
+    address = tl.where(index == 4, t4.to(tl.int64), address)
+    address = tl.where(index == 5, t5.to(tl.int64), address)
+    address = tl.where(index == 6, t6.to(tl.int64), address)
+    address = tl.where(index == 7, t7.to(tl.int64), address)
+    address = tl.where(index == 8, t8.to(tl.int64), address)
+    address = tl.where(index == 9, t9.to(tl.int64), address)
+    address = tl.where(index == 10, t10.to(tl.int64), address)
+    address = tl.where(index == 11, t11.to(tl.int64), address)
+    address = tl.where(index == 12, t12.to(tl.int64), address)
+    address = tl.where(index == 13, t13.to(tl.int64), address)
+    address = tl.where(index == 14, t14.to(tl.int64), address)
+    return tl.where(index == 15, t15.to(tl.int64), address)
 
 
 @triton.jit
 def _fill_table(table, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15):
     """Writes the addresses of 16 tensors. On the device, as a CUDA graph keeps arguments but not host memory."""
-    tl.store(table, t0.to(tl.int64))
-    tl.store(table + 1, t1.to(tl.int64))
-    tl.store(table + 2, t2.to(tl.int64))
-    tl.store(table + 3, t3.to(tl.int64))
-    tl.store(table + 4, t4.to(tl.int64))
-    tl.store(table + 5, t5.to(tl.int64))
-    tl.store(table + 6, t6.to(tl.int64))
-    tl.store(table + 7, t7.to(tl.int64))
-    tl.store(table + 8, t8.to(tl.int64))
-    tl.store(table + 9, t9.to(tl.int64))
-    tl.store(table + 10, t10.to(tl.int64))
-    tl.store(table + 11, t11.to(tl.int64))
-    tl.store(table + 12, t12.to(tl.int64))
-    tl.store(table + 13, t13.to(tl.int64))
-    tl.store(table + 14, t14.to(tl.int64))
-    tl.store(table + 15, t15.to(tl.int64))
+    index = tl.arange(0, 16)
+    tl.store(table + index, _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15))
+
+
+# fmt: off
+@triton.jit
+def _fill_long_table(
+    table,
+    t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
+    t16, t17, t18, t19, t20, t21, t22, t23, t24, t25, t26, t27, t28, t29, t30, t31,
+    t32, t33, t34, t35, t36, t37, t38, t39, t40, t41, t42, t43, t44, t45, t46, t47,
+    t48, t49, t50, t51, t52, t53, t54, t55, t56, t57, t58, t59, t60, t61, t62, t63,
+):
+    """The same for 64, as each launch takes longer than what it does."""
+    _fill_table(table, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
+    _fill_table(table + 16, t16, t17, t18, t19, t20, t21, t22, t23, t24, t25, t26, t27, t28, t29, t30, t31)
+    _fill_table(table + 32, t32, t33, t34, t35, t36, t37, t38, t39, t40, t41, t42, t43, t44, t45, t46, t47)
+    _fill_table(table + 48, t48, t49, t50, t51, t52, t53, t54, t55, t56, t57, t58, t59, t60, t61, t62, t63)
+# fmt: on
 
 
 # In both kernels of closed reads a program holds TOKENS tokens. It multiplies tiles of ROWS rows (source, token) with
 # tiles of TOKENS * READS lines (token, read), of which the pairs with the same token count. It goes through its sources
-# twice, as the weights need whole rows; with few tokens per program the second time they come from the cache.
+# twice, as the weights need whole rows; with few tokens per program the second time they come from the cache. Where
+# SPLIT, sources are bfloat16, and so are the products, as `_split_products` has written them.
+
+
+@triton.jit
+def _closed_weights(scores, normaliser, source, row_token, token, read, num_tokens, same, S: tl.constexpr):
+    """The weights (lines, rows) of sources, zero where line and row have not the same token."""
+    at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
+    return tl.exp(tl.load(scores + at, mask=same, other=float("-inf")) - normaliser[:, None])
 
 
 @triton.jit
@@ -148,40 +211,49 @@ def _closed_forward(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     READS: tl.constexpr,
-    READS_DOT: tl.constexpr,
+    READS_DOT: tl.constexpr,  # rows of products: READS or at least 16; where SPLIT, four for each of them
     WARPS: tl.constexpr,
     PART: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ONE_GROUP: tl.constexpr,  # whether all sources fit into one tile
     KEEP: tl.constexpr,  # cache policy of what is needed again
     DROP: tl.constexpr,  # and of what isn't
 ):
+    STEP: tl.constexpr = WARPS * PART
     first = tl.program_id(0).to(tl.int64) * TOKENS
+    last_token = tl.cast(num_tokens, tl.int64) - 1
     row = tl.arange(0, ROWS)
     row_source = (row // TOKENS).to(tl.int64)  # its products with the number of tokens may be large
     row_token = first + row % TOKENS
     read_dot = tl.arange(0, READS_DOT)
+    product_rows = products + (read_dot if SPLIT else tl.minimum(read_dot, S - 1)) * D
     for group in range(0, num_sources, ROWS // TOKENS):
         source = group + row_source
         inside = (source < num_sources) & (row_token < num_tokens)
-        rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
+        rows = _rows(table, tl.minimum(source, num_sources - 1), tl.minimum(row_token, last_token), like, D, ALIGN)
         dots = tl.zeros([WARPS, ROWS, READS_DOT], tl.float32)
         gram = tl.zeros([WARPS, ROWS, ROWS], tl.float32)  # its diagonal has the squares
         column = _warp_columns(WARPS, PART)
-        value = _warp_tile(rows, inside, column, D, KEEP)
-        for _ in range(0, D, WARPS * PART):
-            next_column = column + WARPS * PART
-            next_value = _warp_tile(rows, inside, next_column, D, KEEP)  # on its way while this one is multiplied
-            product = _warp_tile(products + read_dot * D, read_dot < S, column, D, "")
+        value = _warp_tile(rows, column, D, STEP, KEEP)
+        for start in range(0, D, STEP):
+            # on its way while this one is multiplied; after the last one the first again
+            next_column = _warp_columns(WARPS, PART) + tl.where(start + STEP < D, start + STEP, 0)
+            next_value = _warp_tile(rows, next_column, D, STEP, KEEP)
+            product = _warp_tile(product_rows, column, D, STEP, "")
             dots = _dot(value, tl.permute(product, (0, 2, 1)), dots, PRECISION)
             gram = _dot(value, tl.permute(value, (0, 2, 1)), gram, PRECISION)
             column, value = next_column, next_value
         dots = tl.sum(dots, 0)
+        if SPLIT:
+            dots = tl.sum(tl.reshape(dots, [ROWS, READS_DOT // 4, 4]), 2)
         squares = tl.sum(tl.where(row[:, None] == row[None, :], tl.sum(gram, 0), 0.0), 1)
         rms = tl.rsqrt(squares / D + eps)
-        at = (source[:, None] * S + read_dot[None, :]) * num_tokens + row_token[:, None]
-        tl.store(scores + at, dots * rms[:, None], mask=inside[:, None] & (read_dot < S)[None, :])
+        read_row = tl.arange(0, READS_DOT // 4 if SPLIT else READS_DOT)
+        at = (source[:, None] * S + read_row[None, :]) * num_tokens + row_token[:, None]
+        tl.store(scores + at, dots * rms[:, None], mask=inside[:, None] & (read_row < S)[None, :])
         tl.store(inverse_rms + source * num_tokens + row_token, rms, mask=inside)
     tl.debug_barrier()  # from here on threads read each other's scores
 
@@ -202,20 +274,29 @@ def _closed_forward(
     normaliser = peak + tl.log(total)
     tl.store(lse + read * num_tokens + token, normaliser, mask=inside_line)
 
-    results = _rows(table, num_sources + read, read < S, token, mixed_like, D, ALIGN)
+    results = _rows(table, num_sources + tl.minimum(read, S - 1), tl.minimum(token, last_token), mixed_like, D, ALIGN)
+    same_token = (token[:, None] == row_token[None, :]) & inside_line[:, None]
+    if ONE_GROUP:
+        same = same_token & (row_source < num_sources)[None, :]
+        weight = _closed_weights(scores, normaliser, row_source, row_token, token, read, num_tokens, same, S)
+        high, middle, low = _three_parts(weight)
+        rows = _rows(table, tl.minimum(row_source, num_sources - 1), tl.minimum(row_token, last_token), like, D, ALIGN)
     for start in range(0, D, CHUNK):
         column = start + tl.arange(0, CHUNK)
         mixed = tl.zeros([TOKENS * READS, CHUNK], tl.float32)
-        for group in range(0, num_sources, ROWS // TOKENS):
-            source = group + row_source
-            inside = (source < num_sources) & (row_token < num_tokens)
-            rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
-            at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
-            same = (token[:, None] == row_token[None, :]) & inside_line[:, None] & inside[None, :]
-            weight = tl.exp(tl.load(scores + at, mask=same, other=float("-inf")) - normaliser[:, None])
-            mixed = _dot(weight, _tile(rows, inside, column, D, DROP), mixed, PRECISION)
-        inside_tile = inside_line[:, None] & (column < D)[None, :]
+        if ONE_GROUP:
+            value = _tile(rows, column, D, CHUNK, DROP)
+            mixed = _dot_of_parts(high, middle, low, value, mixed, PRECISION)
+        else:
+            for group in range(0, num_sources, ROWS // TOKENS):
+                source = group + row_source
+                at_source = tl.minimum(source, num_sources - 1)
+                rows = _rows(table, at_source, tl.minimum(row_token, last_token), like, D, ALIGN)
+                same = same_token & (source < num_sources)[None, :]
+                weight = _closed_weights(scores, normaliser, source, row_token, token, read, num_tokens, same, S)
+                mixed = _dot(weight, _tile(rows, column, D, CHUNK, DROP), mixed, PRECISION)
         result = _cast(mixed, mixed_like.dtype.element_ty)
+        inside_tile = inside_line[:, None] & (column < D)[None, :]
         tl.store(results[:, None] + column[None, :], result, mask=inside_tile, eviction_policy=DROP)
 
 
@@ -244,12 +325,16 @@ def _closed_backward(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
     KEEP: tl.constexpr,
     DROP: tl.constexpr,
     HAS_GRAD_SCORES: tl.constexpr,
     GRAD_SOURCES: tl.constexpr,
 ):
+    STEP: tl.constexpr = WARPS * PART
     first = tl.program_id(0).to(tl.int64) * TOKENS
+    last_token = tl.cast(num_tokens, tl.int64) - 1
     row = tl.arange(0, ROWS)
     row_source = (row // TOKENS).to(tl.int64)  # its products with the number of tokens may be large
     row_token = first + row % TOKENS
@@ -257,25 +342,24 @@ def _closed_backward(
     token = first + line // READS
     read = line % READS
     inside_line = (token < num_tokens) & (read < S)
-    results = _rows(table, num_sources + read, read < S, token, mixed_like, D, ALIGN)
+    same_token = (token[:, None] == row_token[None, :]) & inside_line[:, None]
+    results = _rows(table, num_sources + tl.minimum(read, S - 1), tl.minimum(token, last_token), mixed_like, D, ALIGN)
     for group in range(0, num_sources, ROWS // TOKENS):
         source = group + row_source
-        inside = (source < num_sources) & (row_token < num_tokens)
-        rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
+        rows = _rows(table, tl.minimum(source, num_sources - 1), tl.minimum(row_token, last_token), like, D, ALIGN)
         dots = tl.zeros([WARPS, TOKENS * READS, ROWS], tl.float32)
         column = _warp_columns(WARPS, PART)
-        grad_mixed = _warp_tile(results, inside_line, column, D, KEEP)
-        value = _warp_tile(rows, inside, column, D, KEEP)
-        for _ in range(0, D, WARPS * PART):
-            column += WARPS * PART
-            next_grad = _warp_tile(results, inside_line, column, D, KEEP)
-            next_value = _warp_tile(rows, inside, column, D, KEEP)
+        grad_mixed = _warp_tile(results, column, D, STEP, KEEP)
+        value = _warp_tile(rows, column, D, STEP, KEEP)
+        for start in range(0, D, STEP):
+            column = _warp_columns(WARPS, PART) + tl.where(start + STEP < D, start + STEP, 0)
+            next_grad = _warp_tile(results, column, D, STEP, KEEP)
+            next_value = _warp_tile(rows, column, D, STEP, KEEP)
             dots = _dot(grad_mixed, tl.permute(value, (0, 2, 1)), dots, PRECISION)
             grad_mixed, value = next_grad, next_value
         grad_weights = tl.sum(dots, 0)
         at = (source[None, :] * S + read[:, None]) * num_tokens + token[:, None]
-        same = (token[:, None] == row_token[None, :]) & inside_line[:, None] & inside[None, :]
-        tl.store(grad_scores + at, grad_weights, mask=same)
+        tl.store(grad_scores + at, grad_weights, mask=same_token & (source < num_sources)[None, :])
     tl.debug_barrier()
 
     at_line = read * num_tokens + token
@@ -301,31 +385,44 @@ def _closed_backward(
 
     if GRAD_SOURCES:
         read_dot = tl.arange(0, READS_DOT)
+        product_rows = products + (read_dot if SPLIT else tl.minimum(read_dot, S - 1)) * D
+        read_row = read_dot // 4 if SPLIT else read_dot
+        part = read_dot % 4 if SPLIT else read_dot
         for group in range(0, num_sources, ROWS // TOKENS):
             source = group + row_source
             inside = (source < num_sources) & (row_token < num_tokens)
-            rows = _rows(table, source, source < num_sources, row_token, like, D, ALIGN)
-            grad_index = num_sources + S + source
-            grad_rows = _rows(table, grad_index, source < num_sources, row_token, like, D, ALIGN)
-            at = (source[:, None] * S + read[None, :]) * num_tokens + token[None, :]
-            same = (token[None, :] == row_token[:, None]) & inside_line[None, :] & inside[:, None]
-            weight = tl.exp(tl.load(scores + at, mask=same, other=float("-inf")) - normaliser[None, :])
-            at = (source[:, None] * S + read_dot[None, :]) * num_tokens + row_token[:, None]
-            inside_scores = inside[:, None] & (read_dot < S)[None, :]
+            at_source, at_token = tl.minimum(source, num_sources - 1), tl.minimum(row_token, last_token)
+            rows = _rows(table, at_source, at_token, like, D, ALIGN)
+            grad_rows = _rows(table, num_sources + S + at_source, at_token, like, D, ALIGN)
+            same = same_token & (source < num_sources)[None, :]
+            weight = tl.trans(_closed_weights(scores, normaliser, source, row_token, token, read, num_tokens, same, S))
+            weight_high, weight_middle, weight_low = _three_parts(weight)
+            at = (source[:, None] * S + read_row[None, :]) * num_tokens + row_token[:, None]
+            inside_scores = inside[:, None] & (read_row < S)[None, :]
             score = tl.load(scores + at, mask=inside_scores, other=0.0)
             grad_score = tl.load(grad_scores + at, mask=inside_scores, other=0.0)
             rms = tl.load(inverse_rms + source * num_tokens + row_token, mask=inside, other=0.0)
-            along = tl.sum(score * grad_score, 1) * rms * rms / D
+            along = tl.sum(tl.where((part == 0)[None, :], score * grad_score, 0.0) if SPLIT else score * grad_score, 1)
+            along *= rms * rms / D
+            by_product = grad_score * rms[:, None]
+            if SPLIT:  # what is less than the rounding of a product of the highest parts is left out
+                high, middle, low = _three_parts(by_product)
+                middle = tl.where((part < 2)[None, :], middle, 0.0).to(tl.bfloat16)
+                low = tl.where((part < 1)[None, :], low, 0.0).to(tl.bfloat16)
             for start in range(0, D, CHUNK):
                 column = start + tl.arange(0, CHUNK)
                 grad = tl.zeros([ROWS, CHUNK], tl.float32)
-                product = _products(products, read_dot, column, S, D)
-                grad = _dot(grad_score * rms[:, None], product, grad, PRECISION)
-                grad = _dot(weight, _tile(results, inside_line, column, D, ""), grad, PRECISION)
-                grad -= along[:, None] * _tile(rows, inside, column, D, DROP).to(tl.float32)
+                product = _tile(product_rows, column, D, CHUNK, "")
+                if SPLIT:
+                    grad = _dot_of_parts(high, middle, low, product, grad, PRECISION)
+                else:
+                    grad = _dot(by_product, product, grad, PRECISION)
+                result = _tile(results, column, D, CHUNK, "")
+                grad = _dot_of_parts(weight_high, weight_middle, weight_low, result, grad, PRECISION)
+                grad -= along[:, None] * _tile(rows, column, D, CHUNK, DROP).to(tl.float32)
                 inside_tile = inside[:, None] & (column < D)[None, :]
-                result = _cast(grad, like.dtype.element_ty)
-                tl.store(grad_rows[:, None] + column[None, :], result, mask=inside_tile, eviction_policy=DROP)
+                grad = _cast(grad, like.dtype.element_ty)
+                tl.store(grad_rows[:, None] + column[None, :], grad, mask=inside_tile, eviction_policy=DROP)
 
 
 @triton.jit
@@ -358,7 +455,8 @@ def _products_backward(
         inside = token < last
         for source in tl.range(0, num_sources, num_stages=STAGES):
             tensor = tl.load(table + source).to(like.dtype)
-            value = _tile(tl.multiple_of(tensor + token * D, ALIGN), inside, column, D, "")
+            rows = tl.multiple_of(tensor + tl.minimum(token, num_tokens - 1) * D, ALIGN)
+            value = _tile(rows, column, D, CHUNK, "")
             rms = tl.load(inverse_rms + tl.cast(source, tl.int64) * num_tokens + token, mask=inside, other=0.0)
             at = (tl.cast(source, tl.int64) * S + read[:, None]) * num_tokens + token[None, :]
             grad_score = tl.load(grad_scores + at, mask=(read < S)[:, None] & inside[None, :], other=0.0)
@@ -369,9 +467,10 @@ def _products_backward(
 
 @triton.jit
 def _score(value, product, eps, D: tl.constexpr):
-    """The score of a source, and its inverse RMS."""
-    rms = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    return tl.sum(value * product, 0) * rms, rms
+    """The score of a source, and its inverse RMS. Both sums are one, as it is the wait for others that takes time."""
+    squares, dot = tl.split(tl.sum(tl.join(value * value, value * product), 0))
+    rms = tl.rsqrt(squares / D + eps)
+    return dot * rms, rms
 
 
 @triton.jit
@@ -381,26 +480,6 @@ def _write_normed(read, gain, results, inside, eps, D: tl.constexpr, DTYPE: tl.c
     result = _cast(read * rms, DTYPE).to(tl.float32) * gain.to(tl.float32)
     tl.store(results, _cast(result, results.dtype.element_ty), mask=inside)
     return rms
-
-
-@triton.jit
-def _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15):
-    """The addresses of the tensors number `index`."""
-    address = tl.where(index == 1, t1.to(tl.int64), t0.to(tl.int64))
-    address = tl.where(index == 2, t2.to(tl.int64), address)
-    address = tl.where(index == 3, t3.to(tl.int64), address)
-    address = tl.where(index == 4, t4.to(tl.int64), address)
-    address = tl.where(index == 5, t5.to(tl.int64), address)
-    address = tl.where(index == 6, t6.to(tl.int64), address)
-    address = tl.where(index == 7, t7.to(tl.int64), address)
-    address = tl.where(index == 8, t8.to(tl.int64), address)
-    address = tl.where(index == 9, t9.to(tl.int64), address)
-    address = tl.where(index == 10, t10.to(tl.int64), address)
-    address = tl.where(index == 11, t11.to(tl.int64), address)
-    address = tl.where(index == 12, t12.to(tl.int64), address)
-    address = tl.where(index == 13, t13.to(tl.int64), address)
-    address = tl.where(index == 14, t14.to(tl.int64), address)
-    return tl.where(index == 15, t15.to(tl.int64), address)
 
 
 @triton.jit
@@ -436,7 +515,8 @@ def _closed_tile(
     else:
         address = _one_of(index, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
     rows = tl.multiple_of(address.to(t0.dtype) + token * D, ALIGN)
-    return _tile(rows, index < num_closed, column, D, "")
+    inside = (index < num_closed)[:, None] & (column < D)[None, :]
+    return tl.load(rows[:, None] + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_closed"])
@@ -473,6 +553,7 @@ def _read_forward(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     SOURCES: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether there are no more sources than in one tile
     ALIGN: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     EXTENDS: tl.constexpr,
@@ -562,38 +643,39 @@ def _read_forward(
         total += 1.0
         if WRITE_WEIGHTS:
             tl.store(weights + at_weights + tl.cast(num_closed, tl.int64) * seq_len, peak)
-    for first in range(0, num_closed, SOURCES):
+    for first in range(0, 1 if ONE_TILE else num_closed, SOURCES):
         index, value = next_index, next_tile.to(tl.float32)
         is_source = index < num_closed
-        next_index = first + SOURCES + tl.arange(0, SOURCES)
-        next_tile = _closed_tile(
-            next_index,
-            num_closed,
-            table,
-            token,
-            column,
-            t0,
-            t1,
-            t2,
-            t3,
-            t4,
-            t5,
-            t6,
-            t7,
-            t8,
-            t9,
-            t10,
-            t11,
-            t12,
-            t13,
-            t14,
-            t15,
-            D,
-            ALIGN,
-            HAS_TABLE,
-        )
-        rms = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
-        score = tl.where(is_source, tl.sum(value * key[None, :], 1) * rms, float("-inf"))
+        if not ONE_TILE:
+            next_index = first + SOURCES + tl.arange(0, SOURCES)
+            next_tile = _closed_tile(
+                next_index,
+                num_closed,
+                table,
+                token,
+                column,
+                t0,
+                t1,
+                t2,
+                t3,
+                t4,
+                t5,
+                t6,
+                t7,
+                t8,
+                t9,
+                t10,
+                t11,
+                t12,
+                t13,
+                t14,
+                t15,
+                D,
+                ALIGN,
+                HAS_TABLE,
+            )
+        squares, dots = tl.split(tl.sum(tl.join(value * value, value * key[None, :]), 1))
+        score = tl.where(is_source, dots * tl.rsqrt(squares / D + eps), float("-inf"))
         if WRITE_WEIGHTS:
             tl.store(weights + at_weights + index.to(tl.int64) * seq_len, score, mask=is_source)
         new_peak = tl.maximum(peak, tl.max(score, 0))
@@ -783,8 +865,6 @@ def _step_backward(
         )
     for _ in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         if not AHEAD:
-            key = _row(product, 0, column, inside, D, HAS_OUTPUT and not HAS_SCORE)
-            gain = _row(norm_weight, 0, column, inside, D, HAS_GRAD_NORMED)
             value_, mixed_, partial_, normed_, score_, rms_, closed_score_, closed_rms_, norm_rms_ = _step_inputs(
                 value_pointer,
                 mixed,
@@ -828,6 +908,8 @@ def _step_backward(
         grad = tl.zeros([WIDTH], tl.float32)
         if HAS_GRAD_NORMED:
             unit = read * scale * norm_rms
+            if not AHEAD:
+                gain = _row(norm_weight, 0, column, inside, D, True)
             norm_sum += grad_unit * _cast(unit, DTYPE).to(tl.float32)
             grad_unit *= gain.to(tl.float32)
             grad = norm_rms * (grad_unit - unit * (tl.sum(grad_unit * unit, 0) / D))
@@ -842,6 +924,8 @@ def _step_backward(
             result = share * grad
             grad *= 1.0 - share
             if not HAS_SCORE:
+                if not AHEAD:
+                    key = _row(product, 0, column, inside, D, True)
                 product_sum += grad_score * rms * value
                 result += grad_score * rms * (key - (score * rms / D) * value)
             if HAS_LSE:
@@ -883,11 +967,11 @@ def _precision(tensor: torch.Tensor) -> str:
 
 def _address_table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The addresses of the tensors, int64 on their device."""
-    padding = [tensors[0]] * (-len(tensors) % TABLE_ARGUMENTS)
-    tensors = [*tensors, *padding]
+    fill, at_once = (_fill_table, 16) if len(tensors) <= 16 else (_fill_long_table, 64)
+    tensors = [*tensors, *[tensors[0]] * (-len(tensors) % at_once)]
     table = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
-    for start in range(0, len(tensors), TABLE_ARGUMENTS):
-        _fill_table[(1,)](table[start:], *tensors[start : start + TABLE_ARGUMENTS], num_warps=1)
+    for start in range(0, len(tensors), at_once):
+        fill[(1,)](table[start:], *tensors[start : start + at_once], num_warps=1)
     return table
 
 
@@ -910,8 +994,10 @@ TUNED = {
     # columns per warp; warps of a processor, the widest token that is loaded while the one before is computed
     "step_forward": {"columns": 512},
     "step_backward": {"columns": 256, "warps": 16, "ahead": 4096},
-    # columns per warp, so that no row of a source is split more than it must; numbers of sources in each thread
-    "read_forward": {"columns": 256, "numbers": 64},
+    # columns per warp, of which most hold so many numbers of sources in each thread; of many tokens, and of so few that
+    # what counts is how long one takes
+    "read_forward": {"columns": 256, "numbers": 32},
+    "token_read": {"columns": 512, "numbers": 128},
 }
 
 
@@ -932,6 +1018,8 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, kernel: str) 
         and 2 * tokens * enough_programs <= num_tokens
     ):
         tokens *= 2
+    split = sources[0].dtype == torch.bfloat16
+    reads_dot = max(4 * reads if split else reads, 16)
     reads = max(reads, 16 // tokens)
     warps, chunk = tuned["warps"], tuned["chunk"]
     if hidden_size >= 4096:
@@ -944,15 +1032,30 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, kernel: str) 
         "ROWS": rows,
         "TOKENS": tokens,
         "READS": reads,
-        "READS_DOT": max(reads, 16),
+        "READS_DOT": reads_dot,
         "WARPS": warps,
-        "PART": tuned["part"],
+        "PART": min(tuned["part"], 32) if reads_dot > 32 else tuned["part"],
         "CHUNK": min(max(triton.next_power_of_2(hidden_size), 16), chunk * warps),
+        "SPLIT": split,
+        "ONE_GROUP": len(sources) * tokens <= rows,
         "KEEP": "evict_last" if tuned["hints"] else "",
         "DROP": "evict_first" if tuned["hints"] else "",
         "num_warps": warps,
         "num_stages": 1,  # with more, loads go past the first-level cache, and triton 3.2 fails
     }
+
+
+def _as_split(products: torch.Tensor, tiles: dict) -> torch.Tensor:
+    """Products as the kernels of closed reads take them."""
+    if not tiles["SPLIT"]:
+        return products
+    num_reads, hidden_size = products.shape
+    parts = products.new_empty(tiles["READS_DOT"], hidden_size, dtype=torch.bfloat16)
+    chunk = min(triton.next_power_of_2(hidden_size), 1024)
+    _split_products[(tiles["READS_DOT"] // 4, triton.cdiv(hidden_size, chunk))](
+        products, parts, S=num_reads, D=hidden_size, CHUNK=chunk, num_warps=4
+    )
+    return parts
 
 
 def _step_warps(hidden_size: int, columns_per_warp: int) -> int:
@@ -971,16 +1074,18 @@ class TritonKernels(DepthKernels):
         sources = [source.to(dtype) for source in sources]
         few_sources = len(sources) <= TABLE_ARGUMENTS
         width, extends = triton.next_power_of_2(hidden_size), partial.numel() > 0
-        tuned = TUNED["read_forward"]
+        num_tokens, num_closed = sources[0].shape[:-1].numel(), len(sources) - extends
+        tuned = TUNED["read_forward" if num_tokens > _num_processors(product) else "token_read"]
         warps = _step_warps(hidden_size, tuned["columns"])
-        numbers = tuned["numbers"] if warps < 16 else tuned["numbers"] // 2  # as such threads have fewer registers
+        numbers = min(tuned["numbers"], 32 if warps == 16 else 128)  # as such threads have few registers
         tile = max(1, min(TABLE_ARGUMENTS, 32 * warps * numbers // width))
+        tile = min(tile, triton.next_power_of_2(max(num_closed, 1)))
 
         def given(tensor):
             return product if tensor is None else tensor
 
         with _on_device(product):
-            _read_forward[(sources[0].shape[:-1].numel(),)](
+            _read_forward[(num_tokens,)](
                 *(sources[index if few_sources and index < len(sources) else 0] for index in range(TABLE_ARGUMENTS)),
                 product if few_sources else _address_table(sources),
                 given(output),
@@ -991,13 +1096,14 @@ class TritonKernels(DepthKernels):
                 hidden,
                 weights,
                 seq_len,
-                len(sources) - extends,
+                num_closed,
                 eps,
                 scale,
                 norm_eps,
                 D=hidden_size,
                 WIDTH=width,
                 SOURCES=tile,
+                ONE_TILE=num_closed <= tile,
                 ALIGN=_alignment(sources, hidden_size),
                 HAS_TABLE=not few_sources,
                 EXTENDS=extends,
@@ -1017,7 +1123,7 @@ class TritonKernels(DepthKernels):
                 sources[0],
                 mixed[0],
                 _address_table([*sources, *mixed]),
-                products,
+                _as_split(products, tiles),
                 lse,
                 scores,
                 inverse_rms,
@@ -1055,7 +1161,7 @@ class TritonKernels(DepthKernels):
                 sources[0],
                 grad_mixed[0],
                 table,
-                products,
+                _as_split(products, tiles),
                 lse,
                 grad_lse,
                 scores,
@@ -1093,7 +1199,7 @@ class TritonKernels(DepthKernels):
                 tokens_per_program,
                 S=num_reads,
                 D=hidden_size,
-                READS_DOT=tiles["READS_DOT"],
+                READS_DOT=max(triton.next_power_of_2(num_reads), 16),
                 TOKENS=tokens,
                 CHUNK=chunk,
                 ALIGN=alignment,
@@ -1162,8 +1268,8 @@ class TritonKernels(DepthKernels):
         warps = _step_warps(hidden_size, tuned["columns"])
         # as many as run at one time
         programs = min(num_tokens, max(tuned["warps"] // warps, 1) * _num_processors(mixed))
-        product_sums = statistics.new_empty(programs if has_product else 0, hidden_size)
-        norm_sums = statistics.new_empty(programs if grad_normed is not None else 0, hidden_size)
+        # of the product, of the norm, one after the other, so that a single call adds them up
+        sums = statistics.new_empty(has_product + (grad_normed is not None), programs, hidden_size)
         with _on_device(mixed):
             _step_backward[(programs,)](
                 given(value),
@@ -1175,8 +1281,8 @@ class TritonKernels(DepthKernels):
                 grad_value,
                 grad_mixed,
                 grad_lse,
-                product_sums,
-                norm_sums,
+                sums[:1],
+                sums[-1:],
                 num_tokens,
                 scale,
                 D=hidden_size,
@@ -1192,7 +1298,14 @@ class TritonKernels(DepthKernels):
                 AHEAD=hidden_size <= tuned["ahead"],
                 num_warps=warps,
             )
-        return product_sums.sum(0) if has_product else None, norm_sums.sum(0) if grad_normed is not None else None
+        product_sum = norm_sum = None
+        if has_product and grad_normed is not None:
+            product_sum, norm_sum = sums.sum(1).unbind()
+        elif has_product:
+            product_sum = sums.sum(1)[0]
+        elif grad_normed is not None:
+            norm_sum = sums.sum(1)[0]
+        return product_sum, norm_sum
 
 
 TRITON_KERNELS = TritonKernels()

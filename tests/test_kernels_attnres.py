@@ -110,8 +110,9 @@ def gradients(results, inputs, seed=1):
     return torch.autograd.grad(total, inputs, allow_unused=True)
 
 
-# float32 rounds by 6e-8, half precision by 4e-3 and 5e-4, and results are sums of rounded numbers
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# float32 rounds by 6e-8, half precision by up to 4e-3 and 5e-4, and results are sums and products of numbers that were
+# rounded up to three times, gradients of up to five
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 
 def assert_near(results, references, tolerance=None):
@@ -767,7 +768,8 @@ def check_model(device, mode, block_size, dtype):
         # sum, read and norm in one, without the read itself, which nobody watches
         assert len(steps) == model.config.num_depth_reads
         assert all(step.normed is not None and step.hidden is None for step in steps)
-    assert total_error(found, exact) <= 1.1 * total_error(model_results(model, tokens, "eager"), exact) + 1e-4
+    # in bfloat16 two errors by chance, from input to input 0.7 to 1.2 of each other
+    assert total_error(found, exact) <= 2 * total_error(model_results(model, tokens, "eager"), exact) + 1e-4
 
 
 def check_works(device):
@@ -974,6 +976,7 @@ def test_compiles_for_gpus(hidden_size, num_reads, absent):
     constants |= {"WIDTH": 2 ** (hidden_size - 1).bit_length(), "DTYPE": bfloat16, "WRITE_HIDDEN": True, "SOURCES": 8}
     for kernel in (
         kernels._read_forward,
+        kernels._split_products,
         kernels._closed_forward,
         kernels._closed_backward,
         kernels._products_backward,
@@ -984,6 +987,8 @@ def test_compiles_for_gpus(hidden_size, num_reads, absent):
         if kernel is kernels._products_backward:
             given["TOKENS"] = 32
         others = {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in given}
+        if kernel in (kernels._closed_forward, kernels._closed_backward):
+            others["products"] = "*bf16"  # split into three
         if "constexprs" in inspect.signature(ASTSource).parameters:
             signature = {name: others.get(name, "constexpr") for name in kernel.arg_names}
             source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): value for n, value in given.items()})
