@@ -95,7 +95,7 @@ def fully_sharded_in_mixed_precision(rank, folder):
         torch.nn.init.normal_(model.model.depth_attention.query, std=0.05)
         return model.train()
 
-    expected = expected_gradients(converted())
+    expected, rounded = expected_gradients(converted()), expected_gradients(converted().to(torch.bfloat16))
     model = converted()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
@@ -108,8 +108,10 @@ def fully_sharded_in_mixed_precision(rank, folder):
     for name, parameter in model.named_parameters():
         gradient = whole(parameter.grad)
         assert gradient.dtype == torch.float32
-        # 8 bits; the donor's own gradients in bfloat16 are off by up to 4 %
-        assert (gradient - expected[name]).norm() <= 0.1 * expected[name].norm(), name
+        # 8 bits, of which one process alone makes an error of up to 5 %, by chance: so a few times that at most
+        own_error = (rounded[name].float() - expected[name]).norm()
+        assert (gradient - expected[name]).norm() <= 4 * own_error + 0.02 * expected[name].norm(), name
+        assert own_error <= 0.1 * expected[name].norm(), name
 
 
 def test_training(tmp_path):
