@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MINUTES ?= 9
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 # What proves the code files. Compilation and gradients in double precision depend on torch, which is the same. Left out
@@ -10,7 +11,8 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	tests/test_modeling_attnres.py \
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
-.PHONY: help setup quickstart test test-oldest lint exactness support zoo pretrain finetune evaluate plot-depth bench conformance clean
+.PHONY: help setup quickstart test test-oldest lint exactness support zoo pretrain finetune evaluate plot-depth bench \
+	gpu gpu-evidence conformance clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -66,6 +68,12 @@ plot-depth: $(READY) ## draw what happens over depth; ARGS="--help" lists the op
 
 bench: $(READY) ## measure speed and memory against stock models, and growth; writes outputs/benchmark (15 minutes)
 	$(BIN)/python scripts/benchmark.py --output outputs/benchmark $(ARGS)
+
+gpu-evidence: ## train donor, Block and Full alike on a GPU in MINUTES, with PYTHON itself; ARGS="--help" lists options
+	$(PYTHON) scripts/gpu_evidence.py --minutes $(MINUTES) --data outputs/gpu_evidence_data $(ARGS)
+
+gpu: ## check and measure everything on a GPU in MINUTES, with PYTHON itself; ARGS="--help" lists options
+	$(PYTHON) scripts/gpu.py --minutes $(MINUTES) --output outputs/gpu $(ARGS)
 
 conformance: $(READY) ## run the model tests of transformers on every family
 	$(BIN)/python scripts/conformance.py $(ARGS)

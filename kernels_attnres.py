@@ -238,14 +238,15 @@ def _closed_forward(
         gram = tl.zeros([WARPS, ROWS, ROWS], tl.float32)  # its diagonal has the squares
         column = _warp_columns(WARPS, PART)
         value = _warp_tile(rows, column, D, STEP, KEEP)
+        product = _warp_tile(product_rows, column, D, STEP, "")
         for start in range(0, D, STEP):
             # on its way while this one is multiplied; after the last one the first again
             next_column = _warp_columns(WARPS, PART) + tl.where(start + STEP < D, start + STEP, 0)
             next_value = _warp_tile(rows, next_column, D, STEP, KEEP)
-            product = _warp_tile(product_rows, column, D, STEP, "")
+            next_product = _warp_tile(product_rows, next_column, D, STEP, "")
             dots = _dot(value, tl.permute(product, (0, 2, 1)), dots, PRECISION)
             gram = _dot(value, tl.permute(value, (0, 2, 1)), gram, PRECISION)
-            column, value = next_column, next_value
+            value, product = next_value, next_product
         dots = tl.sum(dots, 0)
         if SPLIT:
             dots = tl.sum(tl.reshape(dots, [ROWS, READS_DOT // 4, 4]), 2)
@@ -423,6 +424,119 @@ def _closed_backward(
                 inside_tile = inside[:, None] & (column < D)[None, :]
                 grad = _cast(grad, like.dtype.element_ty)
                 tl.store(grad_rows[:, None] + column[None, :], grad, mask=inside_tile, eviction_policy=DROP)
+
+
+# The same where the sources of a token fit into the registers of a program: it fetches them once, and does one read
+# after the other without matrix units, all in float32.
+
+
+@triton.jit
+def _held_forward(
+    like,
+    mixed_like,
+    table,  # addresses of n sources, then of S results
+    products,
+    lse,
+    scores,  # (n, S, num_tokens)
+    inverse_rms,  # (n, num_tokens)
+    num_tokens,
+    num_sources,
+    eps,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOURCES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    index = tl.arange(0, SOURCES).to(tl.int64)
+    is_source = index < num_sources
+    key = tl.load(products + column, mask=inside, other=0.0)
+    rows = _rows(table, tl.minimum(index, num_sources - 1), token, like, D, ALIGN)
+    value = tl.load(rows[:, None] + column[None, :], mask=is_source[:, None] & inside[None, :], other=0.0)
+    value = value.to(tl.float32)
+    rms = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
+    tl.store(inverse_rms + index * num_tokens + token, rms, mask=is_source)
+    for read in range(S):
+        dots = tl.sum(value * key[None, :], 1)
+        # the next one's, while this one is computed; after the last its own again
+        key = tl.load(products + tl.minimum(read + 1, S - 1) * D + column, mask=inside, other=0.0)
+        score = tl.where(is_source, dots * rms, float("-inf"))
+        tl.store(scores + (index * S + read) * num_tokens + token, score, mask=is_source)
+        peak = tl.max(score, 0)
+        weight = tl.exp(score - peak)
+        total = tl.sum(weight, 0)
+        tl.store(lse + tl.cast(read, tl.int64) * num_tokens + token, peak + tl.log(total))
+        mixed = tl.sum((weight / total)[:, None] * value, 0)
+        result = tl.load(table + num_sources + read).to(mixed_like.dtype) + token * D
+        tl.store(tl.multiple_of(result, ALIGN) + column, _cast(mixed, mixed_like.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _held_backward(
+    like,
+    mixed_like,
+    table,  # addresses of n sources, S gradients of results, n gradients of sources
+    products,
+    lse,
+    grad_lse,
+    scores,
+    inverse_rms,
+    given_grad_scores,  # (n, S, num_tokens), of what else the loss makes of the scores
+    grad_scores,  # (n, S, num_tokens)
+    num_tokens,
+    num_sources,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOURCES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_GRAD_SCORES: tl.constexpr,
+    GRAD_SOURCES: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    index = tl.arange(0, SOURCES).to(tl.int64)
+    is_source = index < num_sources
+    at_source = tl.minimum(index, num_sources - 1)
+    inside_tile = is_source[:, None] & inside[None, :]
+    result = tl.multiple_of(tl.load(table + num_sources).to(mixed_like.dtype) + token * D, ALIGN)
+    next_grad = tl.load(result + column, mask=inside, other=0.0)
+    next_score = tl.load(scores + index * S * num_tokens + token, mask=is_source, other=float("-inf"))
+    rows = _rows(table, at_source, token, like, D, ALIGN)
+    value = tl.load(rows[:, None] + column[None, :], mask=inside_tile, other=0.0).to(tl.float32)
+    rms = tl.load(inverse_rms + at_source * num_tokens + token)
+    grad = tl.zeros([SOURCES, WIDTH], tl.float32)
+    along = tl.zeros([SOURCES], tl.float32)
+    for read in range(S):
+        at_read = tl.cast(read, tl.int64) * num_tokens + token
+        at = (index * S + read) * num_tokens + token
+        grad_mixed, score = next_grad.to(tl.float32), next_score
+        key = tl.load(products + read * D + column, mask=inside, other=0.0)
+        # the next one's, while this one is computed; after the last its own again
+        after = tl.minimum(read + 1, S - 1)
+        result = tl.multiple_of(tl.load(table + num_sources + after).to(mixed_like.dtype) + token * D, ALIGN)
+        next_grad = tl.load(result + column, mask=inside, other=0.0)
+        at_next = (index * S + after) * num_tokens + token
+        next_score = tl.load(scores + at_next, mask=is_source, other=float("-inf"))
+        weight = tl.exp(score - tl.load(lse + at_read))
+        grad_weight = tl.sum(value * grad_mixed[None, :], 1)
+        mean_grad = tl.sum(weight * grad_weight, 0) - tl.load(grad_lse + at_read)
+        grad_score = weight * (grad_weight - mean_grad)
+        if HAS_GRAD_SCORES:
+            grad_score += tl.load(given_grad_scores + at, mask=is_source, other=0.0)
+        tl.store(grad_scores + at, grad_score, mask=is_source)
+        if GRAD_SOURCES:
+            along += tl.where(is_source, score, 0.0) * grad_score
+            grad += weight[:, None] * grad_mixed[None, :]
+            grad += (grad_score * rms)[:, None] * key[None, :]
+    if GRAD_SOURCES:
+        grad -= (along * rms * rms / D)[:, None] * value
+        grad_rows = _rows(table, num_sources + S + at_source, token, like, D, ALIGN)
+        tl.store(grad_rows[:, None] + column[None, :], _cast(grad, like.dtype.element_ty), mask=inside_tile)
 
 
 @triton.jit
@@ -986,18 +1100,22 @@ def _alignment(tensors: Sequence[torch.Tensor], hidden_size: int) -> int:
 
 # What programs hold and how they go through it; found by scripts/gpu_tuning.py
 TUNED = {
-    # most tokens, rows (source, token) at a time, what the sources of the programs that run at one time may take of
-    # the cache divided by their number, columns that a warp multiplies and mixes at a time, cache hints
-    "closed_forward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 64, "hints": False},
+    # rows (source, token) at a time, what the sources of the programs that run at one time may take of the cache
+    # divided by their number, columns that a warp multiplies and mixes at a time, cache hints
+    "closed_forward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 64, "hints": True},
     "closed_backward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 32, "hints": False},
+    # columns per warp, most numbers of sources that a thread holds (half as many where there are 16 warps), most
+    # registers of a thread
+    "held_forward": {"columns": 512, "numbers": 128, "registers": 168},
+    "held_backward": {"columns": 512, "numbers": 64, "registers": 255},
     "products_backward": {"tokens": 32, "chunk": 128, "warps": 4, "stages": 2, "programs": 4},
     # columns per warp; warps of a processor, the widest token that is loaded while the one before is computed
     "step_forward": {"columns": 512},
     "step_backward": {"columns": 256, "warps": 16, "ahead": 4096},
     # columns per warp, of which most hold so many numbers of sources in each thread; of many tokens, and of so few that
     # what counts is how long one takes
-    "read_forward": {"columns": 256, "numbers": 32},
-    "token_read": {"columns": 512, "numbers": 128},
+    "read_forward": {"columns": 512, "numbers": 16, "warps": 1},
+    "token_read": {"columns": 512, "numbers": 128, "warps": 4},
 }
 
 
@@ -1022,7 +1140,7 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, kernel: str) 
     reads_dot = max(4 * reads if split else reads, 16)
     reads = max(reads, 16 // tokens)
     warps, chunk = tuned["warps"], tuned["chunk"]
-    if hidden_size >= 4096:
+    if hidden_size > 4096:
         warps = min(2 * warps, most_warps)
     if num_tokens <= enough_programs:  # as in decoding: what counts is how long one program takes
         warps = min(max(triton.next_power_of_2(hidden_size) // 64, 4), most_warps)
@@ -1043,6 +1161,23 @@ def _closed_tiles(sources: Sequence[torch.Tensor], num_reads: int, kernel: str) 
         "num_warps": warps,
         "num_stages": 1,  # with more, loads go past the first-level cache, and triton 3.2 fails
     }
+
+
+def _held_tiles(sources: Sequence[torch.Tensor], kernel: str) -> dict | None:
+    """Tile sizes of the kernels that hold the sources of a token, or None if these are too many or too wide."""
+    tuned, width = TUNED[kernel], triton.next_power_of_2(sources[0].shape[-1])
+    rows = triton.next_power_of_2(len(sources))
+    warps = _step_warps(width, tuned["columns"])
+    while warps < 16 and rows * width > 32 * warps * tuned["numbers"]:
+        warps *= 2
+    if rows * width > 32 * warps * tuned["numbers"] // (2 if warps == 16 else 1):
+        return None
+    return {"WIDTH": width, "SOURCES": rows, "num_warps": warps} | _most_registers(tuned["registers"])
+
+
+def _most_registers(number: int) -> dict:
+    """The option that lets more programs run at a time; 255 is what there is."""
+    return {"maxnreg": number} if number < 255 and torch.version.hip is None else {}
 
 
 def _as_split(products: torch.Tensor, tiles: dict) -> torch.Tensor:
@@ -1076,7 +1211,7 @@ class TritonKernels(DepthKernels):
         width, extends = triton.next_power_of_2(hidden_size), partial.numel() > 0
         num_tokens, num_closed = sources[0].shape[:-1].numel(), len(sources) - extends
         tuned = TUNED["read_forward" if num_tokens > _num_processors(product) else "token_read"]
-        warps = _step_warps(hidden_size, tuned["columns"])
+        warps = max(_step_warps(hidden_size, tuned["columns"]), min(tuned["warps"], max(width // 64, 1)))
         numbers = min(tuned["numbers"], 32 if warps == 16 else 128)  # as such threads have few registers
         tile = max(1, min(TABLE_ARGUMENTS, 32 * warps * numbers // width))
         tile = min(tile, triton.next_power_of_2(max(num_closed, 1)))
@@ -1117,24 +1252,18 @@ class TritonKernels(DepthKernels):
 
     def closed_forward(self, sources, products, eps, mixed, lse, scores, inverse_rms):
         (num_reads, hidden_size), (num_sources, num_tokens) = products.shape, inverse_rms.shape
-        tiles = _closed_tiles(sources, num_reads, "closed_forward")
+        held = _held_tiles(sources, "held_forward")
+        sizes = {"S": num_reads, "D": hidden_size, "ALIGN": _alignment([*sources, *mixed], hidden_size)}
         with _on_device(products):
+            table = _address_table([*sources, *mixed])
+            results = (lse, scores, inverse_rms, num_tokens, num_sources, eps)
+            if held is not None:
+                _held_forward[(num_tokens,)](sources[0], mixed[0], table, products, *results, **sizes, **held)
+                return
+            tiles = _closed_tiles(sources, num_reads, "closed_forward")
+            products = _as_split(products, tiles)
             _closed_forward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
-                sources[0],
-                mixed[0],
-                _address_table([*sources, *mixed]),
-                _as_split(products, tiles),
-                lse,
-                scores,
-                inverse_rms,
-                num_tokens,
-                num_sources,
-                eps,
-                S=num_reads,
-                D=hidden_size,
-                ALIGN=_alignment([*sources, *mixed], hidden_size),
-                PRECISION=_precision(products),
-                **tiles,
+                sources[0], mixed[0], table, products, *results, PRECISION=_precision(products), **sizes, **tiles
             )
 
     def closed_backward(
@@ -1151,33 +1280,30 @@ class TritonKernels(DepthKernels):
         need_products,
     ):
         (num_reads, hidden_size), (num_sources, num_tokens) = products.shape, inverse_rms.shape
-        tiles = _closed_tiles(sources, num_reads, "closed_backward")
+        held = _held_tiles(sources, "held_backward")
         tensors = [*sources, *grad_mixed, *grad_sources]
         alignment, precision = _alignment(tensors, hidden_size), _precision(products)
         given_grad_scores, grad_scores = grad_scores, torch.empty_like(scores)
+        sizes = {"S": num_reads, "D": hidden_size, "ALIGN": alignment}
+        options = {"HAS_GRAD_SCORES": given_grad_scores is not None, "GRAD_SOURCES": len(grad_sources) > 0}
         with _on_device(products):
             table = _address_table(tensors)
-            _closed_backward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
-                sources[0],
-                grad_mixed[0],
-                table,
-                _as_split(products, tiles),
-                lse,
-                grad_lse,
-                scores,
-                inverse_rms,
-                scores if given_grad_scores is None else given_grad_scores,
-                grad_scores,
-                num_tokens,
-                num_sources,
-                S=num_reads,
-                D=hidden_size,
-                ALIGN=alignment,
-                PRECISION=precision,
-                HAS_GRAD_SCORES=given_grad_scores is not None,
-                GRAD_SOURCES=len(grad_sources) > 0,
-                **tiles,
-            )
+            given = scores if given_grad_scores is None else given_grad_scores
+            statistics = (lse, grad_lse, scores, inverse_rms, given, grad_scores, num_tokens, num_sources)
+            like = (sources[0], grad_mixed[0], table)
+            if held is not None:
+                _held_backward[(num_tokens,)](*like, products, *statistics, **sizes, **options, **held)
+            else:
+                tiles = _closed_tiles(sources, num_reads, "closed_backward")
+                _closed_backward[(triton.cdiv(num_tokens, tiles["TOKENS"]),)](
+                    *like,
+                    _as_split(products, tiles),
+                    *statistics,
+                    PRECISION=precision,
+                    **sizes,
+                    **options,
+                    **tiles,
+                )
             if not need_products:
                 return None
             tuned = TUNED["products_backward"]
@@ -1197,15 +1323,13 @@ class TritonKernels(DepthKernels):
                 num_tokens,
                 num_sources,
                 tokens_per_program,
-                S=num_reads,
-                D=hidden_size,
                 READS_DOT=max(triton.next_power_of_2(num_reads), 16),
                 TOKENS=tokens,
                 CHUNK=chunk,
-                ALIGN=alignment,
                 PRECISION=precision,
                 STAGES=tuned["stages"],
                 num_warps=tuned["warps"],
+                **sizes,
             )
         return partial_sums.sum(0)
 

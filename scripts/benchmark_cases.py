@@ -15,8 +15,8 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from reports import cpu_name
 from tqdm import tqdm
-from training_run import cpu_name
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -164,6 +164,7 @@ def model_config(args, mode: str | None = None, implementation: str | None = Non
         "num_attention_heads": args.heads,
         "num_key_value_heads": args.heads,
         "max_position_embeddings": max(args.seq_len, args.prompt_len),
+        **getattr(args, "options", {}),
     }
     if mode is None:
         return CONFIG_MAPPING[args.family](**shape)
@@ -233,12 +234,12 @@ def check_models(models: dict[str, torch.nn.Module], args, not_timed: dict[str, 
     return errors
 
 
-def model_call(case: str, model, tokens, args, compiled: bool) -> Call:
+def model_call(case: str, model, tokens, args, compiled: bool, compile: Callable = torch.compile) -> Call:
     """What a case does with a model. `run` returns tensors by which a compiled model can be checked."""
     options = {}
     if compiled and case == "decoding" and args.device == "cuda":
         options["mode"] = "reduce-overhead"  # as `generate` compiles it
-    called = torch.compile(model, **options) if compiled else model
+    called = compile(model, **options) if compiled else model
     depth_attention = getattr(model.base_model, "depth_attention", None)
 
     def training():

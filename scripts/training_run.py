@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import accelerate
@@ -34,6 +34,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from attnres_convert import ConversionError
 from peft import PeftModel
+from reports import cpu_name, write_json
+from reports import table as table
+from reports import write_text as write_text
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
@@ -89,14 +92,6 @@ def launched() -> dict:
     return {"processes": PartialState().num_processes, "sharding": sharding[0] if sharding else None}
 
 
-def cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def versions() -> dict[str, str]:
     modules = (attnres, torch, transformers, accelerate, datasets, tokenizers, numpy)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
@@ -106,17 +101,6 @@ def versions() -> dict[str, str]:
         "device": device,
         "threads": torch.get_num_threads(),
     }
-
-
-def write_text(path: Path, text: str):
-    """The file appears complete or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def write_json(path: Path, content: dict):
-    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def sync_folder(folder: Path):
@@ -648,14 +632,3 @@ def plot_losses(runs: dict[str, list[dict]], path: Path, title: str):
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table; the first row is the heading, all columns but the first hold numbers."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
-    lines = []
-    for first, *others in (rows[0], rule, *rows[1:]):
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
-        lines.append("| " + " | ".join(cells) + " |\n")
-    return "".join(lines)

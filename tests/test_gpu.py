@@ -129,7 +129,14 @@ def test_long_logs(tmp_path):
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    content = {"device": "cpu", "tiny": True, "folder": str(tmp_path), "deadline": time.time() + 60, "shapes": None}
+    content = {
+        "device": "cpu",
+        "tiny": True,
+        "folder": str(tmp_path),
+        "deadline": time.time() + 60,
+        "shapes": None,
+        "eager_shapes": [],
+    }
     monkeypatch.setenv(SETTINGS, json.dumps(content))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
