@@ -1104,10 +1104,10 @@ TUNED = {
     # divided by their number, columns that a warp multiplies and mixes at a time, cache hints
     "closed_forward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 64, "hints": True},
     "closed_backward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 32, "hints": False},
-    # columns per warp, most numbers of sources that a thread holds (half as many where there are 16 warps), most
-    # registers of a thread
-    "held_forward": {"columns": 512, "numbers": 128, "registers": 168},
-    "held_backward": {"columns": 512, "numbers": 64, "registers": 255},
+    # the widest sources, columns per warp, most numbers of sources that a thread holds (half as many where there are 16
+    # warps), and by the number of warps the registers that such a thread gets, so that more of them run at a time
+    "held_forward": {"widest": 2048, "columns": 512, "numbers": 128, "registers": {4: 168}},
+    "held_backward": {"widest": 2048, "columns": 512, "numbers": 32, "registers": {4: 168, 8: 128}},
     "products_backward": {"tokens": 32, "chunk": 128, "warps": 4, "stages": 2, "programs": 4},
     # columns per warp; warps of a processor, the widest token that is loaded while the one before is computed
     "step_forward": {"columns": 512},
@@ -1168,16 +1168,17 @@ def _held_tiles(sources: Sequence[torch.Tensor], kernel: str) -> dict | None:
     tuned, width = TUNED[kernel], triton.next_power_of_2(sources[0].shape[-1])
     rows = triton.next_power_of_2(len(sources))
     warps = _step_warps(width, tuned["columns"])
+    if width > tuned["widest"]:
+        return None
     while warps < 16 and rows * width > 32 * warps * tuned["numbers"]:
         warps *= 2
     if rows * width > 32 * warps * tuned["numbers"] // (2 if warps == 16 else 1):
         return None
-    return {"WIDTH": width, "SOURCES": rows, "num_warps": warps} | _most_registers(tuned["registers"])
-
-
-def _most_registers(number: int) -> dict:
-    """The option that lets more programs run at a time; 255 is what there is."""
-    return {"maxnreg": number} if number < 255 and torch.version.hip is None else {}
+    tiles = {"WIDTH": width, "SOURCES": rows, "num_warps": warps}
+    is_full = rows * width == 32 * warps * tuned["numbers"]
+    if is_full and warps in tuned["registers"] and torch.version.hip is None:
+        tiles["maxnreg"] = tuned["registers"][warps]
+    return tiles
 
 
 def _as_split(products: torch.Tensor, tiles: dict) -> torch.Tensor:

@@ -23,14 +23,14 @@ def values_of_now() -> dict:
     return kernels_attnres.TUNED
 
 
-def tokens() -> int:
-    return 8 if settings().tiny else 16384
+def tokens(hidden_size: int) -> int:
+    return 8 if settings().tiny else min(16384, (1 << 26) // hidden_size)  # as all workers have tensors of their own
 
 
 def calls(kernel: str, hidden_size: int, sets: int) -> list[tuple]:
     if (hidden_size, sets) not in CALLS:
         release()
-        CALLS[hidden_size, sets] = kernel_calls(hidden_size, tokens(), sets)
+        CALLS[hidden_size, sets] = kernel_calls(hidden_size, tokens(hidden_size), sets)
     return CALLS[hidden_size, sets][SPACE[kernel][0]]
 
 
@@ -38,7 +38,7 @@ def run(of_sets: list[tuple], kernel: str, changes: dict) -> list:
     now = copy.deepcopy(kernels_attnres.TUNED)
     try:
         if kernel.startswith("closed"):  # else others take their place
-            kernels_attnres.TUNED[f"held_{kernel.removeprefix('closed_')}"]["widest"] = 0
+            kernels_attnres.TUNED[f"held_{kernel.removeprefix('closed_')}"]["numbers"] = 0
         kernels_attnres.TUNED[kernel] |= changes
         return [operator(*arguments) for operator, arguments in of_sets]
     finally:
@@ -87,5 +87,5 @@ def time_candidates(kernel: str, hidden_size: int, candidates: list[dict]) -> di
     return {
         "seconds": {name: statistics.median(values) / SETS for name, values in seconds.items()},
         "failed": failed,
-        "bytes": FORMULAS[case] * (1 if case == TOKEN_READS else tokens()) * hidden_size * dtype().itemsize,
+        "bytes": FORMULAS[case] * (1 if case == TOKEN_READS else tokens(hidden_size)) * hidden_size * dtype().itemsize,
     }

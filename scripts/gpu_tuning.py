@@ -10,11 +10,13 @@ from gpu_worker import Pool, Results, WorkerError, seconds_left, settings
 
 
 CLOSED = {"warps": (2, 4, 8), "part": (32, 64), "chunk": (32, 64), "hints": (False, True)}
-HELD = {"warps": (4, 8, 16), "part": (16, 32, 64, 128), "lines": (32,)}
-# the kernel of `TUNED`: what it is timed in, and the values that are tried
+# the kernel of `TUNED`: what it is timed in, and the values that are tried; with 0 numbers, nothing is held
 SPACE = {
-    "held_forward": ("phase 1 forward", HELD),
-    "held_backward": ("phase 1 backward, sources alone", HELD),
+    "held_forward": ("phase 1 forward", {"columns": (256, 512), "numbers": (0, 64, 128), "registers": ({}, {4: 168})}),
+    "held_backward": (
+        "phase 1 backward, sources alone",
+        {"columns": (256, 512), "numbers": (0, 32, 64), "registers": ({}, {4: 168}, {8: 128})},
+    ),
     "closed_forward": ("phase 1 forward", CLOSED),
     "closed_backward": ("phase 1 backward, sources alone", CLOSED),
     "products_backward": (
@@ -26,22 +28,6 @@ SPACE = {
     "read_forward": ("whole read", {"columns": (256, 512, 1024), "numbers": (8, 16, 32)}),
     "token_read": ("32 reads of a token", {"columns": (256, 512, 1024), "numbers": (64, 128), "warps": (2, 4, 8)}),
 }
-# more than one value at a time
-MORE = {
-    "held_forward": [
-        {"widest": 0},
-        {"warps": 16, "part": 32},
-        {"warps": 8, "part": 32, "lines": 32},
-        {"widest": 4096, "warps": 16},
-        {"widest": 4096, "warps": 16, "part": 32},
-    ],
-    "held_backward": [
-        {"widest": 0},
-        {"warps": 16, "part": 32},
-        {"widest": 4096, "warps": 16},
-        {"widest": 4096, "warps": 16, "part": 32},
-    ],
-}
 WIDTHS = [2048, 4096, 1024, 8192]
 PROCESSES = 14
 CANDIDATE_SECONDS = 60
@@ -52,7 +38,7 @@ def singles(kernel: str, now: dict) -> list[dict]:
     """What is tried at first: the values of now, and each other value by itself."""
     _, space = SPACE[kernel]
     changes = [{name: value} for name, values in space.items() for value in values if value != now[name]]
-    return [{}, *(changes[:2] if settings().tiny else [*changes, *MORE.get(kernel, [])])]
+    return [{}, *(changes[:2] if settings().tiny else changes)]
 
 
 def joined(seconds: dict[str, float], candidates: dict[str, dict]) -> list[dict]:

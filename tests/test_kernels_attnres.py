@@ -979,6 +979,8 @@ def test_compiles_for_gpus(hidden_size, num_reads, absent):
         kernels._split_products,
         kernels._closed_forward,
         kernels._closed_backward,
+        kernels._held_forward,
+        kernels._held_backward,
         kernels._products_backward,
         kernels._step_forward,
         kernels._step_backward,
