@@ -596,33 +596,14 @@ def _write_normed(read, gain, results, inside, eps, D: tl.constexpr, DTYPE: tl.c
     return rms
 
 
+# fmt: off
 @triton.jit
 def _closed_tile(
-    index,
-    num_closed,
-    table,
-    token,
-    column,
-    t0,
-    t1,
-    t2,
-    t3,
-    t4,
-    t5,
-    t6,
-    t7,
-    t8,
-    t9,
-    t10,
-    t11,
-    t12,
-    t13,
-    t14,
-    t15,
-    D: tl.constexpr,
-    ALIGN: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
+    index, num_closed, table, token, column,
+    t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
+    D: tl.constexpr, ALIGN: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):
+    # fmt: on
     """The rows of a token in the sources number `index`."""
     if HAS_TABLE:
         address = tl.load(table + index, mask=index < num_closed, other=0)
@@ -688,31 +669,10 @@ def _read_forward(
         gain = tl.load(norm_weight + column, mask=inside, other=0.0)
     next_index = tl.arange(0, SOURCES)
     next_tile = _closed_tile(
-        next_index,
-        num_closed,
-        table,
-        token,
-        column,
-        t0,
-        t1,
-        t2,
-        t3,
-        t4,
-        t5,
-        t6,
-        t7,
-        t8,
-        t9,
-        t10,
-        t11,
-        t12,
-        t13,
-        t14,
-        t15,
-        D,
-        ALIGN,
-        HAS_TABLE,
-    )
+        next_index, num_closed, table, token, column,
+        t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
+        D, ALIGN, HAS_TABLE,
+    )  # fmt: skip
     num_sources = num_closed
     if HAS_OUTPUT:
         num_sources += 1
@@ -725,31 +685,10 @@ def _read_forward(
         if EXTENDS:
             last = num_closed + tl.arange(0, 1)
             open_sum = _closed_tile(
-                last,
-                num_closed + 1,
-                table,
-                token,
-                column,
-                t0,
-                t1,
-                t2,
-                t3,
-                t4,
-                t5,
-                t6,
-                t7,
-                t8,
-                t9,
-                t10,
-                t11,
-                t12,
-                t13,
-                t14,
-                t15,
-                D,
-                ALIGN,
-                HAS_TABLE,
-            ).to(tl.float32)
+                last, num_closed + 1, table, token, column,
+                t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
+                D, ALIGN, HAS_TABLE,
+            ).to(tl.float32)  # fmt: skip
             rounded = _cast(read + tl.sum(open_sum, 0), partial.dtype.element_ty)
             tl.store(partial + at, rounded, mask=inside)
             read = rounded.to(tl.float32)
@@ -763,31 +702,10 @@ def _read_forward(
         if not ONE_TILE:
             next_index = first + SOURCES + tl.arange(0, SOURCES)
             next_tile = _closed_tile(
-                next_index,
-                num_closed,
-                table,
-                token,
-                column,
-                t0,
-                t1,
-                t2,
-                t3,
-                t4,
-                t5,
-                t6,
-                t7,
-                t8,
-                t9,
-                t10,
-                t11,
-                t12,
-                t13,
-                t14,
-                t15,
-                D,
-                ALIGN,
-                HAS_TABLE,
-            )
+                next_index, num_closed, table, token, column,
+                t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
+                D, ALIGN, HAS_TABLE,
+            )  # fmt: skip
         squares, dots = tl.split(tl.sum(tl.join(value * value, value * key[None, :]), 1))
         score = tl.where(is_source, dots * tl.rsqrt(squares / D + eps), float("-inf"))
         if WRITE_WEIGHTS:
