@@ -7,17 +7,16 @@ Checks and measures Attention Residuals on a GPU, in as few minutes as there are
   correctness  every kernel against float64
   kernels      bytes per second of each kernel, by those of a copy
   models       training, prefill and decoding, eager and compiled: time by that of stock models, and memory
-  profile      the kernels that take most of a training step
-  tuning       what would be faster with other sizes of tiles
   peers        other projects' kernels on the same inputs; --site names a folder where they are
   checks       whole models against float64: gradients, steps of AdamW, compilation, generation, CUDA graphs; the tests
                that need a GPU
+  profile      the kernels that take most of a training step
+  tuning       what would be faster with other sizes of tiles
 
-Stages run in processes of their own, side by side as far as they can: tuning and peers after correctness, profile and
-checks after models. What compiles or compares shares the device; what is timed has it for itself, and waits until
-correctness is through. What fails or takes too long is named, and the others go on. Results go to gpu.json as they
-come, tables to gpu.md, and what the processes print to logs.txt. The last line of the output is JSON; the exit code is
-1 if a stage failed.
+Stages run in processes of their own, in this order; card and kernels run beside the others. What compiles or compares
+shares the device; what is timed has it for itself, and waits until correctness is through. What fails or takes too long
+is named, and the others go on. Results go to gpu.json as they come, tables to gpu.md, and what the processes print to
+logs.txt. The last line of the output is JSON; the exit code is 1 if a stage failed.
 
 With --device cpu --tiny, all runs on a CPU, the Triton kernels in their interpreter: a rehearsal whose times mean
 nothing. The command needs neither an installed attnres nor `datasets`.
@@ -42,10 +41,11 @@ from gpu_worker import SETTINGS  # noqa: E402
 from reports import table, write_json, write_text  # noqa: E402
 
 
-# seconds that a stage may take, and its lane: those of a lane run one after the other, in this order
-LIMITS = {"card": 90, "correctness": 120, "kernels": 120, "models": 420, "profile": 150}
-LIMITS |= {"tuning": 150, "peers": 90, "checks": 200}
-LANES = {"card": 0, "correctness": 1, "kernels": 2, "models": 3, "profile": 3, "tuning": 1, "peers": 3, "checks": 3}
+# seconds that a stage may take, and its lane: those of a lane run one after the other, in this order. There are only
+# two, as what compiles a lot takes processors from the others
+LIMITS = {"card": 90, "correctness": 120, "kernels": 120, "models": 420, "peers": 90, "checks": 200, "profile": 150}
+LIMITS |= {"tuning": 150}
+LANES = dict.fromkeys(LIMITS, 1) | {"card": 2, "kernels": 2}
 LOG_BYTES = 200 * 1024
 RESERVE = 4  # seconds to end processes and write reports
 # what AttnRes may take, by what the stock model takes, by case and whether it is compiled
@@ -331,7 +331,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""examples:
   {__doc__.split(chr(10), 1)[0]}
-  python scripts/gpu.py --minutes 4 --stages card correctness --output outputs/gpu
+  python scripts/gpu.py --minutes 4 --stages correctness models --shapes large --output outputs/gpu
   python scripts/gpu.py --minutes 5 --stages peers --site outputs/site --output outputs/peers
   python scripts/gpu.py --device cpu --tiny --minutes 5 --output outputs/rehearsal""",
     )
