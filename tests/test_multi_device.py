@@ -69,8 +69,10 @@ def check_same_curve(folder: Path, expected: Path, tolerance: float):
     for line, expected_line in zip(lines, expected_lines):
         assert line.keys() == expected_line.keys()
         for name, value in line.items():
-            # queries start at zero, and the first step of Adam makes much of little
-            assert value == pytest.approx(expected_line[name], rel=tolerance, abs=tolerance), (name, line["step"])
+            # queries start at zero, and the first step of Adam makes much of little; gradients are sums with more
+            # roundings than a loss (in float32 they are 5e-6 to 3e-4 away from float64)
+            bound = 10 * tolerance if "grad_norm" in name else tolerance
+            assert value == pytest.approx(expected_line[name], rel=bound, abs=bound), (name, line["step"])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -276,7 +278,7 @@ def test_buffers(server, single):
     model = perturb(tiny_model("deepseek_v3", **sizes))
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer.normal_()
+            buffer.normal_(generator=torch.Generator().manual_seed(0))
     model.save_pretrained(server.folder / "deepseek_v3")
     AutoTokenizer.from_pretrained(single / "model").save_pretrained(server.folder / "deepseek_v3")
     command = ("pretrain", "--model=deepseek_v3", *STEPS, "--data=text")  # also the name of a model type
