@@ -999,7 +999,8 @@ def _precision(tensor: torch.Tensor) -> str:
 
 def _address_table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The addresses of the tensors, int64 on their device."""
-    fill, at_once = (_fill_table, 16) if len(tensors) <= 16 else (_fill_long_table, 64)
+    few = len(tensors) <= TABLE_ARGUMENTS
+    fill, at_once = (_fill_table, TABLE_ARGUMENTS) if few else (_fill_long_table, 4 * TABLE_ARGUMENTS)
     tensors = [*tensors, *[tensors[0]] * (-len(tensors) % at_once)]
     table = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
     for start in range(0, len(tensors), at_once):
@@ -1024,8 +1025,8 @@ TUNED = {
     "closed_backward": {"rows": 16, "cache_bytes": 1 << 17, "warps": 4, "part": 32, "chunk": 32, "hints": False},
     # the widest sources, columns per warp, most numbers of sources that a thread holds (half as many where there are 16
     # warps), and by the number of warps the registers that such a thread gets, so that more of them run at a time
-    "held_forward": {"widest": 2048, "columns": 512, "numbers": 128, "registers": {4: 168}},
-    "held_backward": {"widest": 2048, "columns": 512, "numbers": 32, "registers": {4: 168, 8: 128}},
+    "held_forward": {"widest": 2048, "columns": 512, "numbers": 128, "registers": [[4, 168]]},
+    "held_backward": {"widest": 2048, "columns": 512, "numbers": 32, "registers": [[4, 168], [8, 128]]},
     "products_backward": {"tokens": 32, "chunk": 128, "warps": 4, "stages": 2, "programs": 4},
     # columns per warp; warps of a processor, the widest token that is loaded while the one before is computed
     "step_forward": {"columns": 512},
@@ -1094,8 +1095,9 @@ def _held_tiles(sources: Sequence[torch.Tensor], kernel: str) -> dict | None:
         return None
     tiles = {"WIDTH": width, "SOURCES": rows, "num_warps": warps}
     is_full = rows * width == 32 * warps * tuned["numbers"]
-    if is_full and warps in tuned["registers"] and torch.version.hip is None:
-        tiles["maxnreg"] = tuned["registers"][warps]
+    registers = dict(tuned["registers"])
+    if is_full and warps in registers and torch.version.hip is None:
+        tiles["maxnreg"] = registers[warps]
     return tiles
 
 
@@ -1341,14 +1343,8 @@ class TritonKernels(DepthKernels):
                 AHEAD=hidden_size <= tuned["ahead"],
                 num_warps=warps,
             )
-        product_sum = norm_sum = None
-        if has_product and grad_normed is not None:
-            product_sum, norm_sum = sums.sum(1).unbind()
-        elif has_product:
-            product_sum = sums.sum(1)[0]
-        elif grad_normed is not None:
-            norm_sum = sums.sum(1)[0]
-        return product_sum, norm_sum
+        totals = sums.sum(1)
+        return totals[0] if has_product else None, totals[-1] if grad_normed is not None else None
 
 
 TRITON_KERNELS = TritonKernels()

@@ -45,7 +45,8 @@ from benchmark_cases import (
     model_rows,
     operator_rows,
 )
-from training_run import RunError, plt, table, versions, write_json, write_text
+from reports import table, write_json, write_text
+from training_run import RunError, plt, versions
 from transformers import CONFIG_MAPPING
 
 from attnres import DepthAttentionInterface

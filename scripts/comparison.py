@@ -13,6 +13,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from accelerate import PartialState
+from reports import table, write_json
 from training_options import run_arguments
 from training_run import (
     FAILURE_FILE,
@@ -24,10 +25,8 @@ from training_run import (
     open_run,
     plot_losses,
     read_lines,
-    table,
     versions,
     without_seed,
-    write_json,
 )
 
 

@@ -36,11 +36,12 @@ import torch
 import transformers
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from output_folder import output_folder
+from reports import table, write_json, write_text
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from training_data import STDLIB, DataError, data_name, first_line, held_out_rows, load_documents, load_rows, text_hash
 from training_options import positive
-from training_run import RunError, table, versions, write_json, write_text
+from training_run import RunError, versions
 
 
 METRICS = Path(__file__).parent / "evaluation"

@@ -57,6 +57,7 @@ from pretrain import (
     read_config,
     starting_point,
 )
+from reports import write_json
 from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import ShuffledSequences, data_name, first_line
 from training_optim import is_depth_attention, new_optimizer
@@ -92,7 +93,6 @@ from training_run import (
     read_lines,
     tokens_per_second,
     versions,
-    write_json,
 )
 
 

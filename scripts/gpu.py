@@ -295,7 +295,7 @@ TABLES = {
 
 def run_stages(stages: list[Stage], report: Report, environment: dict[str, str], deadline: float):
     """Runs the lanes side by side, and kills what is late."""
-    waiting, running, done = list(stages), [], []
+    waiting, running = list(stages), []
     try:
         while waiting or running:
             lanes = {run.stage.lane for run in running}
@@ -307,7 +307,6 @@ def run_stages(stages: list[Stage], report: Report, environment: dict[str, str],
             for run in list(running):
                 if run.is_done(deadline):
                     running.remove(run)
-                    done.append(run)
                     say = run.failure or "done"
                     print(f"{run.stage.name}: {run.seconds():.0f} s: {say}", file=sys.stderr, flush=True)
                     report.update([run], final=True)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import transformers
+from benchmark_cases import as_graph
 from gpu_worker import SCRIPTS, Gate, first_line, settings, waiting_compile
 
 import attnres  # noqa: F401  registers the classes
@@ -348,18 +349,11 @@ def unwaiting_forward(model, input_ids) -> torch.Tensor:
 
 def check_graph(model, what: str) -> dict:
     given, other = token_ids(2, 48), token_ids(2, 48, seed=2)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            unwaiting_forward(model, given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = unwaiting_forward(model, given)
+    logits = []
+    replay = as_graph(lambda: logits.append(unwaiting_forward(model, given)), torch.cuda.graph_pool_handle())
     given.copy_(other)
-    graph.replay()
-    return equal_row(what, captured, unwaiting_forward(model, other))
+    replay()
+    return equal_row(what, logits[-1], unwaiting_forward(model, other))
 
 
 def check_compiled_training(family: str, mode: str) -> list[dict]:

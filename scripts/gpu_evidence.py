@@ -34,6 +34,7 @@ from pathlib import Path
 
 from gpu_evidence_data import EvidenceError, prepare, read_data, unpack
 from gpu_evidence_report import write_report
+from reports import write_text
 
 
 # torch and transformers are imported by the workers alone, all at once: a minute has few seconds
@@ -203,9 +204,7 @@ class Results:
             else:
                 text = json.dumps(value)
             parts.append(f" {json.dumps(name)}: {text}")
-        partial = self.file.with_name(f".{self.file.name}")
-        partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-        partial.replace(self.file)
+        write_text(self.file, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def start_worker(settings: dict, data: dict, barrier):

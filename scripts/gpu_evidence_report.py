@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from reports import table, write_text
 
 
 NAMES = {"donor": "donor: plain sum", "block": "Block", "full": "Full"}
@@ -69,12 +70,6 @@ def summarise(content: dict) -> dict:
 
 
 # --- Tables
-
-
-def table(rows: list[tuple]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
-    return "\n".join(lines) + "\n"
 
 
 def signed(value: float) -> str:
@@ -184,7 +179,7 @@ def write_table(folder: Path, content: dict, summary: dict):
         if at_edge:
             text += f"The best rate is at an edge of what was tried for {', '.join(at_edge)}.\n\n"
     text += "![Losses, and magnitudes over depth](evidence.png)\n"
-    (folder / "evidence.md").write_text(text, encoding="utf-8")
+    write_text(folder / "evidence.md", text)
 
 
 # --- Figure

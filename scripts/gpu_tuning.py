@@ -12,10 +12,13 @@ from gpu_worker import Pool, Results, WorkerError, seconds_left, settings
 CLOSED = {"warps": (2, 4, 8), "part": (32, 64), "chunk": (32, 64), "hints": (False, True)}
 # the kernel of `TUNED`: what it is timed in, and the values that are tried; with 0 numbers, nothing is held
 SPACE = {
-    "held_forward": ("phase 1 forward", {"columns": (256, 512), "numbers": (0, 64, 128), "registers": ({}, {4: 168})}),
+    "held_forward": (
+        "phase 1 forward",
+        {"columns": (256, 512), "numbers": (0, 64, 128), "registers": ([], [[4, 168]])},
+    ),
     "held_backward": (
         "phase 1 backward, sources alone",
-        {"columns": (256, 512), "numbers": (0, 32, 64), "registers": ({}, {4: 168}, {8: 128})},
+        {"columns": (256, 512), "numbers": (0, 32, 64), "registers": ([], [[4, 168]], [[8, 128]])},
     ),
     "closed_forward": ("phase 1 forward", CLOSED),
     "closed_backward": ("phase 1 backward, sources alone", CLOSED),

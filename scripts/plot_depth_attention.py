@@ -30,10 +30,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from output_folder import output_folder
+from reports import write_json
 from tqdm import tqdm
 from training_data import STDLIB, DataError, PackedDocuments, collate, is_held_out, load_documents, tokenized
 from training_options import positive
-from training_run import RunError, plt, write_json
+from training_run import RunError, plt
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 

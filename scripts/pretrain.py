@@ -28,6 +28,7 @@ from attnres_convert import convert_checkpoint, convert_to_donor
 from comparison import check_variants, compare, open_comparison
 from depth_callback import DEPTH_FILE, DepthCallback, check_can_be_watched, decoder
 from packed_documents import mixes_documents, separate_documents
+from reports import write_json
 from safetensors import SafetensorError
 from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import (
@@ -75,7 +76,6 @@ from training_run import (
     read_lines,
     tokens_per_second,
     versions,
-    write_json,
 )
 from transformers import (
     CONFIG_MAPPING,

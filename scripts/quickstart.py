@@ -32,21 +32,11 @@ from plot_depth_attention import parse_arguments as plot_arguments
 from plot_depth_attention import plot_depth_attention
 from pretrain import check_context, pretrain
 from pretrain import parse_arguments as pretraining_arguments
+from reports import table, write_json
 from training_data import DataError, load_documents
 from training_optim import DEPTH_LR_SCALE
 from training_options import positive, start_process
-from training_run import (
-    METRICS_FILE,
-    RESULTS_FILE,
-    RunError,
-    checkpoints,
-    plot_losses,
-    publish,
-    read_lines,
-    table,
-    versions,
-    write_json,
-)
+from training_run import METRICS_FILE, RESULTS_FILE, RunError, checkpoints, plot_losses, publish, read_lines, versions
 
 
 ROOT = Path(__file__).resolve().parents[1]

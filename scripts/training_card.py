@@ -20,8 +20,9 @@ from attnres_convert.card import (
     shell_command,
     write_card,
 )
+from reports import write_json
 from training_data import STDLIB, first_line
-from training_run import launched, write_json
+from training_run import launched
 from transformers.utils import cached_file
 
 

@@ -35,8 +35,6 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from attnres_convert import ConversionError
 from peft import PeftModel
 from reports import cpu_name, write_json
-from reports import table as table
-from reports import write_text as write_text
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm

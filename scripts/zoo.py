@@ -43,11 +43,12 @@ from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from push_to_hub import CODE_FILES, WEIGHTS, PushError, check_content, collect, load_as_stranger, walk
 from readme import fill, section
+from reports import table, write_json, write_text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from training_data import DataError, first_line, load_documents
 from training_options import run_arguments
-from training_run import RunError, publish, table, write_json, write_text
+from training_run import RunError, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
