@@ -51,6 +51,7 @@ setup(
         "trl": ["trl>=1.0"],
         "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for scripts/evaluate_model.py --lm-eval
         "test": [
+            "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",

@@ -8,6 +8,7 @@ from importlib import import_module
 _MODULES = {
     "ConversionError": "checkpoint",
     "ConversionResult": "conversion",
+    "InputError": "reading",
     "Verification": "verification",
     "convert_checkpoint": "conversion",
     "convert_to_donor": "conversion",

@@ -8,6 +8,8 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from .reading import InputError
+
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -45,8 +47,8 @@ COMPANIONS = (
 NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "trainer_state.json", "adapter_config.json")
 
 
-class ConversionError(ValueError):
-    """A conversion is impossible or went wrong. The message says what to do and fits on a line or two."""
+class ConversionError(InputError):
+    """A conversion is impossible or went wrong. The message says what to do, in one line."""
 
 
 @dataclass(frozen=True)

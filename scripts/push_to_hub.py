@@ -27,6 +27,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
+from attnres_convert import InputError
 from attnres_convert.card import CARD_NAME, folder_card, renamed, without_local_bases, write_card
 from huggingface_hub import (
     CommitOperationAdd,
@@ -111,7 +112,7 @@ except Exception as error:
 """
 
 
-class PushError(ValueError):
+class PushError(InputError):
     """The folder can't be pushed; the message is one line that says why and what to do."""
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from attnres_convert import ConversionError, convert_checkpoint
+from attnres_convert import InputError, convert_checkpoint
 from attnres_convert.card import read_json
 from attnres_convert.report import report
 from evaluate_model import evaluate_checkpoints, notes, report_table, write_report
@@ -33,7 +33,7 @@ from plot_depth_attention import plot_depth_attention
 from pretrain import check_context, pretrain
 from pretrain import parse_arguments as pretraining_arguments
 from reports import table, write_json
-from training_data import DataError, load_documents
+from training_data import load_documents
 from training_optim import DEPTH_LR_SCALE
 from training_options import positive, start_process
 from training_run import METRICS_FILE, RESULTS_FILE, RunError, checkpoints, plot_losses, publish, read_lines, versions
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None):
             for parent in new_parents:
                 if not any(parent.iterdir()):
                     parent.rmdir()
-    except (RunError, DataError, ConversionError) as error:
+    except InputError as error:
         raise SystemExit(f"quickstart: {error}") from None
     except OSError as error:
         raise SystemExit(f"quickstart: can't write to {args.output}: {error.strerror}.") from None

@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from attnres_convert import InputError
 from datasets.exceptions import DatasetNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -42,7 +43,7 @@ TOKEN_FEATURES = datasets.Features(
 )
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """The data can't be trained on; the message is one line that says why and what to do."""
 
 

@@ -32,13 +32,13 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from attnres_convert import ConversionError
+from attnres_convert import InputError
 from peft import PeftModel
 from reports import cpu_name, write_json
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
-from training_data import DataError, first_line
+from training_data import first_line
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -54,7 +54,7 @@ FILES_FILE = "files.json"  # of a checkpoint: names and sizes of its files
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
 
 
-class RunError(ValueError):
+class RunError(InputError):
     """The run can't start or go on; the message is one line that says why and what to do."""
 
 
@@ -263,7 +263,7 @@ def one_line_errors(script: str, folder: Path):
     try:
         with discarded_if_refused(folder, is_new=not (folder / RUN_FILE).exists()):
             yield
-    except (RunError, DataError, ConversionError) as error:
+    except InputError as error:
         raise SystemExit(f"{script}: {error}") from None
     except OSError as error:
         if error.errno not in NO_SPACE:

@@ -1,0 +1,312 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Reading folders that somebody else wrote: the one place that opens their files.
+
+Nothing in such a folder is trusted: not that a file is a file, nor its size, its nesting or its types. Whatever is
+wrong is an [`InputError`], one line that says what, where and what to do.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+
+CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+MAX_MESSAGE = 300  # characters
+MAX_JSON = 100_000_000  # bytes, of a tokenizer or an index; the largest in use have a third of it
+MAX_CONFIG = 10_000_000
+MAX_TEXT = 10_000_000
+MAX_KEYS = 10_000  # of a configuration
+MAX_LAYERS = 10_000
+MAX_CARD_DEPTH = 20  # of the metadata of a card
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # of the Hub; also in the middle of a word
+
+# The fields of a configuration that are looked at before transformers does; all may be null, which is their default.
+FLAGS = (
+    "output_attentions",
+    "output_depth_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "tie_word_embeddings",
+    "is_encoder_decoder",
+    "is_decoder",
+    "use_cache",
+)
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+SIZES += ("vocab_size", "max_position_embeddings", "attn_res_block_size", "head_dim")
+
+
+class InputError(ValueError):
+    """What somebody gave can't be used. The message is one line of at most MAX_MESSAGE characters."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(one_line(message))
+
+
+def one_line(message: str, limit: int = MAX_MESSAGE) -> str:
+    """A message without what a terminal or a log can't take, a token of the Hub, or more than `limit` characters."""
+    text = "".join(character if character.isprintable() else " " for character in str(message)[: 100 * limit])
+    text = TOKEN.sub("hf_...", " ".join(text.split()))
+    if len(text) <= limit:
+        return text
+    end = limit // 3  # what to do stands at the end
+    return f"{text[: limit - end - 5]} ... {text[-end:]}"
+
+
+@contextmanager
+def understood(what: str, advice: str = "", kind: type[InputError] = InputError) -> Iterator[None]:
+    """Turns whatever goes wrong in a library that reads `what` into one line.
+
+    Args:
+        what: begins the message, such as "config.json of some/model isn't valid".
+        advice: ends it.
+        kind: of the error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of all kinds: what a file holds decides on them
+        raise kind(f"{what}: {reason(error)}{f'; {advice}' if advice else ''}.") from None
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line that ends without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError) or not lines:
+        return " ".join([type(error).__name__, *lines[:1]])
+    return one_line(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:"), MAX_MESSAGE // 2)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is a regular file, perhaps behind a link: no folder, pipe or device."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def open_regular(path: Path, limit: int | None = None) -> Iterator:
+    """A regular file opened to read bytes; nothing else is waited for.
+
+    Args:
+        limit: the largest size in bytes.
+
+    Raises:
+        InputError: it isn't there, is no regular file, is too large, or can't be read.
+    """
+    try:
+        # a pipe would keep an open without O_NONBLOCK waiting for whoever writes to it
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise InputError(f"{path.name} is missing in {path.parent}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}.") from None
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is no regular file; put the file itself there.")
+        if limit is not None and found.st_size > limit:
+            raise InputError(f"{path} has {found.st_size / 1e6:,.0f} MB; at most {limit / 1e6:,.0f} MB are read.")
+        yield file
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """
+    Raises:
+        InputError: as [`open_regular`], or it is no UTF-8.
+    """
+    try:
+        with open_regular(path, limit) as file:
+            return file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}.") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}.") from None
+
+
+def parse_json(text: str | bytes, name: str, unique: bool = False):
+    """The value in a JSON text, in which every string is text.
+
+    Args:
+        name: of the file, for messages.
+        unique: refuse names that stand twice in an object, of which Python takes the last.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except RecursionError:
+        raise InputError(f"{name} is not valid JSON: it is nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{name} has half a surrogate pair in a string, which is no text.") from None
+    except ValueError as error:
+        raise InputError(f"{name} is not valid JSON: {reason(error)}.") from None
+    return value
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: the file is missing or broken, or holds something else.
+    """
+    content = parse_json(read_text(path, limit), str(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, not {kind_of(content)}.")
+    return content
+
+
+def kind_of(value) -> str:
+    """What JSON calls the type of a value."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def read_config(folder: Path) -> dict:
+    """The configuration of a model folder, after a check of the fields that are used before a model checks them.
+
+    Raises:
+        InputError: it is missing, broken, or a field has a wrong type.
+    """
+    path = folder / CONFIG_NAME
+    if not is_regular(path) and is_regular(folder / "adapter_config.json"):
+        raise InputError(f"{folder} holds an adapter, not a model; merge it first (PEFT: merge_and_unload).")
+    return check_config(read_json(path, MAX_CONFIG), str(path))
+
+
+def check_config(config: dict, name: str) -> dict:
+    """`config` itself, once the types of what is used before a model checks it are known to be right.
+
+    Raises:
+        InputError: one is wrong, or the sizes can't be those of a model.
+    """
+    if len(config) > MAX_KEYS:
+        raise InputError(f"{name} has {len(config):,} fields; no configuration has more than {MAX_KEYS:,}.")
+    typed(config, "model_type", str, name)
+    typed(config, "auto_map", dict, name)
+    typed(config, "quantization_config", dict, name)
+    texts(config, "architectures", name)
+    for field in FLAGS:
+        typed(config, field, bool, name)
+    for field in SIZES:
+        size = typed(config, field, (int, list) if field.startswith(("inter", "num_key")) else int, name)
+        if type(size) is int and size < 0:
+            raise InputError(f"{name}: {field} is {size}, which is no size.")
+    if (config.get("num_hidden_layers") or 0) > MAX_LAYERS:
+        raise InputError(f"{name}: num_hidden_layers is {config['num_hidden_layers']:,}; at most {MAX_LAYERS:,} work.")
+    return config
+
+
+def typed(content: dict, field: str, kinds: type | tuple[type, ...], name: str):
+    """A field of `content`, `None` if it is null or absent.
+
+    Raises:
+        InputError: it is of none of `kinds`; true and false are no numbers.
+    """
+    value, kinds = content.get(field), kinds if isinstance(kinds, tuple) else (kinds,)
+    if value is None or type(value) in kinds or float in kinds and type(value) is int:
+        return value
+    wanted = " or ".join(dict.fromkeys(kind_of(kind()) for kind in kinds))
+    raise InputError(f"{name}: {field} must be {wanted}, not {kind_of(value)} ({json.dumps(value)[:40]}).")
+
+
+def texts(content: dict, field: str, name: str) -> list[str]:
+    """A field that is a list of texts; empty if it is null or absent."""
+    values = typed(content, field, list, name) or []
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(f"{name}: {field} must be a list of texts, not of {kind_of(value)}.")
+    return values
+
+
+class _CardLoader(yaml.SafeLoader):
+    """Without aliases, of which a few lines can stand for more than any memory holds."""
+
+    def compose_node(self, parent, index):
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias; write the value out")
+        if self.depth > MAX_CARD_DEPTH:
+            raise yaml.YAMLError("it is nested too deeply")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+def parse_metadata(card: str, name: str) -> dict:
+    """The metadata at the beginning of a model card, empty if it has none.
+
+    Raises:
+        InputError: they are no YAML mapping.
+    """
+    found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", card, re.DOTALL)
+    if found is None:
+        return {}
+    try:
+        content = yaml.load(found[1], Loader=_CardLoader)
+        content = {} if content is None else content
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = getattr(error, "problem", None) or reason(error)
+        raise InputError(f"the metadata of {name} are no valid YAML: {text}.") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"the metadata of {name} must be names with values, not {kind_of(content)}.")
+    return content
+
+
+def check_folder(folder: Path) -> None:
+    """Whether a folder may be handed to a library that opens files by itself.
+
+    Raises:
+        InputError: a file in it is a pipe or device, which it would wait for, or a text without end.
+    """
+    try:
+        entries = sorted(path for pattern in ("*", "additional_chat_templates/*") for path in folder.glob(pattern))
+        for path in entries:
+            found = path.stat() if path.exists() else None
+            if found is None or stat.S_ISDIR(found.st_mode):
+                continue
+            if not stat.S_ISREG(found.st_mode):
+                raise InputError(f"{path} is no regular file; put the file itself there, or remove it.")
+            if path.suffix == ".json" and found.st_size > MAX_JSON:
+                raise InputError(f"{path} has {found.st_size / 1e6:,.0f} MB; at most {MAX_JSON / 1e6:,.0f} are read.")
+    except OSError as error:
+        raise InputError(f"{folder} can't be read: {error.strerror}.") from None
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Whether a file of `folder` may be copied or published as its own.
+
+    Raises:
+        InputError: it is a link to nothing, or to a file outside the folder that isn't in the cache of the Hub, where
+            the files of a repository lie in `blobs/` beside it.
+    """
+    try:
+        home, target = folder.resolve(), path.resolve(strict=True)
+    except (OSError, RuntimeError):  # a loop is the second, until Python 3.13
+        raise InputError(f"{path} is a link to nothing; remove it.") from None
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if not target.is_relative_to(home) and not (blobs is not None and target.is_relative_to(blobs)):
+        raise InputError(f"{path} is a link that leaves the folder; put the file itself there, or remove it.")
