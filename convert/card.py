@@ -10,14 +10,28 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCardData
+
+from . import reading
+from .reading import (
+    ADAPTER_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    InputError,
+    check_config,
+    is_regular,
+    parse_metadata,
+    read_text,
+    texts,
+    typed,
+)
 
 
-CARD_NAME = "README.md"
 DONOR_CARD_NAME = "DONOR_README.md"
 RESULTS_NAME = "results.json"
 FIGURE_NAME = "depth_attention.png"
@@ -35,6 +49,50 @@ KEPT_METADATA = (
     "pipeline_tag",
     "tags",
 )
+LISTS = ("base_model", "datasets", "language", "license", "tags")  # of the metadata; the others are texts
+NUMBER = (int, float)
+
+# What a card shows of results.json, part by part. Other files of this name, or broken ones, are left alone.
+SHOWN = {
+    "results": {
+        **dict.fromkeys(("base", "command", "data", "method", "revision", "sharding"), str),
+        **dict.fromkeys(("depth_parameters", "documents", "examples", "parameters", "processes", "steps"), int),
+        **dict.fromkeys(("tokens", "trained_parameters", "training_tokens"), int),
+        **dict.fromkeys(("held_out_loss_before", "merged_relative_error"), NUMBER),
+        **dict.fromkeys(("base_is_hub", "converted"), bool),
+        **dict.fromkeys(("arguments", "conversion", "model_config", "versions"), dict),
+        "language": (str, list),
+        "datasets": list,
+        "evaluation": list,
+    },
+    "arguments": {
+        **dict.fromkeys(("seed", "seq_len"), int),
+        **dict.fromkeys(("optimizer", "quantization", "schedule"), str),
+        "learning_rate": NUMBER,
+        "bf16": bool,
+    },
+    "conversion": {
+        **dict.fromkeys(("donor_class", "dtype", "verification_skipped"), str),
+        "parameters_added": int,
+        "relative_difference": NUMBER,
+    },
+    "evaluation": {**dict.fromkeys(("metric", "type", "dataset", "dataset_id", "task_id"), str), "value": NUMBER},
+    "adapter": {"peft_type": str, "base_model_name_or_path": str},
+}
+NEEDED = {  # a field, or one that begins a part, and what is shown with it
+    "results": {
+        "": ("command",),
+        "arguments": ("data", "steps", "tokens"),
+        "method": ("arguments",),
+        "parameters": ("depth_parameters",),
+        "tokens": ("arguments",),
+        "trained_parameters": ("depth_parameters",),
+    },
+    "arguments": {"": ("bf16", "learning_rate", "optimizer", "schedule", "seed", "seq_len")},
+    "conversion": {"": ("parameters_added",), "relative_difference": ("dtype",)},
+    "evaluation": {"": ("metric", "type", "dataset", "value"), "task_id": ("dataset_id",)},
+    "adapter": {},
+}
 CONFIG_FACTS = ("architectures", "attn_res_mode", "attn_res_block_size", "num_hidden_layers", "hidden_size")
 PIPELINE_TAGS = {
     "ForCausalLM": "text-generation",
@@ -230,9 +288,9 @@ def folder_card(folder: Path, title: str | None = None, inherited: dict | None =
         command=results.get("command"),
         making=tuple(_making(facts)),
         notes=EXACTNESS if facts.is_converted else "",
-        figure=FIGURE_NAME if (folder / FIGURE_NAME).is_file() else None,
+        figure=FIGURE_NAME if is_regular(folder / FIGURE_NAME) else None,
         limits=tuple(_limits(facts)),
-        donor_card=(folder / DONOR_CARD_NAME).is_file(),
+        donor_card=is_regular(folder / DONOR_CARD_NAME),
         **taken_over,
     )
 
@@ -245,16 +303,18 @@ class Facts:
 
     def __init__(self, folder: Path, title: str):
         self.title = title
-        self.adapter = read_json(folder / "adapter_config.json")
-        results = read_json(folder / RESULTS_NAME)
-        self.results = results if isinstance(results.get("command"), str) else {}  # others have files of this name too
-        self.config = read_json(folder / "config.json") or self.results.get("model_config", {})
-        self.is_adapter = bool(self.adapter)
+        adapter = read_json(folder / ADAPTER_NAME)
+        self.is_adapter = bool(adapter)
+        self.adapter = _or_empty(_shown, adapter, "adapter")
+        self.results = _or_empty(_results, read_json(folder / RESULTS_NAME))
+        config = read_json(folder / CONFIG_NAME) or self.results.get("model_config", {})
+        self.config = _or_empty(check_config, config, CONFIG_NAME)
         self.conversion = self.results.get("conversion", {})
         self.class_name = (self.config.get("architectures") or [""])[0]
-        self.has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        self.has_tokenizer = is_regular(folder / "tokenizer_config.json")
         if "attn_res_mode" in self.config:
-            self.mode = self.config["attn_res_mode"]
+            mode = self.config["attn_res_mode"]
+            self.mode = mode if isinstance(mode, str) and mode in ABOUT else None
         elif self.config:
             self.mode = "donor"
         else:
@@ -273,7 +333,7 @@ class Facts:
     @property
     def method(self) -> str:
         """How it was fine-tuned, if it was."""
-        return self.results.get("method") or self.adapter.get("peft_type", "").lower()
+        return self.results.get("method") or self.adapter.get("peft_type", "peft").lower()
 
     @property
     def base(self) -> str | None:
@@ -283,7 +343,7 @@ class Facts:
 
     @property
     def block_size(self) -> str:
-        size = self.config.get("attn_res_block_size", 0)
+        size = self.config.get("attn_res_block_size") or 0
         return f"{size} decoder layer{'s' * (size != 1)}"
 
 
@@ -330,7 +390,7 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
         rows.append(("mode", f"block, {facts.block_size} each"))
     elif facts.mode not in ("donor", None):
         rows.append(("mode", facts.mode))
-    if "hidden_size" in config:
+    if config.get("hidden_size") and config.get("num_hidden_layers"):
         rows.append(("shape", f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']:,}"))
     if conversion:
         added = f"{conversion['parameters_added']:,} (`depth_attention.query` and `.key_norm`, float32)"
@@ -343,7 +403,7 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
     if "trained_parameters" in results:
         depth = f", {results['depth_parameters']:,} of them of depth attention" if results["depth_parameters"] else ""
         rows.append(("trained parameters", f"{results['trained_parameters']:,}{depth}"))
-    if results.get("merged_relative_error") is not None and not facts.is_adapter:
+    if "merged_relative_error" in results and not facts.is_adapter:
         rows.append(("change of the logits by merging", f"{shown(results['merged_relative_error'])} of the largest"))
     if arguments:
         rows.append(("data", _data(results)))
@@ -352,7 +412,7 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
         schedule = f"{arguments['optimizer']}, learning rate {arguments['learning_rate']:g}, {arguments['schedule']}"
         rows.append(("optimizer", f"{schedule}{', bfloat16' if arguments['bf16'] else ''}"))
         rows.append(("seed", str(arguments["seed"])))
-    if results.get("held_out_loss_before") is not None:
+    if "held_out_loss_before" in results:
         rows.append(("held-out loss before", shown(results["held_out_loss_before"])))
     if "device" in versions:
         hardware = f"{versions['device']}, {versions['threads']} thread{'s' * (versions['threads'] != 1)}"
@@ -370,8 +430,8 @@ def _sharded(results: dict) -> str:
 
 
 def _verification(conversion: dict) -> str:
-    if conversion.get("verification_skipped"):
-        return f"skipped: {conversion['verification_skipped']}"
+    if "relative_difference" not in conversion:
+        return f"skipped: {conversion.get('verification_skipped', 'nothing is known about it')}"
     difference = conversion["relative_difference"]
     return f"largest relative difference of the logits {shown(difference)} ({conversion['dtype']})"
 
@@ -387,7 +447,7 @@ def _limits(facts: Facts) -> list[str]:
     if facts.is_converted:
         limits.append("It is no better than its source until it has been trained, and has all limits of its source.")
     if "tokens" in results:
-        tokens, size = results["tokens"], results.get("parameters", results.get("trained_parameters"))
+        tokens, size = results["tokens"], results.get("parameters", results.get("trained_parameters", 0))
         scale = f"{tokens:,} tokens and {size:,} {'' if 'parameters' in results else 'trained '}parameters"
         if facts.base:
             limits.append(f"It has the limits of what it was made from; the training counted here is {scale}.")
@@ -401,7 +461,7 @@ def _limits(facts: Facts) -> list[str]:
     if facts.is_adapter:
         limits.append("It goes with the weights of this base and no others.")
         if results.get("method") == "qlora":
-            kind = results["arguments"]["quantization"]
+            kind = results["arguments"].get("quantization", "fewer bits")
             limits.append(f"It was trained on the base quantised to {kind}; with the full base the results differ.")
     if facts.needs_code:
         limits.append(
@@ -440,23 +500,67 @@ def config_facts(config: dict) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file, empty if there is none."""
+    """The object in a file, empty if there is none that can be read."""
+    return _or_empty(reading.read_json, path)
+
+
+def _or_empty(read: Callable[..., dict], *arguments) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read(*arguments)
+    except InputError:
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def _shown(content: dict, part: str) -> dict:
+    """What a card shows of a part of `results.json`, without nulls.
+
+    Raises:
+        InputError: a field has a wrong type, or lacks one that is shown with it.
+    """
+    found = {field: typed(content, field, kinds, part) for field, kinds in SHOWN[part].items()}
+    found = {field: value for field, value in found.items() if value is not None}
+    for field, needed in NEEDED[part].items():
+        if (not field or field in found) and not found.keys() >= set(needed):
+            raise InputError(f"{part} must have {', '.join(needed)}.")
+    return found
+
+
+def _results(content: dict) -> dict:
+    """What a card shows of `results.json`, all of the right types."""
+    results = _shown(content, "results")
+    for part in ("arguments", "conversion"):
+        if part in results:
+            results[part] = _shown(results[part], part)
+    results["evaluation"] = [
+        _shown(entry if isinstance(entry, dict) else {}, "evaluation") for entry in results.get("evaluation", [])
+    ]
+    versions = {name: x for name, x in results.get("versions", {}).items() if isinstance(x, str)}
+    threads = typed(results.get("versions", {}), "threads", int, "versions")
+    results["versions"] = versions if threads is None else {**versions, "threads": threads}
+    if threads is None:
+        versions.pop("device", None)
+    texts(results, "datasets", "results")
+    if isinstance(results.get("language"), list):
+        texts(results, "language", "results")
+    return results
 
 
 def read_metadata(folder: Path) -> dict:
     """What is taken over from the card in a folder, if it has one that can be read."""
     try:
-        found = metadata_load(folder / CARD_NAME) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        found = parse_metadata(read_text(folder / CARD_NAME), CARD_NAME)
+    except InputError:
         return {}
-    kept = {name: found[name] for name in KEPT_METADATA if found.get(name)}
+    kept = {}
+    for name in KEPT_METADATA:
+        values = _list(found.get(name))
+        if name == "language":  # YAML takes the code of Norwegian for false
+            values = ["no" if value is False else value for value in values]
+        values = [str(value) for value in values if type(value) in (str, int) and value != ""]
+        if values and (name in LISTS or not isinstance(found[name], list)):
+            kept[name] = values if isinstance(found[name], list) else values[0]
     kept = without_local_bases(kept)
-    kept["tags"] = [tag for tag in map(str, _list(kept.get("tags"))) if not tag.startswith("base_model:")]
+    kept["tags"] = [tag for tag in _list(kept.get("tags")) if not tag.startswith("base_model:")]
     return kept
 
 
@@ -559,7 +663,7 @@ def _eval_result(result: Result, pipeline_tag: str | None) -> EvalResult:
 
 
 def _list(value) -> list:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _table(heading: tuple[str, ...], rows) -> str:

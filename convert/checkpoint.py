@@ -1,20 +1,35 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Checkpoint folders: what they hold, read from headers only, and whether it is sound."""
 
+import errno
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from .reading import InputError
+from .reading import (
+    CONFIG_NAME,
+    InputError,
+    check_inside,
+    is_regular,
+    kind_of,
+    open_regular,
+    parse_json,
+    read_config,
+    read_json,
+)
 
 
-CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_SHARD_NAME = "model.safetensors"
 MAX_HEADER_SIZE = 100_000_000  # the format's own limit
+MAX_DIMENSIONS = 64  # torch's own limit
+MAX_SIZE = 2**63
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -49,6 +64,27 @@ NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "trainer_state.json", "adapter_co
 
 class ConversionError(InputError):
     """A conversion is impossible or went wrong. The message says what to do, in one line."""
+
+
+@contextmanager
+def clear_errors(target: str | os.PathLike) -> Iterator[None]:
+    """What the input or the system cause is a ConversionError.
+
+    Args:
+        target: what is being written.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except InputError as error:
+        raise ConversionError(str(error)) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConversionError(f"no space left for {target}; free some, or write it elsewhere.") from None
+        raise ConversionError(str(error)) from error
+    except MemoryError:
+        raise ConversionError("there is not enough free memory for this.") from None
 
 
 @dataclass(frozen=True)
@@ -89,14 +125,25 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.end - tensor.start for tensor in self.tensors.values())
+
     def file_of(self, tensor: str) -> str:
         return next(name for name, shard in self.shards.items() if tensor in shard.tensors)
 
     def companions(self) -> list[str]:
-        """Relative names of the tokenizer, chat template, licence and other small files."""
-        files = (path for pattern in ("*", "additional_chat_templates/*") for path in self.folder.glob(pattern))
-        names = sorted(path.relative_to(self.folder).as_posix() for path in files if path.is_file())
-        return [name for name in names if is_companion(name) and name not in self.shards]
+        """Relative names of the tokenizer, chat template, licence and other small files.
+
+        Raises:
+            InputError: one is a link that leaves the folder.
+        """
+        files = [path for pattern in ("*", "additional_chat_templates/*") for path in self.folder.glob(pattern)]
+        names = sorted(path.relative_to(self.folder).as_posix() for path in files if not path.is_dir())
+        names = [name for name in names if is_companion(name) and name not in self.shards]
+        for name in names:
+            check_inside(self.folder, self.folder / name)
+        return names
 
 
 def is_companion(name: str) -> bool:
@@ -106,31 +153,8 @@ def is_companion(name: str) -> bool:
     return matches(COMPANIONS) and not matches(NOT_COMPANIONS) and not name.startswith(".")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ConversionError: the file is missing or broken.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path.name} is missing in {path.parent}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
-
-
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_config(folder: Path) -> dict:
-    if not (folder / CONFIG_NAME).is_file() and (folder / "adapter_config.json").is_file():
-        raise ConversionError(f"{folder} holds an adapter, not a model; merge it first (PEFT: merge_and_unload).")
-    return read_json(folder / CONFIG_NAME)
 
 
 def read_shard(path: Path) -> Shard:
@@ -138,34 +162,47 @@ def read_shard(path: Path) -> Shard:
 
     Not with the safetensors library, which maps the whole file and so fails for files beyond the size of the memory.
     """
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(size - 8, MAX_HEADER_SIZE):
                 raise ValueError(f"it has no room for its header of {length} bytes")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", None) or {}
-        tensors = {
-            name: TensorInfo(info["dtype"], tuple(info["shape"]), *info["data_offsets"])
-            for name, info in header.items()
-        }
-        _check_layout(tensors, size - 8 - length)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConversionError(
-            f"{path.name} is damaged ({error}); if it was downloaded or copied, get it again."
-        ) from None
+            header = parse_json(file.read(length).decode("utf-8"), "its header", unique=True)
+            if not isinstance(header, dict):
+                raise ValueError(f"its header is {kind_of(header)}")
+            metadata = header.pop("__metadata__", None) or {}
+            if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("its __metadata__ are no texts with names")
+            tensors = {name: _tensor(name, info) for name, info in header.items()}
+            _check_layout(tensors, size - 8 - length)
+        except ValueError as error:
+            raise ConversionError(
+                f"{path.name} is damaged ({error}); if it was downloaded or copied, get it again."
+            ) from None
     return Shard(path.resolve(), size, 8 + length, tensors, metadata)
+
+
+def _tensor(name: str, info) -> TensorInfo:
+    """Raises a ValueError unless `info` is of the format."""
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} isn't described by dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{name} has the unknown dtype {dtype}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"{name} has no shape of at most {MAX_DIMENSIONS} sizes, or not two offsets")
+    if any(type(size) is not int or not 0 <= size < MAX_SIZE for size in (*shape, *offsets)):
+        raise ValueError(f"{name} has a shape or offset that is no size")
+    if math.prod(size or 1 for size in shape) >= MAX_SIZE:
+        raise ValueError(f"{name} has more elements than fit anywhere")
+    return TensorInfo(dtype, tuple(shape), *offsets)
 
 
 def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
     """Raises a ValueError unless the tensors are as large as their shapes and fill the data without gap or overlap."""
     position = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if tensor.dtype not in DTYPE_BITS:
-            raise ValueError(f"{name} has the unknown dtype {tensor.dtype}")
-        if any(type(size) is not int or size < 0 for size in (*tensor.shape, tensor.start, tensor.end)):
-            raise ValueError(f"{name} has a shape or offset that is no size")
         if (
             tensor.start != position
             or (tensor.end - position) * 8 != math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype]
@@ -176,49 +213,50 @@ def _check_layout(tensors: dict[str, TensorInfo], data_size: int) -> None:
         raise ValueError(f"it has {data_size} bytes of data where its header says {position}")
 
 
-def shard_names(folder: Path) -> list[str]:
-    """The files that transformers would load, which prefers a single file to an index.
+def read_index(folder: Path) -> dict | None:
+    """The index of the files that transformers would load; `None` if it is a single one, which it prefers to an index.
 
     Raises:
-        ConversionError: there are no safetensors, or the index is broken or names files outside the folder.
+        InputError: there are no safetensors, or the index is broken or names files outside the folder.
     """
-    if (folder / SINGLE_SHARD_NAME).is_file():
-        return [SINGLE_SHARD_NAME]
-    if (folder / INDEX_NAME).is_file():
-        return sorted(set(_weight_map(read_json(folder / INDEX_NAME)).values()))
+    if is_regular(folder / SINGLE_SHARD_NAME):
+        return None
+    if os.path.lexists(folder / INDEX_NAME):
+        index = read_json(folder / INDEX_NAME)
+        _check_weight_map(index.get("weight_map"))
+        return index
     raise ConversionError(_no_weights(folder))
+
+
+def shard_names(index: dict | None) -> list[str]:
+    return [SINGLE_SHARD_NAME] if index is None else sorted(set(index["weight_map"].values()))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads a model folder's configuration, index and shard headers.
 
-    A shard may be a symbolic link that leads out of the folder, as in the cache of the Hub; its name may not.
-
     Raises:
-        ConversionError: something is missing, broken or contradictory.
+        InputError: something is missing, broken or contradictory, or a link leaves the folder.
     """
     config = read_config(folder)
-    names = shard_names(folder)
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    index = read_index(folder)
+    names = shard_names(index)
+    if missing := [name for name in names if not os.path.lexists(folder / name)]:
         raise ConversionError(f"{INDEX_NAME} names {_some(missing)}, which {folder} doesn't have.")
-    checkpoint = Checkpoint(
-        folder,
-        config,
-        {name: read_shard(folder / name) for name in names},
-        None if names == [SINGLE_SHARD_NAME] else read_json(folder / INDEX_NAME),
-    )
+    for name in [CONFIG_NAME, *([INDEX_NAME] if index else []), *names]:
+        check_inside(folder, folder / name)
+    checkpoint = Checkpoint(folder, config, {name: read_shard(folder / name) for name in names}, index)
     if not checkpoint.tensors:
         raise ConversionError(f"{folder} holds no tensors.")
     if len(checkpoint.tensors) < sum(len(shard.tensors) for shard in checkpoint.shards.values()):
         raise ConversionError(f"some tensors are in two shards of {folder}; which one counts is unclear.")
-    for tensor, name in (_weight_map(checkpoint.index) if checkpoint.index else {}).items():
+    for tensor, name in (index["weight_map"] if index else {}).items():
         if tensor not in checkpoint.shards[name].tensors:
             raise ConversionError(f"{INDEX_NAME} says that {name} holds {tensor}, but it doesn't.")
     return checkpoint
 
 
-def _weight_map(index: dict) -> dict[str, str]:
-    weight_map = index.get("weight_map")
+def _check_weight_map(weight_map) -> None:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise ConversionError(f"{INDEX_NAME} has no weight_map from tensors to files.")
     for name in set(weight_map.values()):
@@ -227,7 +265,6 @@ def _weight_map(index: dict) -> dict[str, str]:
             raise ConversionError(f"{INDEX_NAME} names {name!r}, which is outside the folder.")
         if not name.endswith(".safetensors"):
             raise ConversionError(f"{INDEX_NAME} names {name!r}, which is not a safetensors file.")
-    return weight_map
 
 
 def _no_weights(folder: Path) -> str:

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     # not before, as these take seconds
     from .checkpoint import ConversionError
+    from .reading import one_line
     from .report import report
 
     try:
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: interrupted; nothing was written.", file=sys.stderr)
         return 130
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {one_line(warning)}", file=sys.stderr)
     print(report(result))
     return 0
 

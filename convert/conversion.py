@@ -5,10 +5,7 @@ import copy
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -37,12 +34,15 @@ from .checkpoint import (
     SINGLE_SHARD_NAME,
     Checkpoint,
     ConversionError,
+    clear_errors,
     read_checkpoint,
     write_json,
 )
+from .code_references import AUTO_MAP, local_code
 from .families import ATTN_RES_FIELDS, Family, donor_class, find_attnres_family, find_family
-from .files import FIRST_OF_TWO, check_space, new_index, write_shards
+from .files import FIRST_OF_TWO, check_space, copy_file, new_index, write_shards
 from .loading import check_tensors, empty_model
+from .reading import is_regular, one_line, parse_json, read_json, typed, understood
 from .source import Source, open_source
 from .staging import check_destination, staged
 from .verification import Verification, quiet, reason_to_skip, verify
@@ -57,6 +57,7 @@ SECOND_OF_TWO = "model-00002-of-00002.safetensors"
 DEPTH_SHARD_NAME = "model-depth-attention.safetensors"
 INITIAL_VALUES = {"depth_attention.query": torch.zeros, "depth_attention.key_norm": torch.ones}
 AUTO_MAP_METADATA = "donor_auto_map"
+DEPTH_DTYPES = ("F32", "F64", "F16", "BF16")
 SPACE_FOR_SMALL_FILES = 2**20
 
 
@@ -77,7 +78,10 @@ class ConversionResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is decided before anything is written; `config` and `attnres_class` are those of the AttnRes side."""
+    """All that is decided before anything is written; `config` and `attnres_class` are those of the AttnRes side.
+
+    `companions` goes by file name; it has the new content of a JSON file from which something is left out.
+    """
 
     source: Source
     checkpoint: Checkpoint
@@ -87,6 +91,8 @@ class Plan:
     new_config: dict
     shard_names: dict[str, str]
     depth: dict[str, torch.Tensor]
+    donor_auto_map: dict | None
+    companions: dict[str, dict | None]
     warnings: tuple[str, ...]
 
 
@@ -125,7 +131,7 @@ def convert_checkpoint(
         raise ConversionError("give either a block size or a number of blocks, not both.")
     if mode == "full" and (block_size is not None or num_blocks is not None):
         raise ConversionError("full mode has no blocks; leave out the block size and the number of blocks.")
-    with _clear_errors():
+    with clear_errors(dst):
         dst = _check_paths(src, dst, force)
         source = open_source(src, revision, find_family)
         plan = _plan_attnres(source, mode, block_size, num_blocks)
@@ -133,8 +139,8 @@ def convert_checkpoint(
         with staged(dst, force) as folder:
             _write_attnres(plan, folder, link, progress)
             comparison, skipped = _verify(plan, source.folder, folder, verify)
-            command = f"attnres-convert {source.name} {dst.name}" + _options(plan, revision, link)
-            _write_card(plan, folder, dst.name, command, comparison, skipped)
+            command = f"attnres-convert {source.name} {one_line(dst.name)}" + _options(plan, revision, link)
+            _write_card(plan, folder, one_line(dst.name), command, comparison, skipped)
     return _result(plan, dst, comparison, skipped)
 
 
@@ -154,7 +160,7 @@ def convert_to_donor(
     Raises:
         ConversionError: nothing was written; the message says why. Among the reasons: a query isn't zero.
     """
-    with _clear_errors():
+    with clear_errors(dst):
         dst = _check_paths(src, dst, force)
         source = open_source(src, revision, find_attnres_family)
         plan = _plan_donor(source)
@@ -165,21 +171,15 @@ def convert_to_donor(
     return _result(plan, dst, comparison, skipped)
 
 
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConversionError(str(error)) from error
-
-
 def _check_paths(src, dst, force: bool) -> Path:
     """The absolute destination, once it is known that it may be written and has nothing to do with the source."""
-    dst = Path(os.path.abspath(Path(dst).expanduser()))
+    with understood(f"{src} and {dst} are not both paths"):
+        dst = Path(os.path.abspath(Path(dst).expanduser()))
+        source, target = Path(src).expanduser().resolve(), dst.resolve()
+        exists = source.exists()
     if not dst.name:
         raise ConversionError(f"{dst} can't be a destination.")
-    source, target = Path(src).expanduser().resolve(), dst.resolve()
-    if source.exists() and (source == target or source in target.parents or target in source.parents):
+    if exists and (source == target or source in target.parents or target in source.parents):
         raise ConversionError(f"{src} and {dst} are one folder, or one is inside the other; choose another DST.")
     check_destination(dst, force)
     return dst
@@ -189,26 +189,49 @@ def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks:
     donor = read_checkpoint(source.folder)
     family = find_family(donor.config)
     attnres_class = family.head(donor.config.get("architectures"))
-    content = donor.config | {"model_type": family.config_class.model_type, "attn_res_sum_scale": True}
+    companions, warnings = _plan_companions(donor)
+    kept, more = local_code(donor.config, companions, CONFIG_NAME)
+    warnings += more
+    if kept.get("layer_types", ()) is None:  # as if it were absent; transformers tells these apart
+        del kept["layer_types"]
+    for name in _unused_by_donor(family):
+        if kept.get(name) is not None:
+            del kept[name]
+            warnings.append(f"{CONFIG_NAME}: left out {name}, which {family.donor_type} doesn't use.")
+    content = kept | {"model_type": family.config_class.model_type, "attn_res_sum_scale": True}
     if donor.config.get("architectures"):
         content["architectures"] = [attnres_class.__name__]
     content |= {"auto_map": family.config_class.hub_classes(), "attn_res_mode": mode}
     num_layers = _build_config(family, content).num_hidden_layers
+    _check_layers(num_layers, donor)
     content["attn_res_block_size"] = _block_size(num_layers, block_size, num_blocks)
     config = _build_config(family, content)
     content["attn_res_norm_eps"] = config.attn_res_norm_eps
 
     model = _build_model(attnres_class, config)
-    depth = {
-        name: initial(tensor.shape)
+    new = {
+        name: (initial, tuple(tensor.shape))
         for suffix, initial in INITIAL_VALUES.items()
         for name, tensor in model.state_dict().items()
         if name.endswith(suffix)
     }
-    shapes = _shapes(donor) | {name: tuple(tensor.shape) for name, tensor in depth.items()}
-    warnings = check_tensors(model, shapes)
+    shapes = _shapes(donor) | {name: shape for name, (_, shape) in new.items()}
+    warnings += check_tensors(model, shapes, _num_mtp_layers(donor.config))
+    depth = {name: initial(shape) for name, (initial, shape) in new.items()}
     shard_names = {name: FIRST_OF_TWO if name == SINGLE_SHARD_NAME else name for name in donor.shards}
-    return Plan(source, donor, family, attnres_class, config, content, shard_names, depth, tuple(warnings))
+    return Plan(
+        source=source,
+        checkpoint=donor,
+        family=family,
+        attnres_class=attnres_class,
+        config=config,
+        new_config=content,
+        shard_names=shard_names,
+        depth=depth,
+        donor_auto_map=kept.get(AUTO_MAP),
+        companions=companions,
+        warnings=tuple(warnings),
+    )
 
 
 def _plan_donor(source: Source) -> Plan:
@@ -219,7 +242,10 @@ def _plan_donor(source: Source) -> Plan:
     config = _build_config(family, checkpoint.config)
     if config.attn_res_mode not in MODES:
         raise ConversionError(f"only models of mode {' or '.join(MODES)} convert back; this is {config.attn_res_mode}.")
-    warnings = check_tensors(_build_model(attnres_class, config), _shapes(checkpoint))
+    _check_layers(config.num_hidden_layers, checkpoint)
+    companions, warnings = _plan_companions(checkpoint)
+    shapes, num_mtp_layers = _shapes(checkpoint), _num_mtp_layers(checkpoint.config)
+    warnings += check_tensors(_build_model(attnres_class, config), shapes, num_mtp_layers)
     depth = _read_depth(checkpoint)
     _check_uniform(depth, config)
 
@@ -227,31 +253,66 @@ def _plan_donor(source: Source) -> Plan:
     content["model_type"] = family.donor_type
     if checkpoint.config.get("architectures"):
         content["architectures"] = [donor_name]
-    metadata = checkpoint.shards[checkpoint.file_of(next(iter(depth)))].metadata
-    if AUTO_MAP_METADATA in metadata:
-        content["auto_map"] = json.loads(metadata[AUTO_MAP_METADATA])
-    else:
-        content.pop("auto_map", None)
+    content.pop(AUTO_MAP, None)
+    shard = checkpoint.file_of(next(iter(depth)))
+    if auto_map := checkpoint.shards[shard].metadata.get(AUTO_MAP_METADATA):
+        content[AUTO_MAP] = parse_json(auto_map, f"{AUTO_MAP_METADATA} in {shard}")
+    content, more = local_code(content, companions, CONFIG_NAME)
     kept = [name for name, shard in checkpoint.shards.items() if shard.tensors.keys() - depth.keys()]
     shard_names = {name: SINGLE_SHARD_NAME if kept == [FIRST_OF_TWO] else name for name in kept}
-    return Plan(source, checkpoint, family, attnres_class, config, content, shard_names, depth, tuple(warnings))
+    return Plan(
+        source=source,
+        checkpoint=checkpoint,
+        family=family,
+        attnres_class=attnres_class,
+        config=config,
+        new_config=content,
+        shard_names=shard_names,
+        depth=depth,
+        donor_auto_map=None,
+        companions=companions,
+        warnings=(*warnings, *more),
+    )
+
+
+def _plan_companions(checkpoint: Checkpoint) -> tuple[dict[str, dict | None], list[str]]:
+    """The small files that come along, as in a plan, and warnings."""
+    companions = dict.fromkeys(name for name in checkpoint.companions() if name not in NOT_COPIED)
+    warnings = []
+    for name in companions:
+        if name.endswith("config.json"):
+            content, found = local_code(read_json(checkpoint.folder / name), companions, name)
+            companions[name] = content if found else None
+            warnings += found
+    return companions, warnings
+
+
+def _unused_by_donor(family: Family) -> list[str]:
+    """The fields among those which AttnRes models choose masks by that the donor doesn't know, and so doesn't use."""
+    known = {field.name for field in fields(family.config_class.donor_config_class())}
+    return [name for name in ("attention_chunk_size", "layer_types", "sliding_window") if name not in known]
+
+
+def _num_mtp_layers(config: dict) -> int:
+    return typed(config, "num_nextn_predict_layers", int, CONFIG_NAME) or 0
+
+
+def _check_layers(num_layers: int, checkpoint: Checkpoint) -> None:
+    """Before a model is built, which takes time for each layer."""
+    if num_layers > len(checkpoint.tensors):
+        raise ConversionError(
+            f"{CONFIG_NAME} disagrees with the tensors: it says {num_layers} layers, more than there are tensors."
+        )
 
 
 def _build_config(family: Family, content: dict) -> PreTrainedConfig:
-    try:
-        with quiet():
-            return family.config_class.from_dict(copy.deepcopy(content))  # nested values are changed in place
-    except Exception as error:  # a configuration checks itself with errors of many kinds
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{CONFIG_NAME} is not a valid {family.donor_type} configuration: {reason}") from error
+    with understood(f"{CONFIG_NAME} is not a valid {family.donor_type} configuration", kind=ConversionError), quiet():
+        return family.config_class.from_dict(copy.deepcopy(content))  # nested values are changed in place
 
 
 def _build_model(model_class: type, config: PreTrainedConfig):
-    try:
+    with understood(f"no model can be built from {CONFIG_NAME}", kind=ConversionError):
         return empty_model(model_class, config)
-    except Exception as error:  # sizes that no model can have
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"no model can be built from {CONFIG_NAME}: {reason}") from error
 
 
 def _block_size(num_layers: int, block_size: int | None, num_blocks: int | None) -> int:
@@ -290,7 +351,10 @@ def _read_depth(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     depth = {}
     for suffix in INITIAL_VALUES:
         name = next(name for name in checkpoint.tensors if name.endswith(suffix))
-        with safe_open(checkpoint.shards[checkpoint.file_of(name)].path, framework="pt") as file:
+        if checkpoint.tensors[name].dtype not in DEPTH_DTYPES:
+            raise ConversionError(f"{name} is {checkpoint.tensors[name].dtype}; {DEPTH_DTYPES[0]} is expected.")
+        path = checkpoint.shards[checkpoint.file_of(name)].path
+        with understood(f"{path.name} can't be read"), safe_open(path, framework="pt") as file:
             depth[name] = file.get_tensor(name)
     return depth
 
@@ -322,15 +386,15 @@ def _write_attnres(plan: Plan, folder: Path, link: bool, progress: bool) -> None
     write_shards(plan.checkpoint, plan.shard_names, set(), folder, link, progress)
     name = SECOND_OF_TWO if FIRST_OF_TWO in plan.shard_names.values() else DEPTH_SHARD_NAME
     metadata = {"format": "pt"}
-    if "auto_map" in plan.checkpoint.config:
-        metadata[AUTO_MAP_METADATA] = json.dumps(plan.checkpoint.config["auto_map"])
+    if plan.donor_auto_map is not None:
+        metadata[AUTO_MAP_METADATA] = json.dumps(plan.donor_auto_map)
     with open(folder / name, "xb") as file:
         file.write(serialize(plan.depth, metadata))
     weights = dict.fromkeys(plan.depth, name)
     write_json(folder / INDEX_NAME, new_index(plan.checkpoint, plan.shard_names, weights, _depth_size(plan, 1)))
     _copy_companions(plan, folder)
     for file in CODE_FILES:
-        shutil.copyfile(file, folder / file.name)
+        copy_file(file, folder / file.name)
     write_json(folder / CONFIG_NAME, plan.new_config)
 
 
@@ -342,8 +406,8 @@ def _write_donor(plan: Plan, folder: Path, link: bool, progress: bool) -> None:
         write_json(folder / INDEX_NAME, index)
     _copy_companions(plan, folder)
     for name, donor_name in DONOR_FILES.items():
-        if (plan.source.folder / donor_name).is_file():
-            shutil.copyfile(plan.source.folder / donor_name, folder / name)
+        if is_regular(plan.source.folder / donor_name):
+            copy_file(plan.source.folder / donor_name, folder / name)
     write_json(folder / CONFIG_NAME, plan.new_config)
 
 
@@ -355,10 +419,12 @@ def _depth_size(plan: Plan, sign: int) -> dict[str, int]:
 
 
 def _copy_companions(plan: Plan, folder: Path) -> None:
-    for name in plan.checkpoint.companions():
-        if name not in NOT_COPIED:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(plan.source.folder / name, folder / name)
+    for name, content in plan.companions.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if content is None:
+            copy_file(plan.source.folder / name, folder / name)
+        else:
+            write_json(folder / name, content)
 
 
 def _verify(plan: Plan, donor: Path, attnres: Path, wanted: bool) -> tuple[Verification | None, str | None]:
@@ -380,8 +446,8 @@ def _write_card(
     """Writes `results.json` and the card; those of the donor come along under other names."""
     source = plan.source
     for name, donor_name in DONOR_FILES.items():
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / donor_name)
+        if is_regular(source.folder / name):
+            copy_file(source.folder / name, folder / donor_name)
     found = vars(comparison) if comparison is not None else {"verification_skipped": skipped}
     added = _depth_size(plan, 1)["total_parameters"]
     results = {

@@ -12,11 +12,13 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from .checkpoint import SINGLE_SHARD_NAME, Checkpoint, ConversionError, Shard
+from .reading import open_regular
 
 
 # A single file can't keep its name beside another shard: transformers would load it and nothing else
 FIRST_OF_TWO = "model-00001-of-00002.safetensors"
 CHUNK = 16 * 2**20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_shards(
@@ -41,7 +43,7 @@ def write_shards(
             elif link:
                 _link(shard.path, target)
             else:
-                with open(shard.path, "rb", buffering=0) as source, open(target, "xb", buffering=0) as file:
+                with _open(shard.path) as source, open(target, "xb", buffering=0) as file:
                     _copy(source, file, shard.size, bar.update)
 
 
@@ -66,13 +68,19 @@ def new_index(checkpoint: Checkpoint, names: dict[str, str], weights: dict[str, 
     """
     if checkpoint.index is not None:
         old_map = checkpoint.index["weight_map"]
-        metadata = dict(checkpoint.index.get("metadata") or {})
+        metadata = checkpoint.index.get("metadata")
     else:
         old_map = dict.fromkeys(checkpoint.tensors, SINGLE_SHARD_NAME)
-        metadata = {"total_size": sum(tensor.end - tensor.start for tensor in checkpoint.tensors.values())}
+        metadata = None
+    sizes = {"total_size": checkpoint.num_bytes, "total_parameters": checkpoint.num_parameters}
+    metadata = dict(metadata) if isinstance(metadata, dict) else {"total_size": checkpoint.num_bytes}
     for key in metadata.keys() & change.keys():
-        metadata[key] += change[key]
+        metadata[key] = (metadata[key] if type(metadata[key]) is int else sizes[key]) + change[key]
     return {"metadata": metadata, "weight_map": {t: names[n] for t, n in old_map.items() if n in names} | weights}
+
+
+def _open(path: Path) -> BinaryIO:
+    return open(path, "rb", buffering=0)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -97,9 +105,33 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int, advance: Callable[[int
 
 def _copy_chunk(source: BinaryIO, target: BinaryIO, count: int) -> int:
     try:
-        return os.copy_file_range(source.fileno(), target.fileno(), count)
-    except (AttributeError, OSError):  # not on this system, or not between these file systems
-        return target.write(source.read(count))
+        if done := os.copy_file_range(source.fileno(), target.fileno(), count):
+            return done
+    except AttributeError:  # not on this system
+        pass
+    except OSError as error:  # or not between these file systems
+        if error.errno in FULL:
+            raise
+    data = source.read(count)
+    write_all(target, data)
+    return len(data)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Without a buffer a write may take a part only, such as what still fits on a disk."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a small file.
+
+    Raises:
+        InputError: it is no regular file.
+    """
+    with open_regular(source) as file, open(target, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _write_without(shard: Shard, removed: set[str], target: Path, advance: Callable[[int], object]) -> None:
@@ -113,8 +145,8 @@ def _write_without(shard: Shard, removed: set[str], target: Path, advance: Calla
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(shard.path, "rb", buffering=0) as source, open(target, "xb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with _open(shard.path) as source, open(target, "xb", buffering=0) as file:
+        write_all(file, len(text).to_bytes(8, "little") + text)
         for _, tensor in kept:
             source.seek(shard.data_start + tensor.start)
             _copy(source, file, tensor.end - tensor.start, advance)

@@ -15,25 +15,25 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 from .checkpoint import (
     INDEX_NAME,
     SINGLE_SHARD_NAME,
     Checkpoint,
     ConversionError,
+    clear_errors,
     read_checkpoint,
-    read_json,
+    read_index,
     read_shard,
-    shard_names,
 )
 from .families import find_attnres_family
+from .reading import check_inside, understood
+from .staging import made, replaced
 
 
 NAME = re.compile(r"(|.*\.)(?:layers\.(\d+)\.(?:self_attention|mlp)|output_attn)_res_(?:proj|norm)\.weight")
@@ -97,16 +97,16 @@ def export_kimi_k3(
     Raises:
         ConversionError: nothing was written; the message says why.
     """
-    source, target = _open_checkpoint(checkpoint), Path(file)
-    if target.is_dir() or (target.exists() and not force):
-        raise ConversionError(
-            f"{target} exists; " + ("give a file." if target.is_dir() else "use --force to replace it.")
-        )
-    tensors = to_kimi_k3(*(_read(source, _depth_name(source, suffix)) for suffix in (QUERY, KEY_NORM)), prefix)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _replacement(target) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    return source.config
+    with clear_errors(file):
+        source, target = _open_checkpoint(checkpoint), Path(file)
+        if target.is_dir() or (target.exists() and not force):
+            raise ConversionError(
+                f"{target} exists; " + ("give a file." if target.is_dir() else "use --force to replace it.")
+            )
+        tensors = to_kimi_k3(*(_read(source, _depth_name(source, suffix)) for suffix in (QUERY, KEY_NORM)), prefix)
+        with made(target.parent), replaced(target) as temporary:
+            temporary.write_bytes(serialize(tensors, {"format": "pt"}))
+        return source.config
 
 
 def import_kimi_k3(source: str | os.PathLike, checkpoint: str | os.PathLike, force: bool = False) -> dict:
@@ -125,25 +125,26 @@ def import_kimi_k3(source: str | os.PathLike, checkpoint: str | os.PathLike, for
     Raises:
         ConversionError: nothing was changed; the message says why.
     """
-    target = _open_checkpoint(checkpoint)
-    names = [_depth_name(target, suffix) for suffix in (QUERY, KEY_NORM)]
-    largest = _read(target, names[0]).abs().max().item()
-    if largest and not force:
-        raise ConversionError(
-            f"the queries of {checkpoint} are trained, up to {largest:.3g}; use --force to replace them."
-        )
-    num_rows, hidden_size = target.tensors[names[0]].shape
-    rows = from_kimi_k3(_read_kimi_k3(Path(source)), num_rows // 2, hidden_size)
-    shards = {target.file_of(name) for name in names}
-    for shard in sorted(shards):
-        with _replacement(target.folder / shard) as temporary:
-            shutil.copyfile(target.shards[shard].path, temporary)
-            with open(temporary, "r+b") as file:
-                for name, tensor in zip(names, rows):
-                    if name in target.shards[shard].tensors:
-                        file.seek(target.shards[shard].data_start + target.tensors[name].start)
-                        file.write(tensor.numpy().tobytes())
-    return target.config
+    with clear_errors(checkpoint):
+        target = _open_checkpoint(checkpoint)
+        names = [_depth_name(target, suffix) for suffix in (QUERY, KEY_NORM)]
+        largest = _read(target, names[0]).abs().max().item()
+        if largest and not force:
+            raise ConversionError(
+                f"the queries of {checkpoint} are trained, up to {largest:.3g}; use --force to replace them."
+            )
+        num_rows, hidden_size = target.tensors[names[0]].shape
+        rows = from_kimi_k3(_read_kimi_k3(Path(source)), num_rows // 2, hidden_size)
+        shards = {target.file_of(name) for name in names}
+        for shard in sorted(shards):
+            with replaced(target.folder / shard) as temporary:
+                shutil.copyfile(target.shards[shard].path, temporary)
+                with open(temporary, "r+b") as file:
+                    for name, tensor in zip(names, rows):
+                        if name in target.shards[shard].tensors:
+                            file.seek(target.shards[shard].data_start + target.tensors[name].start)
+                            file.write(tensor.numpy().tobytes())
+        return target.config
 
 
 def _stems(num_layers: int, prefix: str) -> list[str]:
@@ -189,7 +190,7 @@ def _depth_name(checkpoint: Checkpoint, suffix: str) -> str:
         mode = checkpoint.config.get("attn_res_mode")
         raise ConversionError(f"{checkpoint.folder} has no {suffix} (attn_res_mode is {mode!r}).")
     num_layers, hidden_size = (checkpoint.config.get(key) for key in ("num_hidden_layers", "hidden_size"))
-    if not isinstance(num_layers, int) or not isinstance(hidden_size, int):
+    if num_layers is None or hidden_size is None:
         raise ConversionError(f"config.json of {checkpoint.folder} must give num_hidden_layers and hidden_size.")
     shape = (2 * num_layers + 1, hidden_size)
     tensor = checkpoint.tensors[name]
@@ -199,48 +200,35 @@ def _depth_name(checkpoint: Checkpoint, suffix: str) -> str:
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    with safe_open(checkpoint.shards[checkpoint.file_of(name)].path, framework="pt") as file:
+    path = checkpoint.shards[checkpoint.file_of(name)].path
+    with understood(f"{path.name} can't be read"), safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def _read_kimi_k3(source: Path) -> dict[str, torch.Tensor]:
     """The tensors in a file or folder that have Kimi K3's names for depth attention."""
-    if source.is_file():
+    if source.is_dir():
+        index = read_index(source)
+        weight_map = {} if index is None else index["weight_map"]
+        names = [SINGLE_SHARD_NAME] if index is None else {x for name, x in weight_map.items() if NAME.fullmatch(name)}
+        files = [source / name for name in sorted(names)]
+    elif os.path.lexists(source):
         files = [source]
-    elif source.is_dir():
-        names = shard_names(source)
-        if names != [SINGLE_SHARD_NAME]:
-            weight_map = read_json(source / INDEX_NAME)["weight_map"]
-            names = sorted({file for tensor, file in weight_map.items() if NAME.fullmatch(tensor)})
-        files = [source / name for name in names]
     else:
         raise ConversionError(f"{source} doesn't exist; give a safetensors file or a checkpoint folder.")
     tensors = {}
     for path in files:
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ConversionError(f"{INDEX_NAME} names {path.name}, which {source} doesn't have.")
+        if source.is_dir():
+            check_inside(source, path)
         found = {name: info for name, info in read_shard(path).tensors.items() if NAME.fullmatch(name)}
         for name, info in found.items():
             if info.dtype not in DTYPES:
                 raise ConversionError(f"{name} is {info.dtype}; one of {', '.join(sorted(DTYPES))} is expected.")
-        with safe_open(path, framework="pt") as file:
+        with understood(f"{path.name} can't be read"), safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in found}
     return tensors
-
-
-@contextmanager
-def _replacement(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when the block ends, and goes if the block raises.
-
-    A killed process leaves it under a hidden name; the next run for `path` writes over it.
-    """
-    temporary = path.with_name(f".{path.name}.attnres-tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -263,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     run = {"export": export_kimi_k3, "import": import_kimi_k3}[options.pop("command")]
     try:
         config = run(**options)
-    except (ConversionError, OSError) as error:
+    except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{options.get('file', options['checkpoint'])}: {2 * config['num_hidden_layers'] + 1} reads written")

@@ -8,11 +8,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
-from .checkpoint import ConversionError
+from .checkpoint import CONFIG_NAME, ConversionError
+from .reading import understood
 from .verification import quiet
 
 
-LAYER = re.compile(r"\blayers\.(\d+)\.")
+LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
 
 
 def empty_model(model_class: type, config) -> PreTrainedModel:
@@ -21,7 +22,7 @@ def empty_model(model_class: type, config) -> PreTrainedModel:
         return model_class(config)
 
 
-def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], num_mtp_layers: int) -> list[str]:
     """Lets transformers load tensors of these names and shapes, without contents, into an empty model.
 
     So names that differ on disk from the module's, as those of experts, are understood as on a real load.
@@ -29,6 +30,7 @@ def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
     Args:
         model: on the `meta` device.
         shapes: of all tensors of the checkpoint.
+        num_mtp_layers: behind the model's own, which predict further tokens; transformers leaves them out.
 
     Returns:
         Warnings, about tensors that the model doesn't use.
@@ -36,7 +38,7 @@ def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
     Raises:
         ConversionError: the model lacks a tensor, or one has another shape than its configuration says.
     """
-    with quiet():
+    with understood(f"transformers can't load these tensors as {CONFIG_NAME} says", kind=ConversionError), quiet():
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         state_dict = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         load_config = LoadStateDictConfig(
@@ -50,10 +52,13 @@ def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
         name: f"is {list(found)} where the configuration says {list(wanted)}"
         for name, found, wanted in info.mismatched_keys
     }
+    num_layers = model.config.num_hidden_layers
+    mtp = {name for name in shapes if num_layers <= _layer(name) < num_layers + num_mtp_layers}
+    unused = {name for name in info.unexpected_keys if not num_layers <= _layer(name) < num_layers + num_mtp_layers}
     too_deep = {
-        name: f"belongs to none of the {model.config.num_hidden_layers} layers of the configuration"
-        for name in info.unexpected_keys
-        if (layer := LAYER.search(name)) and int(layer[1]) >= model.config.num_hidden_layers
+        name: f"belongs to none of the {num_layers} layers of the configuration"
+        for name in unused
+        if _layer(name) >= num_layers
     }
     # a quantiser stores matrices in formats of its own, but neither norms nor embeddings
     quantized = getattr(model.config, "quantization_config", None) is not None
@@ -64,13 +69,28 @@ def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
     }
     if problems:
         name = min(problems, key=lambda name: (name in missing, name))
+        if prefix := next((other.removesuffix(name) for other in shapes if other.endswith(f".{name}")), ""):
+            raise ConversionError(
+                f"the names of the tensors begin with {prefix!r}, as in {prefix}{name}; strip it from all of them."
+            )
         more = f" ({len(problems)} tensors in all)" if len(problems) > 1 else ""
-        raise ConversionError(f"config.json disagrees with the tensors: {name} {problems[name]}{more}.")
-    unused = sorted(info.unexpected_keys)
-    if not unused or quantized:
-        return []
-    more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-    return [f"{type(model).__name__} doesn't use {unused[0]}{more}; copied as they are."]
+        raise ConversionError(f"{CONFIG_NAME} disagrees with the tensors: {name} {problems[name]}{more}.")
+    warnings = []
+    if mtp:
+        warnings.append(
+            f"{type(model).__name__} has no layers that predict further tokens: {min(mtp)} and the others of such "
+            "layers are copied as they are, unused."
+        )
+    if unused and not quantized:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        warnings.append(f"{type(model).__name__} doesn't use {min(unused)}{more}; copied as they are.")
+    return warnings
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a tensor belongs to, or -1."""
+    found = LAYER.search(name)
+    return int(found[1]) if found else -1
 
 
 def _is_never_quantized(name: str, shape: tuple[int, ...]) -> bool:

@@ -8,8 +8,12 @@ wrong is an [`InputError`], one line that says what, where and what to do.
 import json
 import os
 import re
+import signal
 import stat
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import yaml
 
 
 CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
 MAX_MESSAGE = 300  # characters
 MAX_JSON = 100_000_000  # bytes, of a tokenizer or an index; the largest in use have a third of it
@@ -24,6 +29,10 @@ MAX_CONFIG = 10_000_000
 MAX_TEXT = 10_000_000
 MAX_KEYS = 10_000  # of a configuration
 MAX_LAYERS = 10_000
+MAX_LABELS = 1_000_000  # for each of which a configuration makes a name
+MAX_NESTING = 100  # of what is in a JSON file
+MAX_METADATA = 250_000  # characters, of a card, of which PyYAML reads some 50,000 a second
+MAX_DIGITS = 100
 MAX_CARD_DEPTH = 20  # of the metadata of a card
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # of the Hub; also in the middle of a word
 
@@ -39,7 +48,7 @@ FLAGS = (
     "use_cache",
 )
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
-SIZES += ("vocab_size", "max_position_embeddings", "attn_res_block_size", "head_dim")
+SIZES += ("vocab_size", "max_position_embeddings", "attn_res_block_size", "head_dim", "num_labels")
 
 
 class InputError(ValueError):
@@ -74,6 +83,36 @@ def understood(what: str, advice: str = "", kind: type[InputError] = InputError)
         raise
     except Exception as error:  # of all kinds: what a file holds decides on them
         raise kind(f"{what}: {reason(error)}{f'; {advice}' if advice else ''}.") from None
+
+
+class _TimeIsUp(BaseException):
+    """No handler of an Exception takes it for an error of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Ends the block after `seconds`, where signals can: in the main thread of a process on Unix.
+
+    Raises:
+        InputError: the time is up; `message` begins what it says.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_):
+        raise _TimeIsUp
+
+    handler, started = signal.signal(signal.SIGALRM, end), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TimeIsUp:
+        raise InputError(f"{message}; it was ended after {seconds:g} seconds.") from None
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        left = max(0.001, left - (time.monotonic() - started)) if left else 0
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 def reason(error: BaseException) -> str:
@@ -141,9 +180,12 @@ def parse_json(text: str | bytes, name: str, unique: bool = False):
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        _check_nesting(value)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except RecursionError:
         raise InputError(f"{name} is not valid JSON: it is nested too deeply.") from None
+    except MemoryError:
+        raise InputError(f"{name} is too large for the memory of this machine.") from None
     except UnicodeEncodeError:
         raise InputError(f"{name} has half a surrogate pair in a string, which is no text.") from None
     except ValueError as error:
@@ -154,9 +196,21 @@ def parse_json(text: str | bytes, name: str, unique: bool = False):
 def _unique(pairs: list[tuple]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is there twice")
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is there twice")
     return found
+
+
+def _check_nesting(value) -> None:
+    level, depth = [value], 0
+    while level := [inner for outer in level for inner in _inside(outer)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise RecursionError
+
+
+def _inside(value) -> Iterable:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict:
@@ -178,7 +232,7 @@ def kind_of(value) -> str:
         list: "a list",
         str: "a text",
         bool: "true or false",
-        int: "a number",
+        int: "a whole number",
         float: "a number",
     }
     return "null" if value is None else names.get(type(value), type(value).__name__)
@@ -191,7 +245,7 @@ def read_config(folder: Path) -> dict:
         InputError: it is missing, broken, or a field has a wrong type.
     """
     path = folder / CONFIG_NAME
-    if not is_regular(path) and is_regular(folder / "adapter_config.json"):
+    if not is_regular(path) and is_regular(folder / ADAPTER_NAME):
         raise InputError(f"{folder} holds an adapter, not a model; merge it first (PEFT: merge_and_unload).")
     return check_config(read_json(path, MAX_CONFIG), str(path))
 
@@ -208,6 +262,8 @@ def check_config(config: dict, name: str) -> dict:
     typed(config, "auto_map", dict, name)
     typed(config, "quantization_config", dict, name)
     texts(config, "architectures", name)
+    for field in ("dtype", "torch_dtype"):
+        typed(config, field, (str, dict), name)
     for field in FLAGS:
         typed(config, field, bool, name)
     for field in SIZES:
@@ -216,6 +272,8 @@ def check_config(config: dict, name: str) -> dict:
             raise InputError(f"{name}: {field} is {size}, which is no size.")
     if (config.get("num_hidden_layers") or 0) > MAX_LAYERS:
         raise InputError(f"{name}: num_hidden_layers is {config['num_hidden_layers']:,}; at most {MAX_LAYERS:,} work.")
+    if (config.get("num_labels") or 0) > MAX_LABELS:
+        raise InputError(f"{name}: num_labels is {config['num_labels']:,}; at most {MAX_LABELS:,} work.")
     return config
 
 
@@ -255,6 +313,14 @@ class _CardLoader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
+    def construct_number(self, node):
+        if len(node.value) > MAX_DIGITS:  # 1:1:1:... is a number to the base 60
+            raise yaml.YAMLError(f"it has a number of {len(node.value):,} digits")
+        return self.construct_yaml_int(node)
+
+
+_CardLoader.add_constructor("tag:yaml.org,2002:int", _CardLoader.construct_number)
+
 
 def parse_metadata(card: str, name: str) -> dict:
     """The metadata at the beginning of a model card, empty if it has none.
@@ -265,10 +331,13 @@ def parse_metadata(card: str, name: str) -> dict:
     found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", card, re.DOTALL)
     if found is None:
         return {}
+    if len(found[1]) > MAX_METADATA:
+        raise InputError(f"the metadata of {name} have more than {MAX_METADATA:,} characters.")
     try:
         content = yaml.load(found[1], Loader=_CardLoader)
         content = {} if content is None else content
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        json.dumps(content, ensure_ascii=False, default=str, skipkeys=True).encode()  # as in parse_json
+    except Exception as error:  # of all kinds: a tag such as !!int decides what makes the value
         text = getattr(error, "problem", None) or reason(error)
         raise InputError(f"the metadata of {name} are no valid YAML: {text}.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

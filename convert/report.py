@@ -2,13 +2,17 @@
 """The table that a conversion prints."""
 
 from .conversion import ConversionResult
+from .reading import one_line
+
+
+MAX_PATH = 4096
 
 
 def report(result: ConversionResult) -> str:
     """The result as aligned lines: a name and a value each."""
     reads = result.depth_sources
     rows = {
-        "written": str(result.path),
+        "written": one_line(str(result.path), MAX_PATH),
         "mode": result.mode if result.mode == "full" else f"block, {result.block_size} decoder layers per block",
         "sources per read": f"{min(reads)} to {max(reads)} in {len(reads)} reads",
         "depth parameters": f"{result.depth_parameters:,} beside {result.num_parameters:,}",

@@ -1,20 +1,103 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Folders that appear complete or not at all, whatever happens to the process that makes them."""
+"""What is written appears whole or not at all, and nothing that somebody else put there is lost: the one place that
+replaces and removes files and folders.
 
+What isn't whole yet lies in a work folder, hidden beside its destination. Only a work folder that bears our mark is
+ever removed: a real folder of this user, marked with its own inode, that of the folder it is in and the name of its
+destination, which neither a link, a copy nor the content of an archive has.
+"""
+
+import filecmp
+import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checkpoint import CONFIG_NAME, ConversionError
+from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, ConversionError
+from .reading import InputError, is_regular, read_json, typed
 
 
 try:
     import fcntl
 except ImportError:  # Windows: what killed runs leave then stays
     fcntl = None
+
+
+VERSION_CONTROL = {".git", ".hg", ".svn", ".jj", ".bzr", "CVS"}
+JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of file managers, which make it again
+IGNORED = VERSION_CONTROL | JUNK | {".gitignore", ".gitattributes", ".gitmodules", ".gitkeep", ".keep", ".hgignore"}
+IGNORED |= {"lost+found"}  # of a file system
+MARK = "attnres.json"
+PARTIAL = re.compile(r"\..+\.attnres-tmp-[0-9a-f]{8}")
+
+
+def foreign(folder: Path) -> str | None:
+    """The first name in a folder that is neither a version control's nor otherwise to be ignored."""
+    names = (path.name for path in folder.iterdir() if path.name not in IGNORED)
+    return min((name for name in names if not PARTIAL.fullmatch(name)), default=None)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[list[Path]]:
+    """Makes a folder and those above it, and, if the block fails, takes away those that it has made and are empty.
+
+    Returns:
+        Those that it has made, innermost first.
+    """
+    new = []
+    try:
+        for path in reversed((folder, *folder.parents)):
+            if not os.path.lexists(path):
+                path.mkdir()
+                new.insert(0, path)
+        yield new
+    except BaseException:
+        remove_empty(new)
+        raise
+
+
+def remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it isn't empty, or another process was faster
+            folder.rmdir()
+
+
+def set_aside(path: Path, kind: str = "kept") -> Path:
+    """Gives what is in the way another name, such as `model.kept-1`, and returns it."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{kind}-{number}")):
+        number += 1
+    os.rename(path, aside)
+    return aside
+
+
+def entries(folder: Path) -> dict[str, Path] | None:
+    """The files of a folder by relative name, or `None` if it has anything that is no file in a folder of files."""
+    found = {}
+    if folder.is_symlink() or not folder.is_dir():
+        return None
+    for parent, folders, files in os.walk(folder):
+        if any(Path(parent, name).is_symlink() for name in folders):
+            return None
+        for name in files:
+            path = Path(parent, name)
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return None
+            found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def has_all_of(folder: Path, other: Path) -> bool:
+    """Whether `folder` holds all that `other` holds, byte for byte, so that nothing is lost with `other`."""
+    files = entries(other)
+    return files is not None and all(
+        is_regular(folder / name) and filecmp.cmp(path, folder / name, shallow=False) for name, path in files.items()
+    )
 
 
 def check_destination(dst: Path, force: bool) -> None:
@@ -30,81 +113,150 @@ def check_destination(dst: Path, force: bool) -> None:
         raise ConversionError(f"{dst} exists and is not a folder.")
     if not force:
         raise ConversionError(f"{dst} exists; use --force to replace it.")
-    if any(dst.iterdir()) and not (dst / CONFIG_NAME).is_file():
+    if os.path.ismount(dst):
+        raise ConversionError(f"{dst} is a mount point, which can't be replaced; choose a folder in it.")
+    names = {path.name for path in dst.iterdir()} - JUNK
+    if names and not (dst / CONFIG_NAME).is_file():
         raise ConversionError(f"{dst} exists and is no model folder, so even --force doesn't replace it.")
+    for name in sorted(names):
+        if name.startswith(".") or (dst / name).is_dir() and name != "additional_chat_templates":
+            raise ConversionError(f"{dst} holds {name}, which would be lost; move it away.")
+
+
+def check_only_replaces(dst: Path, new: Path) -> None:
+    """
+    Raises:
+        ConversionError: `dst` has a file that is neither one of its weights nor there under the same name in `new`.
+    """
+    files, weights = entries(dst), {SINGLE_SHARD_NAME, INDEX_NAME}
+    if files is None:
+        raise ConversionError(f"{dst} holds links or special files, which would be lost; move it away.")
+    if INDEX_NAME in files:
+        index = read_json(dst / INDEX_NAME)
+        weights |= set(map(str, (typed(index, "weight_map", dict, INDEX_NAME) or {}).values()))
+    for name in sorted(files.keys() - JUNK - weights):
+        if not (new / name).is_file():
+            raise ConversionError(f"{dst} holds {name}, which would be lost; move it away.")
 
 
 @contextmanager
-def staged(dst: Path, force: bool = False) -> Iterator[Path]:
-    """A new folder beside `dst` that becomes `dst` when the block ends, and is removed if the block raises.
+def staged(dst: Path, force: bool = False, check: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
+    """A new folder that becomes `dst` when the block ends, and is removed if the block raises.
 
-    A killed process leaves it behind under a hidden name; the next call of [`recover`] removes it.
+    A killed process leaves its work folder behind; the next call of [`recover`] removes it.
+
+    Args:
+        force: replace a model folder that is there.
+        check: of the folder that is there and the new one, in place of the checks of a model folder; raises to keep it.
     """
-    created = [parent for parent in dst.parents if not parent.exists()]
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    folder, lock = _new_folder(dst)
-    try:
-        yield folder
-        _publish(folder, dst, force)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in created:
-            with suppress(OSError):  # another process uses it
-                parent.rmdir()
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
+    with made(dst.parent), _work(dst) as work:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        if check is None:
+            check_destination(dst, force)
+        if os.path.lexists(dst):
+            (check or check_only_replaces)(dst, new)
+            os.rename(dst, work / "old")  # comes back if the next line fails
+        os.rename(new, dst)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A name for a file that takes the place of `path` when the block ends, and goes if the block raises."""
+    recover(path)
+    with _work(path) as work:
+        yield work / "new"
+        os.replace(work / "new", path)
 
 
 def recover(dst: Path) -> None:
     """Finishes what killed runs for `dst` left: a folder that was being replaced comes back, half-made ones go."""
-    for old in _siblings(dst, "old"):
-        with _locked(old) as is_mine:
-            if is_mine and not os.path.lexists(dst):
-                os.rename(old, dst)
-            elif is_mine:
-                shutil.rmtree(old)
-    for folder in _siblings(dst, "tmp"):
-        with _locked(folder) as is_mine:
-            if is_mine:
-                shutil.rmtree(folder)
-
-
-def _publish(folder: Path, dst: Path, force: bool) -> None:
-    check_destination(dst, force)
-    if not dst.exists():
-        os.rename(folder, dst)
-        return
-    old = _sibling(dst, "old")
-    with _locked(dst):  # so that no other run takes the old folder for a leftover
-        os.rename(dst, old)
-        try:
-            os.rename(folder, dst)
-        except BaseException:
-            os.rename(old, dst)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(dst: Path, kind: str) -> Path:
-    return dst.with_name(f".{dst.name}.attnres-{kind}-{secrets.token_hex(4)}")
-
-
-def _siblings(dst: Path, kind: str) -> list[Path]:
     if not dst.parent.is_dir():
-        return []
-    return [path for path in dst.parent.iterdir() if path.name.startswith(f".{dst.name}.attnres-{kind}-")]
+        return
+    for work in list(dst.parent.iterdir()):
+        if not work.name.startswith(f".{dst.name}.attnres-tmp-") or not PARTIAL.fullmatch(work.name):
+            continue
+        with _locked(work) as is_mine:
+            if is_mine and is_marked(work, dst):
+                _restore(work, dst)
+                clear(work)
 
 
-def _new_folder(dst: Path) -> tuple[Path, int | None]:
-    for _ in range(3):  # another run may take the new folder for a leftover before it is locked
-        folder = _sibling(dst, "tmp")
-        folder.mkdir()
-        if (lock := _lock(folder)) is not None:
+def mark(work: Path, dst: Path) -> None:
+    (work / MARK).write_text(json.dumps(_mark_of(work, dst)), encoding="utf-8")
+
+
+def is_marked(work: Path, dst: Path, exactly: bool = True) -> bool:
+    """Whether a work folder was made for `dst`; also one whose process was killed before it had marked it.
+
+    Args:
+        exactly: not a copy of it.
+    """
+    try:
+        found, names = os.lstat(work), os.listdir(work)
+        if not stat.S_ISDIR(found.st_mode) or hasattr(os, "getuid") and found.st_uid != os.getuid():
+            return False
+        if not names:
+            return True
+        found = os.lstat(work / MARK)
+        if not stat.S_ISREG(found.st_mode):
+            return False
+        if names == [MARK] and found.st_size == 0:
+            return True
+        content, expected = read_json(work / MARK), _mark_of(work, dst)
+        return content == expected if exactly else content.get("for") == expected["for"]
+    except (OSError, InputError):
+        return False
+
+
+def clear(work: Path) -> None:
+    """Removes a work folder, its mark last."""
+    with suppress(FileNotFoundError):  # so that half of it never comes back
+        os.rename(work / "old", work / f"trash-{secrets.token_hex(4)}")
+    for path in list(work.iterdir()):
+        if path.name == MARK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (work / MARK).unlink(missing_ok=True)
+    work.rmdir()
+
+
+def _restore(work: Path, dst: Path) -> None:
+    if os.path.lexists(work / "old") and not os.path.lexists(dst):
+        os.rename(work / "old", dst)
+
+
+def _mark_of(work: Path, dst: Path) -> dict:
+    return {"for": dst.name, "in": os.stat(dst.parent).st_ino, "inode": os.lstat(work).st_ino}
+
+
+@contextmanager
+def _work(dst: Path) -> Iterator[Path]:
+    work, lock = _new_work(dst)
+    try:
+        mark(work, dst)
+        yield work
+    finally:
+        with suppress(OSError):
+            _restore(work, dst)
+            clear(work)
+        if lock is not None:
+            os.close(lock)
+
+
+def _new_work(dst: Path) -> tuple[Path, int | None]:
+    for _ in range(3):  # another run may take it for a leftover before it is locked
+        work = dst.with_name(f".{dst.name}.attnres-tmp-{secrets.token_hex(4)}")
+        work.mkdir()
+        if (lock := _lock(work)) is not None:
             break
-    folder.mkdir(exist_ok=True)  # a file system without locks
-    return folder, lock
+        remove_empty([work])
+    work.mkdir(exist_ok=True)  # a file system without locks
+    return work, lock
 
 
 @contextmanager
@@ -122,8 +274,8 @@ def _lock(folder: Path) -> int | None:
     if fcntl is None:
         return None
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # it is gone, or is no folder
         return None
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,11 +2,12 @@
 """Conversion keeps what a donor computes, and every byte of its tensors."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
-from attnres_convert import ConversionError, convert_checkpoint
+from attnres_convert import ConversionError, convert_checkpoint, convert_to_donor
 from attnres_convert.verification import TOLERANCE, TOLERANCES, verify
 from convert_models import edit_json, relative, save_donor, tensor_bytes, tokens
 from families import FAMILIES
@@ -204,3 +205,88 @@ def test_a_quantised_donor(tmp_path):
         with pytest.raises(ConversionError, match="disagrees"):
             convert_checkpoint(tmp_path / "src", tmp_path / "other")
         edit_json(tmp_path / "src" / "config.json", **config)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+@pytest.mark.parametrize("num_mtp", [1, 2])
+def test_layers_that_predict_further_tokens(family, num_mtp, tmp_path):
+    """They lie behind the model's own, are carried along with a warning, unused, and return; others are refused."""
+    save_donor(tmp_path / "src", family, num_hidden_layers=3)
+    shard = tmp_path / "src" / "model.safetensors"
+    tensors = load_file(shard)
+    last = {name: tensor for name, tensor in tensors.items() if ".layers.2." in name}
+    for layer in range(3, 3 + num_mtp):
+        tensors |= {name.replace(".2.", f".{layer}.", 1): tensor + 1 for name, tensor in last.items()}
+        tensors |= {f"model.layers.{layer}.{name}.weight": torch.ones(4) for name in ("enorm", "shared_head.norm")}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    edit_json(tmp_path / "src" / "config.json", num_nextn_predict_layers=num_mtp)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert len(result.warnings) == 1 and "model.layers.3." in result.warnings[0]
+    assert result.verification.relative_difference < TOLERANCES.get(family, TOLERANCE)
+    assert_only_depth_was_added(tmp_path)
+    assert convert_to_donor(tmp_path / "dst", tmp_path / "back").warnings == result.warnings
+    assert tensor_bytes(tmp_path / "back") == tensor_bytes(tmp_path / "src")
+    edit_json(tmp_path / "src" / "config.json", num_nextn_predict_layers=num_mtp - 1)
+    with pytest.raises(ConversionError, match=rf"layers\.{2 + num_mtp}\..* belongs to none of the 3 layers"):
+        convert_checkpoint(tmp_path / "src", tmp_path / "other")
+
+
+def test_experts_of_four_bits(tmp_path):
+    """gpt_oss as it is published: blocks and scales come along as they are."""
+    save_donor(tmp_path / "src", "gpt_oss", num_hidden_layers=2)
+    shard = tmp_path / "src" / "model.safetensors"
+    packed = {}
+    for name, tensor in load_file(shard).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inner, outer = tensor.shape
+            packed[f"{name}_blocks"] = torch.zeros(experts, outer, inner // 8, 4, dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.zeros(experts, outer, inner // 8, dtype=torch.uint8)
+        else:
+            packed[name] = tensor
+    assert sum(name.endswith("_blocks") for name in packed) == 4
+    save_file(packed, shard, metadata={"format": "pt"})
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    edit_json(tmp_path / "src" / "config.json", quantization_config=quantization)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert "quantised" in result.verification_skipped and result.warnings == ()
+    assert_only_depth_was_added(tmp_path)
+
+
+SAID = {
+    "null quantisation": {"quantization_config": None},
+    "tuples": {"return_dict": False},
+    "attentions": {"output_attentions": True},
+    "hidden states": {"output_hidden_states": True},
+    "no cache": {"use_cache": False},
+    "torchscript": {"torchscript": True},
+    "null layer types": {"layer_types": None},
+    "foreign layer types": {"layer_types": ["sliding_attention"] * 5},
+    "foreign window": {"sliding_window": 3},
+    "foreign chunks": {"attention_chunk_size": 3},
+    "null window": {"sliding_window": None, "attention_chunk_size": None},
+    "all": {
+        "return_dict": False,
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "attn_implementation": "eager",
+    },
+}
+
+
+@pytest.mark.parametrize("changes", SAID.values(), ids=SAID)
+def test_what_a_configuration_may_say(changes, donor, tmp_path):
+    """A configuration that transformers loads, and whose outputs or masks it changes or not, is verified as any."""
+    shutil.copytree(donor[0], tmp_path / "src")
+    edit_json(tmp_path / "src" / "config.json", **changes)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert result.verification.relative_difference < TOLERANCE
+    said = [name for name in changes if name in ("layer_types", "sliding_window", "attention_chunk_size")]
+    assert len(result.warnings) == sum(changes[name] is not None for name in said)
+    kept = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert "layer_types" not in kept and all(kept.get(name) is None for name in said)
+    assert kept.keys() >= {name for name in changes if changes[name] is None} - {"layer_types"}
+    inputs = tokens(donor[1])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst", return_dict=True)
+    with torch.no_grad():
+        assert relative(model(inputs).logits, donor[1](inputs).logits) < TOLERANCE
+    convert_to_donor(tmp_path / "dst", tmp_path / "back")

@@ -1,22 +1,25 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """What comes along, what is shared, and what a conversion costs."""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from attnres_convert import convert_checkpoint
+from attnres_convert import convert_checkpoint, convert_to_donor
 from attnres_convert.cli import main
-from convert_models import edit_json, save_donor, tree, write_sparse_donor
+from attnres_convert.files import write_all
+from convert_models import edit_json, save_donor, tensor_bytes, tree, write_sparse_donor
 from huggingface_hub import metadata_load
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 
 CARD = """---
@@ -137,10 +140,11 @@ def test_links_across_file_systems(tmp_path, capsys):
 def test_a_folder_of_symbolic_links(tmp_path, link):
     """As in the cache of the Hub: the result holds the files themselves."""
     save_donor(tmp_path / "blobs")
-    (tmp_path / "snapshot").mkdir()
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
     for path in (tmp_path / "blobs").iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
-    convert_checkpoint(tmp_path / "snapshot", tmp_path / "dst", link=link)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    convert_checkpoint(snapshot, tmp_path / "dst", link=link)
     assert not any(path.is_symlink() for path in (tmp_path / "dst").iterdir())
     original, written = tmp_path / "blobs" / "model.safetensors", tmp_path / "dst" / "model-00001-of-00002.safetensors"
     assert original.read_bytes() == written.read_bytes()
@@ -202,3 +206,90 @@ def test_time_for_a_large_checkpoint(tmp_path):
     found = cost(tmp_path / "src", tmp_path, "copy", repeats=3)
     # the best of each, as the disk is shared; half a second for what doesn't grow with the size
     assert min(found["converted"]) < 1.5 * min(found["copied"]) + 0.5, found
+
+
+# In a process of its own, with which the file system goes. Prints for each run of the command which pages were enough.
+FULL_DISK = """
+import json, os, pathlib, shutil, subprocess, sys
+from attnres_convert import ConversionError, conversion, convert_checkpoint, convert_to_donor
+from attnres_convert.kimi_k3 import export_kimi_k3
+source, disk, same = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3] == "same"
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3000000", "tmpfs", disk], check=True)
+conversion.check_space = lambda *_: None  # as if others had taken the space meanwhile
+export = lambda src, dst, **_: export_kimi_k3(src, dst / "rows.safetensors")
+runs = [("donor", convert_checkpoint, 2), ("sharded", convert_checkpoint, 5), ("there", convert_to_donor, 5)]
+runs += [("saved", convert_to_donor, 5), ("there", export, 1)]
+if same:
+    source = shutil.copytree(source, disk / "source")
+page, filler, found = os.sysconf("SC_PAGE_SIZE"), disk / "filler", []
+for name, run, step in runs:
+    tried, enough = list(range(0, 100, step)), []
+    for pages in tried:  # on the first there is the mark of the work folder
+        free = shutil.disk_usage(disk).free // page * page
+        filler.write_bytes(bytes(free - pages * page))
+        before = sorted(os.listdir(disk))
+        try:
+            run(source / name, disk / "dst", verify=False)
+            shutil.rmtree(disk / "dst")
+            enough.append(pages)
+        except ConversionError as error:
+            assert "no space left for" in str(error) and "free some" in str(error), error
+        assert sorted(os.listdir(disk)) == before, os.listdir(disk)
+        filler.unlink()
+    found.append((tried, enough))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("disk", ["same", "other"])
+def test_a_disk_that_fills_up(tmp_path, disk):
+    """Whichever file the last page of a disk goes to, there is one clear error, and nothing stays."""
+    alone = ["unshare", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    donor = save_donor(tmp_path / "source" / "donor", num_hidden_layers=2)
+    donor.save_pretrained(tmp_path / "source" / "sharded", max_shard_size="30KB")
+    (tmp_path / "source" / "donor" / "notes.txt").write_text("x" * 10_000)
+    convert_checkpoint(tmp_path / "source" / "donor", tmp_path / "source" / "there", verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source" / "there")
+    model.save_pretrained(tmp_path / "source" / "saved")  # depth attention in one file with the rest, to be cut out
+    (tmp_path / "disk").mkdir()
+    command = [*alone, sys.executable, "-c", FULL_DISK, tmp_path / "source", tmp_path / "disk", disk]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for tried, enough in json.loads(done.stdout):
+        assert 1 < len(enough) < len(tried) and enough == tried[-len(enough) :]
+
+
+SHORT = {
+    "little": lambda real: lambda source, target, count: real(source, target, min(count, 1000)),
+    "nothing": lambda real: lambda *_: 0,
+    "not here": lambda real: lambda *_: os.strerror(os.close(-1)),
+    "not now": lambda real: lambda source, target, count: real(source, target, min(count, 1000)) if count % 3 else 0,
+}
+
+
+@pytest.mark.parametrize("kind", SHORT.values(), ids=SHORT)
+def test_copies_in_parts(tmp_path, monkeypatch, kind):
+    """A system that copies or writes less than it is asked for makes no other files."""
+    save_donor(tmp_path / "src")
+    convert_checkpoint(tmp_path / "src", tmp_path / "expected", verify=False)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "expected").save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(os, "copy_file_range", kind(os.copy_file_range))
+    convert_checkpoint(tmp_path / "src", tmp_path / "dst", verify=False)
+    for path in (tmp_path / "expected").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "dst" / path.name).read_bytes()
+    convert_to_donor(tmp_path / "saved", tmp_path / "back", verify=False)
+    assert tensor_bytes(tmp_path / "back") == tensor_bytes(tmp_path / "src")
+
+
+def test_writes_in_parts(tmp_path):
+    """Without a buffer, what a write leaves over is written next."""
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data[:7]))
+
+    with Slow(tmp_path / "file", "w") as file:
+        write_all(file, bytes(range(100)))
+    assert (tmp_path / "file").read_bytes() == bytes(range(100))

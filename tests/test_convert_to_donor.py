@@ -8,6 +8,7 @@ import torch
 from attnres_convert import ConversionError, convert_checkpoint, convert_to_donor
 from convert_models import edit_json, save_donor, tensor_bytes, tree
 from families import FAMILIES, tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 
@@ -19,6 +20,7 @@ def test_there_and_back_is_the_same_folder(tmp_path, shard_size):
     (tmp_path / "src" / "LICENSE").write_text("the licence\n")
     old_style = {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     edit_json(tmp_path / "src" / "config.json", auto_map={"AutoModel": "modeling_old.OldModel"}, **old_style)
+    (tmp_path / "src" / "modeling_old.py").write_text("class OldModel: ...\n")
     convert_checkpoint(tmp_path / "src", tmp_path / "there", verify=False)
     result = convert_to_donor(tmp_path / "there", tmp_path / "back")
     before, after = tree(tmp_path / "src"), tree(tmp_path / "back")
@@ -82,3 +84,68 @@ def test_a_donor_has_nowhere_to_go_back_to(tmp_path):
     save_donor(tmp_path / "src")
     with pytest.raises(ConversionError, match="no AttnRes checkpoint"):
         convert_to_donor(tmp_path / "src", tmp_path / "dst")
+
+
+def test_code_of_the_donor(tmp_path):
+    """References to classes in the folder's own Python files come along and return, also those of its tokenizer."""
+    save_donor(tmp_path / "src")
+    (tmp_path / "src" / "code_old.py").write_text("class A: ...\n")
+    auto_map = {"AutoConfig": "code_old.A", "AutoModel": "code_old.A"}
+    pipelines = {"x": {"impl": "code_old.A", "pt": ["AutoModel"]}}
+    edit_json(tmp_path / "src" / "config.json", auto_map=auto_map, custom_pipelines=pipelines)
+    tokenizer = {"auto_map": {"AutoTokenizer": ["code_old.A", None]}}
+    (tmp_path / "src" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    there = convert_checkpoint(tmp_path / "src", tmp_path / "there", verify=False)
+    back = convert_to_donor(tmp_path / "there", tmp_path / "back", verify=False)
+    assert there.warnings == back.warnings == ()
+    for name in ("config.json", "tokenizer_config.json", "code_old.py"):
+        before, after = ((tmp_path / folder / name).read_text() for folder in ("src", "back"))
+        assert before == after if name.endswith("py") else json.loads(before) == json.loads(after)
+
+
+ELSEWHERE = {
+    "repository": {"AutoModel": "evil/repo--code_old.A"},
+    "absent": {"AutoModel": "code_absent.A"},
+    "folder": {"AutoModel": "../code_old.A"},
+    "no class": {"AutoModel": "code_old"},
+    "ours": {"AutoModel": "modeling_attnres.AttnResModel"},
+    "one of two": {"AutoModel": "code_old.A", "AutoTokenizer": [None, "evil/repo--code_old.A"]},
+    "number": {"AutoModel": 5},
+    "object": {"AutoModel": {"impl": "evil/repo--code_old.A"}},
+}
+
+
+@pytest.mark.parametrize("auto_map", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_code_from_elsewhere(auto_map, tmp_path):
+    """Other references are left out, with a warning for each file, and so don't return."""
+    save_donor(tmp_path / "src")
+    (tmp_path / "src" / "code_old.py").write_text("class A: ...\n")
+    files = ("config.json", "tokenizer_config.json", "processor_config.json")
+    for name in files:
+        (tmp_path / "src" / name).touch()
+        content = json.loads((tmp_path / "src" / name).read_text() or "{}")
+        (tmp_path / "src" / name).write_text(json.dumps({**content, "auto_map": auto_map, "kept": True}))
+    there = convert_checkpoint(tmp_path / "src", tmp_path / "there", verify=False)
+    assert [warning.split(":")[0] for warning in there.warnings] == ["processor_config.json", *files[1::-1]]
+    assert all("left out auto_map" in warning for warning in there.warnings)
+    convert_to_donor(tmp_path / "there", tmp_path / "back", verify=False)
+    for folder in ("there", "back"):
+        for name in files:
+            content = json.loads((tmp_path / folder / name).read_text())
+            assert content["kept"] and ("auto_map" not in content or (folder, name) == ("there", "config.json"))
+
+
+@pytest.mark.parametrize("auto_map", [*map(json.dumps, [*ELSEWHERE.values(), 5, "x", ["a.B"]]), "{", '"\\ud800"'])
+def test_code_in_the_metadata_of_a_shard(auto_map, tmp_path):
+    """What the way back restores is held to the same: it is left out, or what is no JSON is refused."""
+    save_donor(tmp_path / "src")
+    convert_checkpoint(tmp_path / "src", tmp_path / "there", verify=False)
+    shard = tmp_path / "there" / "model-00002-of-00002.safetensors"
+    save_file(load_file(shard), shard, {"format": "pt", "donor_auto_map": auto_map})
+    if auto_map in ("{", '"\\ud800"'):
+        with pytest.raises(ConversionError, match="donor_auto_map"):
+            convert_to_donor(tmp_path / "there", tmp_path / "back", verify=False)
+        return
+    result = convert_to_donor(tmp_path / "there", tmp_path / "back", verify=False)
+    assert len(result.warnings) == 1 and "left out auto_map" in result.warnings[0]
+    assert "auto_map" not in json.loads((tmp_path / "back" / "config.json").read_text())
