@@ -5,19 +5,23 @@ Publishes a model folder as a repository of the Hub: weights, configuration, bot
 A card is made from the folder's files if it has none. One that this project's scripts wrote gets the repository's name.
 
 Before anything is uploaded, the files that would go up are loaded in a process of their own as a stranger would load
-them, without this project, without a network and without your token, and generate a few tokens. All files appear in one
-commit or not at all; an upload that ended early goes on where it stopped when the command is repeated. Files that are
-on the Hub already are not sent again, and weights that the folder no longer has are removed there.
+them, without this project, and generate a few tokens. That process has no token and, where the system can do that, no
+network and no files but these. It runs code that isn't this project's only with --trust-remote-code.
+
+All files appear in one commit or not at all; an upload that ended early goes on where it stopped when the command is
+repeated. Files that are on the Hub already are not sent again, and weights that the folder no longer has are removed
+there.
 
 The token is that of `hf auth login` or of the variable HF_TOKEN. The last line printed is JSON.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,15 +30,26 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-import yaml
 from attnres_convert import InputError
-from attnres_convert.card import CARD_NAME, folder_card, renamed, without_local_bases, write_card
+from attnres_convert.card import CARD_NAME, folder_card, is_hub_id, renamed, without_local_bases, write_card
+from attnres_convert.checkpoint import read_shard
+from attnres_convert.reading import (
+    MAX_CONFIG,
+    check_config,
+    check_inside,
+    is_regular,
+    one_line,
+    parse_metadata,
+    read_json,
+    read_text,
+    typed,
+    understood,
+)
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     get_token,
-    metadata_load,
     metadata_save,
 )
 from huggingface_hub.errors import (
@@ -46,7 +61,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
+from leaks import printable, runs_code, secret_in_file, secret_in_text
 from safetensors import SafetensorError, safe_open
+from stranger import StrangerError, load
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,53 +84,24 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 TRAINING = ("checkpoint-*", "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "scaler*")
 EVAL_RESULTS = ".eval_results"  # the Hub's place for results
 RESULTS = ("*results*.json", "evaluation*.json", f"{EVAL_RESULTS}/*")
-PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-TEST_TOKENS = 4
+CLASS = re.compile(r"(?m)^class (\w+)")
 GO_ON = "nothing is half published, run the command again to go on."
-
-# Runs in a process of its own, with the folder and the project's modules as arguments.
-STRANGER = """
-import json, sys
-for name in json.loads(sys.argv[2]):
-    sys.modules[name] = None  # an installed project can't be imported either
-sys.path[:] = [path for path in sys.path if path not in json.loads(sys.argv[3])]
-import torch, transformers
-transformers.utils.logging.disable_progress_bar()
-folder, code = sys.argv[1], sys.argv[4] == "True"
-try:
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code)
-    if code:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-        expected = config.hub_classes()
-        if config.auto_map != expected:
-            lacks = sorted(set(expected) - set(config.auto_map)) or "other classes than " + str(expected)
-            raise ValueError(f"the auto_map of config.json lacks {lacks}; save the model again with save_pretrained")
-        for reference in config.auto_map.values():
-            get_class_from_dynamic_module(reference, folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=code, use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True)  # or the error doesn't tell what is wrong
-    for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
-        if info[problem]:
-            raise ValueError(f"the weights have {problem.replace('_', ' ')}: {min(map(str, info[problem]))}")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)
-    with torch.no_grad():
-        if not model(**inputs).logits.isfinite().all():
-            raise ValueError("the model's logits are not finite")
-    tokens = model.generate(**inputs, max_new_tokens=int(sys.argv[5]), do_sample=False)
-    print(json.dumps({"text": tokenizer.decode(tokens[0])}))
-except Exception as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    print(json.dumps({"error": f"{lines[0].rstrip('.') if lines else ''} ({type(error).__name__})"}))
-"""
 
 
 class PushError(InputError):
     """The folder can't be pushed; the message is one line that says why and what to do."""
+
+
+@contextmanager
+def one_reason(what: str) -> Iterator[None]:
+    """Turns what is wrong with a folder, also of kinds that nobody thought of, into a PushError."""
+    try:
+        with understood(what, kind=PushError):
+            yield
+    except PushError:
+        raise
+    except InputError as error:
+        raise PushError(str(error)) from None
 
 
 @dataclass
@@ -159,77 +147,134 @@ def reason_to_stay(name: str, is_folder: bool = False) -> str | None:
     return "code that a stranger doesn't need" if path.suffix == ".py" else "not of a model repository"
 
 
-def read_json(files: dict[str, Path], name: str) -> dict:
-    try:
-        content = json.loads(files[name].read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise PushError(f"{name} is no JSON object; save the model again.")
-    return content
-
-
 def check_weights(files: dict[str, Path]):
     """There is one complete set of weights."""
     if (WEIGHTS in files) == (INDEX in files):
         found = f"both {WEIGHTS} and {INDEX}; remove one" if WEIGHTS in files else "no safetensors weights; save them"
         raise PushError(f"the folder has {found} with save_pretrained.")
     if INDEX in files:
-        shards = read_json(files, INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise PushError(f"{INDEX} names no weights; save the model again.")
-        if missing := sorted(set(map(str, shards.values())) - files.keys()):
-            raise PushError(f"{missing[0]}, which {INDEX} names, is not in the folder.")
+        index = read_json(files[INDEX])
+        shards = typed(index, "weight_map", dict, INDEX)
+        if not shards or not all(isinstance(shard, str) for shard in shards.values()):
+            raise PushError(f"{INDEX} names no weights, or not their files; save the model again.")
+        if typed(index, "metadata", dict, INDEX) is None:
+            raise PushError(f"{INDEX} has no metadata, without which transformers doesn't load; save the model again.")
+        missing = [shard for shard in set(shards.values()) if shard not in files or not shard.endswith(".safetensors")]
+        if missing:
+            raise PushError(f"{min(missing)}, which {INDEX} names, is not in the folder or no safetensors file.")
         extra = [name for name in files if fnmatch(name, "model*.safetensors") and name not in shards.values()]
         if extra:
             raise PushError(f"{extra[0]} is not in {INDEX}; remove it.")
 
 
 def check_code(package: Package):
-    """The configuration loads code of this folder only, and this code is there."""
-    config = read_json(package.files, "config.json")
-    model_type = str(config.get("model_type"))
-    references = []
-    for name in package.files:
-        if name.endswith("config.json") and "/" not in name:
-            auto_map = read_json(package.files, name).get("auto_map") or {}
-            for value in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
-                references += [(name, part) for part in (value if isinstance(value, list) else [value]) if part]
-    package.needs_code = bool(references) or model_type.startswith("attnres")
+    """The configurations load code of this folder only, and this code is there."""
+    config, classes, references = {}, known_classes(package.files), []
+    for name, path in package.files.items():
+        if not name.endswith("config.json"):
+            continue
+        content = read_json(path, MAX_CONFIG)
+        if name == "config.json":
+            config = check_config(content, name)
+            check_origin(content.get("_name_or_path"))
+        for key, value in what_loads_code(content):
+            if key == "auto_map":
+                references += [(name, reference) for reference in auto_map_references(name, value)]
+            else:
+                raise PushError(f"{name} loads code from elsewhere by {key} ({json.dumps(value)}); remove that line.")
+    package.needs_code = bool(references) or str(config.get("model_type")).startswith("attnres")
     if not package.needs_code:
-        return
+        for name in CODE_FILES:
+            if package.files.pop(name, None):
+                package.left[name] = "code that this model doesn't need"
+    missing = [name for name in CODE_FILES if package.needs_code and name not in package.files]
     for name, reference in references:
-        if f"{str(reference).split('.')[0]}.py" not in CODE_FILES:
+        if reference.split(".")[0] + ".py" not in missing and reference not in classes:
             raise PushError(
-                f"{name} loads code from {reference}; a repository here brings only {', '.join(CODE_FILES)}."
+                f"{name} loads code from {reference} by its auto_map; a repository here brings only the classes of "
+                f"{', '.join(CODE_FILES)}."
             )
-    if missing := [name for name in CODE_FILES if name not in package.files]:
+    if missing:
         raise PushError(f"{missing[0]} is missing; save the model with save_pretrained, which writes the code files.")
-    if not config.get("auto_map"):
+    if package.needs_code and not config.get("auto_map"):
         raise PushError("config.json has no auto_map; save the model with save_pretrained.")
 
 
+def known_classes(files: dict[str, Path]) -> set[str]:
+    """What an `auto_map` may name: the classes of this project's code files, and of the folder's."""
+    paths = [(name, path) for name in CODE_FILES for path in (own_code(name), files.get(name)) if path]
+    return {f"{Path(name).stem}.{found}" for name, path in paths for found in CLASS.findall(read_text(path))}
+
+
+def what_loads_code(content) -> Iterator[tuple[str, object]]:
+    """Entries of a configuration, at any depth, by which transformers fetches code, unless they are empty."""
+    if isinstance(content, list):
+        for value in content:
+            yield from what_loads_code(value)
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        is_kernel = "_implementation" in key and any("/" in text for text in texts_in(value))  # a repository of kernels
+        if value not in (None, {}, [], "") and (key in ("auto_map", "custom_pipelines") or is_kernel):
+            yield key, value
+        else:
+            yield from what_loads_code(value)
+
+
+def texts_in(value) -> list[str]:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for inner in values for text in texts_in(inner)]
+
+
+def auto_map_references(name: str, auto_map) -> list[str]:
+    """The classes that an `auto_map` names: a text for each Auto class, of a tokenizer two of which one may be null."""
+    references = []
+    for value in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
+        for reference in value if isinstance(value, list) else [value]:
+            if isinstance(reference, str):
+                references.append(reference)
+            elif reference is not None or not isinstance(value, list):
+                raise PushError(f"{name}: auto_map must name classes, not {json.dumps(reference)}; save it again.")
+    return references
+
+
+def check_origin(name):
+    """`_name_or_path` says where a model was loaded from; a path of this machine is nobody's business."""
+    if name and (not isinstance(name, str) or not is_hub_id(name) and os.path.exists(os.path.expanduser(name))):
+        raise PushError("config.json: _name_or_path is not the id of a repository; remove that line.")
+
+
 def check_link(folder: Path, name: str, path: Path):
+    """A link leads to what would be published, or into the cache of the Hub that the folder is in."""
+    check_inside(folder, path)
     target = path.resolve()
     if not target.is_relative_to(folder):
-        raise PushError(f"{name} is a link that leaves the folder; put the file itself there.")
-    if not target.exists():
-        raise PushError(f"{name} is a link to nothing; remove it.")
+        return
+    parts = target.relative_to(folder).parts
+    for end in range(1, len(parts) + 1):
+        if reason := reason_to_stay("/".join(parts[:end]), is_folder=end < len(parts) or target.is_dir()):
+            raise PushError(f"{name} is a link to {target.name}, which stays here ({reason}); remove it.")
 
 
 def check_content(name: str, path: Path, token: str | None):
-    """No pickle under another name, and no token in a text."""
+    """No pickle under another name, and no secret in the file or its name."""
+    if found := secret_in_text(name):
+        raise PushError(f"the name of a file contains {found}; rename it, and revoke that if it was shared.")
+    if not name.isprintable():  # a line break, what a terminal obeys, or bytes that are no UTF-8
+        raise PushError(f"{printable(name)} has a character in its name that can't be printed; rename it.")
+    if not is_regular(path):
+        raise PushError(f"{name} is no regular file; put the file itself there, or remove it.")
     if path.suffix == ".safetensors":
         try:
+            read_shard(path)
             with safe_open(path, framework="numpy"):
-                return
-        except SafetensorError:
+                pass
+        except (InputError, SafetensorError, OSError):
             raise PushError(f"{name} is no complete safetensors file; save the model again.") from None
-    content = path.read_bytes()
-    if content.startswith(PICKLE_STARTS):
+    elif runs_code(path):
         raise PushError(f"{name} is a pickle or an archive; remove it.")
-    if TOKEN.search(content) or (token and token.encode() in content):
-        raise PushError(f"{name} contains a Hub token; remove it, and revoke the token if it was shared.")
+    if found := secret_in_file(path, token):
+        raise PushError(f"{name} contains {found}; remove it, and revoke that if it was shared.")
 
 
 def collect(folder: Path, token: str | None = None) -> Package:
@@ -240,20 +285,25 @@ def collect(folder: Path, token: str | None = None) -> Package:
     """
     if not folder.is_dir():
         raise PushError(f"{folder} is not a folder; give the folder of a saved model.")
-    package = Package(folder.resolve())
-    for name, path in walk(package.folder, package.folder):
+    with one_reason(f"{folder} can't be read"):
+        return _collect(folder.resolve(), token)
+
+
+def _collect(folder: Path, token: str | None) -> Package:
+    package = Package(folder)
+    for name, path in walk(folder, folder):
         reason = reason_to_stay(name, path.is_dir())
         if reason is None and path.is_symlink():
-            check_link(package.folder, name, path)
-        if reason is None and not path.is_file():
-            reason = "not a file"
+            check_link(folder, name, path)
+        if reason is None and path.is_dir():
+            reason = "a link to a folder"
         if reason is None:
             check_content(name, path, token)
             package.files[name] = path
         else:
             package.left[name] = reason
-    if "adapter_config.json" in package.files and "config.json" not in package.files:
-        raise PushError(f"{folder} is an adapter; merge it into its base and push the result.")
+    if "adapter_config.json" in package.files:
+        raise PushError(f"{folder} is an adapter, or holds one; merge it into its base and push the result.")
     for name, advice in REQUIRED.items():
         if name not in package.files:
             raise PushError(f"{name} is missing; {advice}.")
@@ -266,61 +316,59 @@ def add_card(package: Package, repo_id: str, folder: Path):
     """Makes a card if there is none, and gives it the name of the repository. What changes is written to `folder`."""
     card = folder / CARD_NAME
     if CARD_NAME in package.files:
-        card.write_bytes(package.files[CARD_NAME].read_bytes())
+        before = read_text(package.files[CARD_NAME])
+        metadata = parse_metadata(before, CARD_NAME)
+        card.write_bytes(before.encode())
     else:
-        write_card(folder, folder_card(package.folder, repo_id.split("/")[-1]))
-    before = card.read_bytes().decode("utf-8", "surrogateescape")
-    text = renamed(before, repo_id)
-    if text != before:
-        card.write_bytes(text.encode("utf-8", "surrogateescape"))
-    try:
-        metadata = metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):  # the Hub says what is wrong
-        metadata = {}
+        advice = f"correct results.json and config.json, or write {CARD_NAME} yourself"
+        with understood("no card can be made from the folder's files", advice, PushError):
+            write_card(folder, folder_card(package.folder, repo_id.split("/")[-1]))
+            before = read_text(card)
+            metadata = parse_metadata(before, CARD_NAME)
+    card.write_bytes(renamed(before, repo_id).encode())
     if (kept := without_local_bases(metadata)) != metadata:
         package.notes.append("the base model on the card is a folder, which the Hub refuses; it is left out there")
         metadata_save(card, kept)
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and (name not in package.files or package.files[name].read_bytes() != path.read_bytes()):
+            check_content(name, path, None)
             package.files[name] = path
 
 
-def load_as_stranger(package: Package) -> str:
-    """Loads the files in a process that has neither project nor network nor token; returns the text generated there.
+def own_code(name: str) -> Path:
+    """A code file of this project: of this checkout, or as it is installed."""
+    found = ROOT / name
+    if not found.is_file():
+        spec = importlib.util.find_spec(name.removesuffix(".py"))
+        found = Path(spec.origin) if spec and spec.origin else found
+    return found
+
+
+def foreign_code(package: Package) -> list[str]:
+    """The code files of the folder that differ from this project's."""
+    names = CODE_FILES if package.needs_code else ()
+    return [name for name in names if package.files[name].read_bytes() != own_code(name).read_bytes()]
+
+
+def load_as_stranger(package: Package, trust_remote_code: bool = False) -> str:
+    """Loads the files in a process of its own, without this project, as [`stranger.load`] says; returns the text
+    generated there.
 
     Raises:
-        PushError: they don't load, or don't generate.
+        PushError: they don't load, or don't generate; or their code isn't this project's and is not trusted.
     """
-    with tempfile.TemporaryDirectory(prefix="attnres-push-") as temporary:
-        stage, home = Path(temporary, "model"), Path(temporary, "home")
-        home.mkdir()
-        for name, path in package.files.items():
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            (stage / name).symlink_to(path.resolve())
-        secret = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHON")
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(secret) and "TOKEN" not in name
-        }
-        environment |= {
-            "HOME": str(home),
-            "HF_HOME": str(home),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        modules = [path.stem for path in ROOT.glob("*attnres.py")] + ["attnres_convert"]
-        arguments = [stage, json.dumps(modules), json.dumps([str(ROOT), ""]), package.needs_code, TEST_TOKENS]
-        command = [sys.executable, "-I", "-c", STRANGER, *map(str, arguments)]
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
+    if not trust_remote_code and (foreign := foreign_code(package)):
+        raise PushError(
+            f"{foreign[0]} in {package.folder} is not this project's, so the check doesn't run it and nothing was "
+            "uploaded; save the model again with save_pretrained, or read that file and give --trust-remote-code."
+        )
     try:
-        result = json.loads(lines[-1])
-    except (IndexError, ValueError):
-        ends = done.stderr.strip().splitlines() or [f"its process ended with code {done.returncode}"]
-        result = {"error": ends[-1]}
-    if "error" in result:
-        raise PushError(f"a stranger can't load it, so nothing was uploaded: {result['error']}.".replace(temporary, ""))
-    return result["text"]
+        text, notes = load(package.files, package.needs_code)
+    except StrangerError as error:
+        raise PushError(f"a stranger can't load it, so nothing was uploaded: {error}.") from None
+    package.notes += notes
+    return text
 
 
 def git_oid(path: Path) -> str:
@@ -387,6 +435,8 @@ def find_branch(api: HfApi, repo_id: str, revision: str) -> bool:
 
 def upload(api: HfApi, package: Package, repo_id: str, args: argparse.Namespace) -> dict:
     """Brings the repository to the state of the folder in one commit."""
+    if gone := [name for name, path in package.files.items() if not path.is_file()]:
+        raise PushError(f"{gone[0]} is gone from the folder; nothing was published, run the command again.")
     exists = find_branch(api, repo_id, args.revision)
     base = args.revision if exists else "main"
     head = api.model_info(repo_id, revision=base).sha
@@ -442,6 +492,8 @@ def explain(error: Exception, repo: str) -> str:
         if status == 412:
             return f"{repo} was changed meanwhile; {GO_ON}"
         return f"the Hub answers {status}: {reason(error)}; {GO_ON}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{Path(error.filename).name} can't be read: {error.strerror}; {GO_ON}"
     if isinstance(error, ValueError):
         return " ".join(str(error).split())
     return f"the connection to the Hub failed ({type(error).__name__}); {GO_ON}"
@@ -452,7 +504,7 @@ def explained(repo: str):
     """Turns errors of the Hub, the network and files that vanish into one line."""
     try:
         yield
-    except PushError:
+    except InputError:
         raise
     except Exception as error:
         raise PushError(explain(error, repo)) from None
@@ -476,10 +528,13 @@ def push(args: argparse.Namespace) -> dict:
         with explained(args.repo):
             user = api.whoami()["name"]  # a wrong token shows before a large model is loaded
         repo_id = args.repo if "/" in args.repo else f"{user}/{args.repo}"
-    with tempfile.TemporaryDirectory(prefix="attnres-card-") as folder:
+    with one_reason(f"{args.folder} can't be pushed"), tempfile.TemporaryDirectory(prefix="attnres-card-") as folder:
         add_card(package, repo_id, Path(folder))
         print(listing(package), flush=True)
-        print(f"loads without the project and generates {load_as_stranger(package)!r}", flush=True)
+        package.notes.clear()
+        text = load_as_stranger(package, args.trust_remote_code)
+        print(f"loads without the project and generates {printable(repr(text))}", flush=True)
+        print("".join(f"note: {note}\n" for note in package.notes), end="", flush=True)
         if args.dry_run:
             return {"dry_run": True, "files": {name: path.stat().st_size for name, path in package.files.items()}}
         result = publish(api, package, args)
@@ -491,18 +546,23 @@ def listing(package: Package) -> str:
     width = max(map(len, package.files))
     lines = [f"{name:{width}}  {path.stat().st_size:>13,}" for name, path in package.files.items()]
     lines.append(f"{'':{width}}  {package.size:>13,} bytes in {len(package.files)} files")
-    lines += [f"stays here: {name} ({reason})" for name, reason in package.left.items()]
+    lines += [f"stays here: {printable(name)} ({reason})" for name, reason in package.left.items()]
     lines += [f"note: {note}" for note in package.notes]
-    for name in CODE_FILES if package.needs_code else ():
-        if package.files[name].read_bytes() != (ROOT / name).read_bytes():
-            lines.append(f"note: {name} is of another version than this project's")
+    lines += [f"note: {name} is not this project's, or of another version" for name in foreign_code(package)]
     if not any(fnmatch(name, pattern) for name in package.files for pattern in RESULTS):
         lines.append("note: there are no results, such as results.json or evaluation.json")
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    """Doesn't repeat a token that was given where none belongs."""
+
+    def error(self, message):
+        super().error(printable(message))
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="push_to_hub.py",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -515,8 +575,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--revision", default="main", help="branch, made from main if it doesn't exist; default: main")
     add("--create-pr", action="store_true", help="open a pull request on the branch instead of changing it")
     add("--message", default="Upload model", help="of the commit; default: Upload model")
+    add("--trust-remote-code", action="store_true", help="let the check run code that isn't this project's")
     add("--dry-run", action="store_true", help="list what would go up and check that it loads, without a network")
     args = parser.parse_args(argv)
+    for option, text in (("--message", args.message), ("--revision", args.revision), ("repo", args.repo)):
+        if found := secret_in_text(text):
+            parser.error(f"{option} contains {found}, which would be published")
     try:
         validate_repo_id(args.repo)
     except HFValidationError:
@@ -535,12 +599,13 @@ def main(argv: list[str] | None = None):
         disable_progress_bars()
     try:
         result = push(args)
-    except PushError as error:
-        raise SystemExit(f"push_to_hub: {error}") from None
+    except InputError as error:
+        raise SystemExit(one_line(f"push_to_hub: {printable(error)}")) from None
     except KeyboardInterrupt:
         raise SystemExit(f"push_to_hub: interrupted; {GO_ON}") from None
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files are removed then too
     main()

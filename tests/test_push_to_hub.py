@@ -199,6 +199,27 @@ def test_second_push(hub, api, folder):
     assert published(hub, revision=first["commit"])["README.md"] == CARD.encode()
 
 
+def test_from_the_cache_of_the_hub(hub, api, folder, tmp_path):
+    """There all files are links; what they lead to is published."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1234"
+    for name, content in contents(folder).items():
+        blob = blobs / str(len(list(blobs.glob("*"))))
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    publish(api, collect(snapshot), arguments(snapshot))
+    assert published(hub) == contents(folder)
+
+
+def test_file_that_vanishes(hub, api, folder):
+    package = collect(folder)
+    (folder / "results.json").unlink()
+    with pytest.raises(PushError, match="results.json is gone from the folder"):
+        publish(api, package, arguments(folder))
+    assert published(hub) == {}
+
+
 def test_weights_that_are_gone(hub, api, folder):
     """Shards of the model before don't stay beside a single file, where they would be loaded or confuse."""
     publish(api, collect(folder), arguments(folder))
@@ -417,7 +438,7 @@ def no_auto_map(folder):
         (link_to_file, "link that leaves the folder"),
         (link_to_folder, "link that leaves the folder"),
         (link_to_nothing, "link to nothing"),
-        (pickle_in_disguise, "no complete safetensors"),
+        (pickle_in_disguise, "extra.safetensors is no complete safetensors"),
         (cut_weights, "no complete safetensors"),
         (old_pickle_in_disguise, "is a pickle or an archive"),
         (token_in_text, "contains a Hub token"),
@@ -426,7 +447,7 @@ def no_auto_map(folder):
         (two_sets_of_weights, "remove one"),
         (no_weights, "no safetensors weights"),
         (adapter, "is an adapter"),
-        (broken_config, "no JSON object"),
+        (broken_config, "is not valid JSON"),
         (foreign_code, "loads code from else/where"),
         (no_auto_map, "no auto_map"),
         *(
@@ -469,7 +490,7 @@ def code_that_imports_the_project(folder):
 
 def weights_of_another_model(folder):
     edit_json(folder / "config.json", num_hidden_layers=4)
-    return "mismatched keys: .*depth_attention"
+    return "the model doesn't load: .*depth_attention"
 
 
 @pytest.mark.parametrize("change", [incomplete_auto_map, code_that_imports_the_project, weights_of_another_model])
@@ -477,5 +498,5 @@ def test_what_a_stranger_cannot_load(folder, change):
     """Faults that show only where the project isn't installed, or that transformers only warns of."""
     message = change(folder)
     with pytest.raises(PushError, match=message) as error:
-        load_as_stranger(collect(folder))
+        load_as_stranger(collect(folder), trust_remote_code=True)
     assert "\n" not in str(error.value) and "nothing was uploaded" in str(error.value)

@@ -143,7 +143,7 @@ def test_check_finds_nothing_then_everything(root, capsys):
     code, loss, stranger, cut, table = capsys.readouterr().err.splitlines()
     assert code == "block: modeling_attnres.py isn't the project's; run: python scripts/zoo.py --update"
     assert re.fullmatch(r"block: held-out loss \(nats per token\) is \d\.\d{4}, by its card it is \d\.\d{4}", loss)
-    assert stranger.startswith("block: a stranger can't load it") and "no code" in stranger
+    assert stranger.startswith("block: modeling_attnres.py in ") and "--trust-remote-code" in stranger
     assert cut == "adapter: adapter_model.safetensors is no complete safetensors file; save the model again"
     assert table.startswith("README.md: its table isn't that of the folders")
 
