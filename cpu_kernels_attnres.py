@@ -1,25 +1,37 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The kernels of fused_attnres.py for CPUs, written in C++.
 
-They are compiled for the processor at hand by g++, or what CXX names, when they are first needed: two seconds, once, as
-the library is kept in `~/.cache/attnres`, or under XDG_CACHE_HOME. They run on the threads of PyTorch.
+They are compiled for the processor at hand by g++, or the command in CXX (`ccache g++`), when they are first needed:
+two seconds, once, as the library is kept in `~/.cache/attnres`, or under XDG_CACHE_HOME. What others could have put
+there is never loaded. They run on the threads of PyTorch.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from fused_attnres import KERNELS, DepthKernels, is_plain
-from modeling_attnres import TokenReads, can_fuse_norm
+from modeling_attnres import DepthAttentionInterface, TokenReads, can_fuse_norm
+
+
+logger = logging.get_logger(__name__)
+
+COMPILE_SECONDS = 120  # at most; it takes a few
 
 
 SOURCE = r"""
@@ -194,6 +206,17 @@ float score_of(const float* row, const float* product, int64_t width, float eps,
     return results[1] * *inverse_rms;
 }
 
+// A row that, times the result, is the row times `factor` and its inverse RMS, the product of which vanishes where the
+// row is huge.
+const float* times_rms(const float* row, float rms, int64_t width, float* buffer, float* factor) {
+    if (rms > 1e-9f) {
+        *factor *= rms;
+        return row;
+    }
+    for_columns(width, [&](int64_t d, auto zero) { store(buffer + d, load<decltype(zero)>(row + d) * rms); });
+    return buffer;
+}
+
 // Fills `normed` with a read times its inverse RMS, rounded to a dtype, times the gain. Returns the inverse RMS.
 float normalise(const float* read, const float* gain, float eps, Dtype dtype, const Rows& normed, int64_t token,
                 int64_t width, float* buffer) {
@@ -324,7 +347,7 @@ void closed_backward(int64_t threads, int64_t tokens, int64_t width, int64_t num
                     along[i] = 0;
                     for (int64_t s = 0; s < reads; s++) {
                         int64_t k = i * reads + s;
-                        along[i] -= scores[k * tokens + t] * grads[k] * rms * rms / width;
+                        along[i] -= scores[k * tokens + t] * grads[k] * rms / width;
                         grads[k] *= rms;
                         part_weights[s * num_sources + i] = weights[k];
                         part_weights[(reads + s) * num_sources + i] = grads[k];
@@ -335,7 +358,10 @@ void closed_backward(int64_t threads, int64_t tokens, int64_t width, int64_t num
                 if (!grad_sources) continue;
                 for (int64_t i = 0; i < num_sources; i++) {
                     results[i] = Rows{grad_sources[i], source_dtype}.place(t, width, buffers[num_sources + reads + i]);
-                    combine(&results[i], &rows[i], 1, &along[i], 1, width, false);
+                    const float rms = inverse_rms[i * tokens + t];  // its square vanishes where the source is huge
+                    for_columns(width, [&](int64_t d, auto zero) {
+                        store(results[i] + d, load<decltype(zero)>(rows[i] + d) * rms * along[i]);
+                    });
                 }
                 combine(results.data(), parts.data(), 2 * reads, part_weights.data(), num_sources, width, true);
                 for (int64_t i = 0; i < num_sources; i++)
@@ -446,9 +472,9 @@ void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, 
                     dots<2>(grad, rows, width, products);
                     float by_weight = scale * (products[0] - products[1]) + (grad_weights ? grad_weights[t] : 0);
                     float by_score = by_weight * weight * (1 - weight);
-                    by_product = by_score * rms, by_value = -by_product * score * rms / width;
+                    by_product = by_score * rms, by_value = -by_score * score / width * rms;
                     closed_by_product = -by_score * closed_rms;
-                    by_closed = -closed_by_product * closed_score * closed_rms / width;
+                    by_closed = by_score * closed_score / width * closed_rms;
                     if (grad_lse) grad_lse[t] = -by_score;
                     if (product_sum) {
                         const float sum_factors[] = {by_product, closed_by_product};
@@ -460,17 +486,20 @@ void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, 
                     int64_t count = 1;
                     if (product) {
                         parts[count] = product, part_factors[count++] = by_product;
-                        parts[count] = value, part_factors[count++] = by_value;
+                        parts[count] = times_rms(value, rms, width, buffers[6], &by_value);
+                        part_factors[count++] = by_value;
                     }
                     if (grad_partial) parts[count] = grad_partial.load(t, width, buffers[5]), part_factors[count++] = 1;
                     float* result = grad_value.place(t, width, buffers[7]);
                     combine<1>(&result, parts, count, part_factors, 1, width, false);
                     grad_value.store(t, width, result);
                 }
+                const bool is_scored = values && !grad_lse;
+                if (is_scored) closed = times_rms(closed, closed_rms, width, buffers[6], &by_closed);
                 const float* parts[] = {grad, product, closed};
                 const float part_factors[] = {factors[0], closed_by_product, by_closed};
                 float* result = grad_mixed.place(t, width, buffers[7]);
-                combine<1>(&result, parts, values && !grad_lse ? 3 : 1, part_factors, 1, width, false);
+                combine<1>(&result, parts, is_scored ? 3 : 1, part_factors, 1, width, false);
                 grad_mixed.store(t, width, result);
             }
         }
@@ -567,27 +596,103 @@ SIGNATURES = {
 }
 
 
-def compiler() -> str | None:
-    """The path of the C++ compiler, None where there is none or the kernels aren't for the system."""
-    return shutil.which(os.environ.get("CXX") or "g++") if sys.platform == "linux" else None
+def compiler() -> list[str] | None:
+    """The C++ compiler's command, None where there is none or the kernels aren't for the system."""
+    return None if missing_compiler() else [shutil.which(compiler_words()[0]), *compiler_words()[1:]]
+
+
+def compiler_words() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "") or ["g++"]
+
+
+def missing_compiler() -> str | None:
+    """Why the kernels can't be compiled, None if they may be."""
+    if sys.platform != "linux":
+        return f"its kernels are compiled on Linux only, and this is {sys.platform}"
+    try:
+        command = compiler_words()[0]
+    except ValueError as error:
+        return f"CXX={os.environ['CXX']} is no command: {error}"
+    if shutil.which(command) is None:
+        return f"its kernels need a C++ compiler, and there is no {command}: install g++, or name another in CXX"
+    return None
 
 
 def build_command() -> list[str]:
-    if compiler() is None:
-        raise RuntimeError("no C++ compiler: install g++, or name one in CXX")
-    return [compiler(), "-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+    if reason := missing_compiler():
+        raise RuntimeError(reason)
+    return [*compiler(), "-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 
 
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept, None if nothing can be kept there, or others could put something there."""
+def run(command: list[str], given: str = "", **environment: str) -> tuple[int, str]:
+    """A program's exit code and what it has written. It and all it has started have ended then, whatever happens.
+
+    Raises:
+        RuntimeError: it can't be started, or takes too long.
+    """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnres"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = folder.stat()
-    except (OSError, RuntimeError):
-        return None
-    is_ours = state.st_uid == os.getuid() and not state.st_mode & 0o022
-    return folder if is_ours and os.access(folder, os.W_OK) else None
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **environment},
+            start_new_session=True,  # a group of processes, which can be ended together
+        )
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} doesn't run: {error.strerror}") from error
+    try:
+        output, _ = process.communicate(given, timeout=COMPILE_SECONDS)
+        return process.returncode, output
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{command[0]} took more than {COMPILE_SECONDS:g} seconds") from error
+    finally:
+        with suppress(ProcessLookupError, PermissionError):  # nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):
+                pipe.close()
+
+
+def danger_of(path: Path) -> str | None:
+    """Who but this user could change a file or folder, or put another in its place; None if nobody could."""
+    state, user = path.lstat(), os.geteuid()
+    if not (stat.S_ISDIR(state.st_mode) or stat.S_ISREG(state.st_mode)):
+        return f"{path} is a link"
+    for place in (path, *path.parents):
+        state = place.lstat()
+        if state.st_uid != user and (place == path or state.st_uid != 0):
+            return f"{place} belongs to another user"
+        is_shared = state.st_mode & stat.S_ISVTX and place != path  # as /tmp: each may change what is theirs
+        if state.st_mode & 0o022 and not is_shared:
+            return f"others may write to {place}"
+    return None
+
+
+def cache_folders() -> list[Path]:
+    """Where compiled kernels may be kept, the best place first."""
+    folders = []
+    with suppress(OSError, RuntimeError):  # there is no home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folders.append(folder.resolve() / "attnres")
+    with suppress(OSError):  # no temporary files can be written
+        folders.append(Path(tempfile.gettempdir()).resolve() / f"attnres-{os.geteuid()}")
+    return folders
+
+
+def open_folder(folder: Path):
+    """Makes a folder if need be.
+
+    Raises:
+        OSError: it can't be made, or others could put something there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    if danger := danger_of(folder):
+        raise PermissionError(danger)
 
 
 def digest(content: bytes) -> str:
@@ -596,21 +701,45 @@ def digest(content: bytes) -> str:
 
 def build_key() -> str:
     """What another source, compiler or processor would change."""
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    command = build_command()
+    _, version = run([*compiler(), "--version"])
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    return digest("\n".join((SOURCE, *build_command(), version, platform.machine(), *sorted(processor))).encode())
+    return digest("\n".join((SOURCE, *command, version, platform.machine(), *sorted(processor))).encode())
 
 
 def build(folder: Path) -> Path:
     """Compiles the kernels into a file of a `folder`."""
     built = folder / "built.so"
     command = [*build_command(), "-x", "c++", "-", "-o", str(built)]
-    result = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
-    if result.returncode != 0:
-        errors = [line for line in result.stderr.splitlines() if "error" in line]
+    code, output = run(command, SOURCE, TMPDIR=str(folder))  # in which a compiler that is ended leaves files
+    if code != 0 or not built.exists():
+        errors = [line for line in output.splitlines() if "error" in line]
         raise RuntimeError((errors or [f"{command[0]} failed"])[0].strip())
+    built.chmod(0o700)
     return built
+
+
+def kept_library(folder: Path, name: str) -> Path | None:
+    """The file of compiled kernels of this name in a folder that only this user may write to."""
+    for path in folder.glob(f"{name}-*.so"):
+        # its name ends with the digest of what is in it, as loading half a file would end the process
+        if danger_of(path) is None and path.stem == f"{name}-{digest(path.read_bytes())}":
+            return path
+    return None
+
+
+def new_library(folder: Path, name: str) -> Path:
+    """The same, compiled."""
+    for left in folder.glob("building-*"):  # by processes that were ended
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - 10 * COMPILE_SECONDS:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as temporary:
+        built = build(Path(temporary))
+        path = folder / f"{name}-{digest(built.read_bytes())}.so"
+        os.replace(built, path)  # another process may have been faster
+    return path
 
 
 @cache
@@ -620,16 +749,25 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no compiler, or it failed; the message holds its first error.
     """
-    name, folder = f"kernels-{build_key()}", cache_folder()
-    # a file's name ends with the digest of what is in it, as loading half a file would end the process
-    kept = list(folder.glob(f"{name}-*.so")) if folder else []
-    path = next((path for path in kept if path.stem == f"{name}-{digest(path.read_bytes())}"), None)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        if path is None:
-            built = build(Path(temporary))
-            path = (folder or Path(temporary)) / f"{name}-{digest(built.read_bytes())}.so"
-            os.replace(built, path)  # another process may have been faster
-        loaded = ctypes.CDLL(str(path))
+    name, loaded, place, reasons = f"kernels-{build_key()}", None, "nowhere, so each process compiles them", []
+    for folder in cache_folders():
+        try:
+            open_folder(folder)
+            kept = kept_library(folder, name)
+            loaded = ctypes.CDLL(str(kept or new_library(folder, name)))
+        except OSError as error:
+            reasons.append(f"not in {folder} ({error.strerror or error})")
+        else:
+            place = None if kept else f"in {folder}"
+            break
+    if loaded is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            loaded = ctypes.CDLL(str(build(Path(temporary))))
+    if reasons and place is not None:
+        logger.warning(
+            f"The compiled cpp kernels are kept {place}; {', '.join(reasons)}. Mend that, or set XDG_CACHE_HOME to a "
+            "folder that only you may write to."
+        )
     for name, types in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = types, None
@@ -690,7 +828,8 @@ class CppTokenReads(TokenReads):
             num_sources += 1
             sources = (*sources, output)
         gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
-        if fits := can_fuse_norm(norm) and norm.weight.dtype in DTYPES and is_plain(norm.weight):
+        fits = can_fuse_norm(norm) and norm.weight.dtype in DTYPES and is_plain(norm.weight)
+        if fits := fits and norm.weight.shape == like.shape[-1:]:
             weight, norm_eps = norm.weight.contiguous(), norm.variance_epsilon
             gain, gain_dtype = weight.data_ptr(), DTYPES[weight.dtype]
             if weight.dtype != dtype:
@@ -876,3 +1015,5 @@ class CppKernels(DepthKernels):
 
 CPP_KERNELS = CppKernels()
 KERNELS.setdefault("cpu", CPP_KERNELS)  # unless Triton's interpreter has them
+if _reason := missing_compiler():
+    DepthAttentionInterface.absent[CppKernels.name] = _reason

@@ -125,9 +125,13 @@ class DepthKernels:
 KERNELS: dict[str, DepthKernels] = {}  # by type of device
 
 
+# Not a public name; in a torch without it, operators are always used
+num_dispatch_modes = getattr(getattr(torch, "_C", None), "_len_torch_dispatch_stack", lambda: 1)
+
+
 def is_untraced() -> bool:
     """Whether kernels may be called themselves, as nothing but gradients needs to see operators; it takes less time."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return not torch.compiler.is_compiling() and num_dispatch_modes() == 0
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

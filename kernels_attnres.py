@@ -404,7 +404,7 @@ def _closed_backward(
             grad_score = tl.load(grad_scores + at, mask=inside_scores, other=0.0)
             rms = tl.load(inverse_rms + source * num_tokens + row_token, mask=inside, other=0.0)
             along = tl.sum(tl.where((part == 0)[None, :], score * grad_score, 0.0) if SPLIT else score * grad_score, 1)
-            along *= rms * rms / D
+            along *= rms / D  # and once more below, as the square vanishes where a source is huge
             by_product = grad_score * rms[:, None]
             if SPLIT:  # what is less than the rounding of a product of the highest parts is left out
                 high, middle, low = _three_parts(by_product)
@@ -420,7 +420,7 @@ def _closed_backward(
                     grad = _dot(by_product, product, grad, PRECISION)
                 result = _tile(results, column, D, CHUNK, "")
                 grad = _dot_of_parts(weight_high, weight_middle, weight_low, result, grad, PRECISION)
-                grad -= along[:, None] * _tile(rows, column, D, CHUNK, DROP).to(tl.float32)
+                grad -= along[:, None] * (rms[:, None] * _tile(rows, column, D, CHUNK, DROP).to(tl.float32))
                 inside_tile = inside[:, None] & (column < D)[None, :]
                 grad = _cast(grad, like.dtype.element_ty)
                 tl.store(grad_rows[:, None] + column[None, :], grad, mask=inside_tile, eviction_policy=DROP)
@@ -534,7 +534,7 @@ def _held_backward(
             grad += weight[:, None] * grad_mixed[None, :]
             grad += (grad_score * rms)[:, None] * key[None, :]
     if GRAD_SOURCES:
-        grad -= (along * rms * rms / D)[:, None] * value
+        grad -= (along * rms / D)[:, None] * (rms[:, None] * value)
         grad_rows = _rows(table, num_sources + S + at_source, token, like, D, ALIGN)
         tl.store(grad_rows[:, None] + column[None, :], _cast(grad, like.dtype.element_ty), mask=inside_tile)
 

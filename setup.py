@@ -52,6 +52,8 @@ setup(
         "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for scripts/evaluate_model.py --lm-eval
         "test": [
             "hypothesis>=6.100",
+            "onnxruntime>=1.20; python_version >= '3.11'",
+            "onnxscript>=0.5; python_version >= '3.11'",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",

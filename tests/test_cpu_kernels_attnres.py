@@ -2,8 +2,12 @@
 """How the kernels for CPUs are compiled, kept and chosen. What they compute is tested in test_kernels_attnres.py."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -70,22 +74,212 @@ def test_compiled_once(tmp_path):
     assert [path.suffix for path in (tmp_path / "cache" / "attnres").iterdir()] == [".so"]
 
 
-def test_nothing_is_kept_where_others_could_write(tmp_path):
-    """Such a folder is neither read nor written, nor is one that isn't there and can't be made; kernels run anyway."""
-    (tmp_path / "attnres").mkdir()
-    (tmp_path / "attnres").chmod(0o777)
-    script, log = recording_compiler(tmp_path)
-    for times in (1, 2):
-        assert read(tmp_path, CXX=str(script))[0] == "cpp"
-        assert log.read_text().count("compiled") == times
-    assert not list((tmp_path / "attnres").iterdir())
-    (tmp_path / "file").touch()
-    assert read(tmp_path / "file", CXX=str(script))[0] == "cpp"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    return cpu_kernels_attnres.build(tmp_path_factory.mktemp("built"))
 
 
-def test_without_a_compiler(tmp_path):
-    """Then PyTorch is the default."""
-    assert read(tmp_path, CXX="no-such-compiler") == ("two_phase", "")
+def compiler_script(path: Path, lines: str, environment: pytest.MonkeyPatch) -> Path:
+    """Makes a program the compiler, which finds the file that it should write in `$out`."""
+    find = 'case "$1" in --version) echo fake; exit;; esac\nwhile [ "$1" != -o ]; do shift; done\nout=$2\n'
+    path.write_text(f"#!/bin/sh\n{find}{lines}\n")
+    path.chmod(0o755)
+    environment.setenv("CXX", str(path))
+    return path
+
+
+class Places:
+    """The two folders where libraries may be kept, and a compiler that takes no time and counts."""
+
+    def __init__(self, folder: Path, built: Path, environment: pytest.MonkeyPatch):
+        self.cache, self.temporary = folder / "cache" / "attnres", folder / "temporary" / f"attnres-{os.geteuid()}"
+        self.log, self.warnings = folder / "log", []
+        self.temporary.parent.mkdir()
+        self.log.touch()
+        compiler_script(folder / "compiler", f'cp {built} "$out"; echo compiled >> {self.log}', environment)
+        environment.setenv("XDG_CACHE_HOME", str(self.cache.parent))
+        environment.setattr(tempfile, "tempdir", str(self.temporary.parent))
+        environment.setattr(cpu_kernels_attnres.logger, "warning", self.warnings.append)
+
+    def load(self) -> tuple[Path, int, list[str]]:
+        """The folder of the library that a process loads, how often it has compiled, and its warnings."""
+        self.log.write_text("")
+        self.warnings.clear()
+        loaded = cpu_kernels_attnres.library.__wrapped__()
+        return Path(loaded._name).parent, self.log.read_text().count("compiled"), list(self.warnings)
+
+
+@pytest.fixture
+def places(tmp_path, built, monkeypatch) -> Places:
+    return Places(tmp_path, built, monkeypatch)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def to_link(path: Path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def give_away(path: Path):
+    os.chown(path, 12345, -1)
+
+
+CHANGES = [
+    pytest.param(lambda path: path.chmod(0o777), "others may write", id="writable"),
+    pytest.param(lambda path: path.chmod(0o770), "others may write", id="writable by a group"),
+    pytest.param(to_link, "is a link", id="link"),
+    pytest.param(give_away, "belongs to another user", id="of another user", marks=needs_root),
+]
+
+
+@pytest.mark.parametrize("change, reason", CHANGES)
+def test_folders_that_others_could_change(places, change, reason):
+    """Nothing is loaded from there or put there: a temporary folder of the user takes its place, with one warning."""
+    assert places.load() == (places.cache, 1, [])
+    assert places.load() == (places.cache, 0, [])
+    change(places.cache)
+    before = list(places.cache.iterdir())
+    folder, compiled, warnings = places.load()
+    assert (folder, compiled, len(warnings)) == (places.temporary, 1, 1)
+    assert reason in warnings[0] and str(places.cache) in warnings[0] and "XDG_CACHE_HOME" in warnings[0]
+    assert places.load() == (places.temporary, 0, [])
+    assert places.temporary.stat().st_mode & 0o777 == 0o700
+    assert list(places.cache.iterdir()) == before
+
+
+@pytest.mark.parametrize("change, reason", [CHANGES[0], CHANGES[1], CHANGES[3]])
+def test_folders_above_that_others_could_change(places, change, reason):
+    """Who may rename a folder can put another in its place; a sticky one, as /tmp, is safe, and so is a link to one."""
+    assert places.load()[0] == places.cache
+    change(places.cache.parent)
+    folder, _, warnings = places.load()
+    assert folder == places.temporary and reason in warnings[0]
+    os.chown(places.cache.parent, os.geteuid(), -1)
+    places.cache.parent.chmod(0o1777)
+    assert places.load() == (places.cache, 0, [])
+    to_link(places.cache.parent)
+    assert places.load() == (places.cache.parent.resolve() / "attnres", 0, [])
+
+
+@pytest.mark.parametrize("change, reason", CHANGES)
+def test_files_that_others_could_change(places, change, reason):
+    """They are compiled again, and replaced."""
+    places.load()
+    (library,) = places.cache.iterdir()
+    change(library)
+    assert places.load() == (places.cache, 1, [])
+    assert cpu_kernels_attnres.danger_of(library) is None
+    assert places.load() == (places.cache, 0, [])
+
+
+@pytest.mark.parametrize("cache", ["/proc/no", "/dev/null"])
+def test_where_nothing_can_be_written(places, monkeypatch, cache):
+    """The temporary folder takes its place; if that is no better, each process compiles, and says so."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    folder, compiled, warnings = places.load()
+    assert (folder, compiled, len(warnings)) == (places.temporary, 1, 1) and f"{cache}/attnres" in warnings[0]
+    assert places.load() == (places.temporary, 0, [])
+    shutil.rmtree(places.temporary)
+    places.temporary.touch()
+    for _ in range(2):
+        _, compiled, warnings = places.load()
+        assert compiled == len(warnings) == 1 and "each process compiles" in warnings[0]
+    assert [path.name for path in places.temporary.parent.iterdir()] == [places.temporary.name]
+
+
+def test_what_a_killed_process_has_left(places):
+    """Its folder goes when it is old."""
+    places.load()
+    for library in places.cache.iterdir():
+        library.unlink()
+    old, new = places.cache / "building-old", places.cache / "building-new"
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    places.load()
+    assert not old.exists() and new.exists()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("ends", ["never", "with a failure", "well"])
+def test_nothing_is_left_of_a_compiler(tmp_path, places, monkeypatch, built, ends):
+    """Neither the processes it has started nor its temporary files; one that doesn't end is ended."""
+    last = {"never": "sleep 1000", "with a failure": "exit 1", "well": f'cp {built} "$out"'}[ends]
+    lines = f'touch "$TMPDIR/part"\nsleep 1000 >/dev/null 2>&1 &\necho $! $$ > {tmp_path}/pids\n{last}'
+    compiler_script(tmp_path / "slow", lines, monkeypatch)
+    monkeypatch.setattr(cpu_kernels_attnres, "COMPILE_SECONDS", 2)
+    start = time.monotonic()
+    if ends == "well":
+        places.load()
+    else:
+        reason = "took more than 2 seconds" if ends == "never" else "slow failed"
+        with pytest.raises(RuntimeError, match=reason):
+            places.load()
+    assert time.monotonic() - start < 20
+    deadline = time.monotonic() + 5
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
+    assert [path.suffix for path in places.cache.iterdir()] == ([".so"] if ends == "well" else [])
+    assert not list(places.temporary.parent.iterdir())
+
+
+@pytest.mark.parametrize("command", ["{folder}/ccache g++", "g++ -m64", "'{folder}/a c++' -O1", " "])
+def test_commands(tmp_path, monkeypatch, command):
+    """CXX may hold a launcher, options and quotes, as make takes them."""
+    for name, line in (("ccache", 'exec "$@"'), ("a c++", 'exec g++ "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(folder=tmp_path))
+    monkeypatch.setattr(cpu_kernels_attnres, "SOURCE", 'extern "C" int seven() { return 7; }\n')
+    (tmp_path / "build").mkdir()
+    built = cpu_kernels_attnres.build(tmp_path / "build")
+    assert cpu_kernels_attnres.ctypes.CDLL(str(built)).seven() == 7
+    keys = {cpu_kernels_attnres.build_key()}
+    monkeypatch.setenv("CXX", f"{command.format(folder=tmp_path).strip() or 'g++'} -O2")
+    assert cpu_kernels_attnres.build_key() not in keys
+
+
+@pytest.mark.parametrize("command", ["no-such-compiler", "g++ '"])
+def test_no_compiler(monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    assert cpu_kernels_attnres.compiler() is None and command in cpu_kernels_attnres.missing_compiler()
+    with pytest.raises(RuntimeError, match=re.escape(command)):
+        cpu_kernels_attnres.build_key()
+
+
+def test_a_compiler_that_is_no_program(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("no program")
+    (tmp_path / "text").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "text"))
+    with pytest.raises(RuntimeError, match="text doesn't run"):
+        cpu_kernels_attnres.build_key()
+
+
+ASK = """
+from attnres import AttnResConfig, AttnResForCausalLM, DepthAttentionInterface
+print(DepthAttentionInterface.default)
+sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+AttnResForCausalLM(AttnResConfig(**sizes), attn_res_implementation="cpp")
+"""
+
+
+def test_without_a_compiler():
+    """Then PyTorch is the default, without a word; who asks for the kernels is told in a line why there are none."""
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "two_phase" and done.stderr.startswith("Traceback")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("ValueError: 'cpp'") and "no no-such-compiler: install g++" in line and "two_phase" in line
 
 
 def test_a_damaged_library_is_compiled_again(tmp_path):
