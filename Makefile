@@ -11,7 +11,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	tests/test_modeling_attnres.py \
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
-.PHONY: help setup quickstart test test-oldest lint exactness support zoo pretrain finetune evaluate plot-depth bench \
+.PHONY: help setup quickstart test test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
 	gpu gpu-evidence conformance clean
 
 help: ## list the commands
@@ -31,6 +31,9 @@ quickstart: $(READY) ## convert, train on, adapt and compare a small model; writ
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+fuzz: $(READY) ## damage folders in made-up ways for MINUTES, and see that the commands hold
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES) $(ARGS)
 
 test-oldest: $(OLDEST_READY) ## run the tests of the code files on the oldest transformers that setup.py allows
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses 2 $(OLDEST_TESTS) $(ARGS)
@@ -78,6 +81,6 @@ gpu: ## check and measure everything on a GPU in MINUTES, with PYTHON itself; AR
 conformance: $(READY) ## run the model tests of transformers on every family
 	$(BIN)/python scripts/conformance.py $(ARGS)
 
-clean: ## remove environments, outputs and caches
-	rm -rf .venv $(OLDEST) .cache outputs build dist *.egg-info .pytest_cache .ruff_cache
+clean: ## remove environments and caches
+	rm -rf .venv $(OLDEST) .cache .hypothesis build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

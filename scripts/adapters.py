@@ -6,28 +6,66 @@ Depth attention is trained in full beside the adapters, in float32: it is far sm
 
 import hashlib
 import importlib.util
-import json
 import re
 import warnings
 from pathlib import Path
 
 import peft
 import torch
+from attnres_convert import reading
 from depth_callback import decoder
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import SafetensorError
 from torch import nn
-from training_data import first_line
 from training_run import RunError
 from transformers.utils import cached_file
 
 
+ADAPTER_FILE = "adapter_config.json"
 BASE_FILE = "base.json"  # beside an adapter: which model it was trained on
 DEPTH_ATTENTION = "depth_attention"
+SECONDS = 60  # to look for the modules of an adapter, whose names may be a regular expression
 READS = ("attn_res_mode", "attn_res_block_size", "attn_res_sum_scale")  # with the same weights, other sums
 QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "torchao"}  # and the package that each needs
+
+
+def find_file(path: str, name: str) -> str | None:
+    """A file of a folder or Hub id, if there is one."""
+    if Path(path).exists():
+        return str(Path(path, name)) if Path(path, name).exists() else None
+    try:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such repository: reading its configuration says so
+        return None
+
+
+def read_adapter_config(adapter: str) -> dict | None:
+    """The configuration of an adapter; `None` where a folder or Hub id has none.
+
+    Raises:
+        InputError: it is broken, or PEFT would fail at it without a word.
+    """
+    file = find_file(adapter, ADAPTER_FILE)
+    if file is None:
+        return None
+    if Path(adapter).is_dir():
+        reading.check_folder(Path(adapter))
+    content = reading.read_json(Path(file), reading.MAX_CONFIG)
+    reading.typed(content, "base_model_name_or_path", str, file)
+    kind = reading.typed(content, "peft_type", str, file)
+    if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise RunError(f"{file}: PEFT {peft.__version__} knows no peft_type {kind!r}.")
+    rank = reading.typed(content, "r", int, file)
+    if rank is not None and rank < 1:
+        raise RunError(f"{file}: r is {rank}; a rank is 1 or more.")
+    reading.typed(content, "lora_alpha", float, file)
+    targets = reading.typed(content, "target_modules", (list, str), file)
+    if isinstance(targets, list):
+        reading.texts(content, "target_modules", file)
+    with reading.understood(f"{file}: target_modules is no regular expression"):
+        re.compile(targets if isinstance(targets, str) else "")
+    return content
 
 
 def quantization_config(name: str, bf16: bool):
@@ -100,7 +138,7 @@ def new_adapter(model, rank: int, alpha: float, dropout: float, dora: bool, targ
     try:
         return with_adapter(model, config)
     except ImportError as error:  # a quantisation package of a version that PEFT doesn't take
-        raise RunError(first_line(error)) from None
+        raise RunError(reading.reason(error)) from None
     except ValueError:
         choice = ", ".join(linear_layers(model))
         raise RunError(
@@ -158,28 +196,32 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     Raises:
         RunError: there is none, or it was trained on another base.
     """
-    try:
+    content = read_adapter_config(adapter)
+    if content is None:
+        raise RunError(f"no adapter at {adapter}: it has no {ADAPTER_FILE}.")
+    with reading.understood(f"no adapter at {adapter}", kind=RunError):
         config = peft.PeftConfig.from_pretrained(adapter)
-        if cached_file(adapter, SAFETENSORS_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False) is None:
-            raise RunError(f"there is no {SAFETENSORS_WEIGHTS_NAME}, and pickles are not loaded")
+        if find_file(adapter, SAFETENSORS_WEIGHTS_NAME) is None:
+            raise ValueError(f"there is no {SAFETENSORS_WEIGHTS_NAME}, and pickles are not loaded")
         if config.is_prompt_learning:
-            raise RunError("it puts tokens of its own before the text")
+            raise ValueError("it puts tokens of its own before the text")
         saved = load_peft_weights(adapter, device="cpu")
-        base_file = cached_file(adapter, BASE_FILE, _raise_exceptions_for_missing_entries=False)
-        before = json.loads(Path(base_file).read_text(encoding="utf-8")) if base_file else {}
-        if not isinstance(before, dict):
-            raise RunError(f"{BASE_FILE} doesn't describe a base")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise RunError(f"no adapter at {adapter}: {first_line(error)}.") from None
+        largest = max((size for tensor in saved.values() for size in tensor.shape), default=0)
+        ranks = [content.get("r") or 0, *(content.get("rank_pattern") or {}).values()]
+        if max(ranks) > largest:  # memory would be set aside for it
+            raise ValueError(f"its rank is {max(ranks)}, and no tensor is as large")
+        base_file = find_file(adapter, BASE_FILE)
+        before = reading.read_json(Path(base_file), reading.MAX_CONFIG) if base_file else {}
     made_for = f"the adapter {adapter} is for another base"
     if config.base_model_name_or_path:
         made_for += f", {config.base_model_name_or_path}"
     check_base(model, before, made_for)
     config.inference_mode = not is_trainable
-    try:
+    with (
+        reading.time_limit(SECONDS, f"{adapter}: its target_modules take too long to look for"),
+        reading.understood(made_for, kind=RunError),
+    ):
         adapted = with_adapter(model, config)
-    except ValueError as error:
-        raise RunError(f"{made_for}: {first_line(error)[:200]}.") from None
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     # PEFT saves embeddings also with an adapter that doesn't train them
     embeddings = re.compile(r"\b(embed_tokens|lm_head)\.(base_layer\.)?weight$")

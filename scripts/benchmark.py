@@ -30,8 +30,8 @@ interruption loses only the current one. The last line of the output is JSON. Wi
 import argparse
 import json
 import sys
-import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ from benchmark_cases import (
     model_rows,
     operator_rows,
 )
+from output_folder import output_folder
 from reports import table, write_json, write_text
 from training_run import RunError, plt, versions
 from transformers import CONFIG_MAPPING
@@ -310,19 +311,12 @@ class Report:
             write_text(self.output / f"{self.part}.md", self.table())
 
     def plot(self):
-        if self.output is not None and self.rows and self.part.endswith("growth"):
-            plot, name = (plot_traffic, "traffic.png") if self.is_operator else (plot_overhead, "overhead.png")
-            plot(self.rows, self.output / name)
+        for name in figures_of(self.part) if self.output is not None and self.rows else ():
+            (plot_traffic if self.is_operator else plot_overhead)(self.rows, self.output / name)
 
 
-def prepare_output(folder: Path):
-    """Raises a `RunError` unless files can be written to the folder, which is made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+def figures_of(part: str) -> list[str]:
+    return ["traffic.png" if part.startswith("operator") else "overhead.png"] if part.endswith("growth") else []
 
 
 def benchmark(args) -> list[Report]:
@@ -332,8 +326,6 @@ def benchmark(args) -> list[Report]:
         RunError: it is impossible, or nothing can be written.
     """
     plan = [(part, planned(args, part)) for part in args.parts]
-    if args.output is not None:
-        prepare_output(args.output)
     started, reports = time.monotonic(), []
 
     def late():
@@ -458,7 +450,9 @@ def main(argv: list[str] | None = None):
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        reports = benchmark(args)
+        written = {f"{part}.json": [f"{part}.json", f"{part}.md", *figures_of(part)] for part in args.parts}
+        with output_folder(args.output, "benchmark.py", written) if args.output is not None else nullcontext():
+            reports = benchmark(args)
     except RunError as error:
         raise SystemExit(f"benchmark: {error}") from None
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@
 import argparse
 import io
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from accelerate import PartialState
-from reports import table, write_json
+from reports import table, write_json, write_text
 from training_options import run_arguments
 from training_run import (
     FAILURE_FILE,
@@ -21,10 +20,12 @@ from training_run import (
     RESULTS_FILE,
     RunError,
     end_with_parent,
+    losses,
     main_process_first,
     open_run,
     plot_losses,
     read_lines,
+    read_results,
     versions,
     without_seed,
 )
@@ -115,7 +116,7 @@ def compare(
         shared: more options for all runs.
         columns: as in [`compare_table`].
     """
-    runs = {}
+    runs, metrics = {}, {}
     for name, options in variants(args, option):
         folder = args.output / name.replace(" ", ",")
         print(f"--- {name}", flush=True)
@@ -126,12 +127,16 @@ def compare(
         result = folder / (FAILURE_FILE if run.returncode else RESULTS_FILE)
         if not result.exists():
             raise RunError(f"the run {name} failed; its message is above.")
-        runs[name] = json.loads(result.read_text(encoding="utf-8"))
-    metrics = {name: read_lines(Path(run["output"]) / METRICS_FILE) for name, run in runs.items() if "output" in run}
+        runs[name] = read_results(result, *columns.values())
+        if run.returncode:
+            continue
+        metrics[name] = read_lines(folder / METRICS_FILE)
+        if runs[name]["steps"] not in losses(metrics[name], "held_out_loss"):
+            print(f"{folder / METRICS_FILE} isn't whole; the figure lacks some of it", file=sys.stderr)
     if metrics:
         plot_losses(metrics, args.output / "comparison.png", "Same data order, seed and budget")
     text = compare_table(runs, columns)
-    (args.output / "comparison.md").write_text(text, encoding="utf-8")
+    write_text(args.output / "comparison.md", text)
     results = {"output": str(args.output), "runs": runs, "versions": versions(), "command": [script.name, *argv]}
     write_json(args.output / "comparison.json", results)
     print(text)

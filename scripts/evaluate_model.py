@@ -18,6 +18,7 @@ compared, and the script ends with an error.
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import os
@@ -34,12 +35,24 @@ import evaluate
 import numpy as np
 import torch
 import transformers
+from attnres_convert import InputError, reading
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from output_folder import output_folder
 from reports import table, write_json, write_text
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from training_data import STDLIB, DataError, data_name, first_line, held_out_rows, load_documents, load_rows, text_hash
+from training_data import (
+    STDLIB,
+    DataError,
+    check_tokens,
+    checked_text,
+    few_characters,
+    first_line,
+    held_out_rows,
+    load_documents,
+    load_rows,
+    text_hash,
+)
 from training_options import positive
 from training_run import RunError, versions
 
@@ -102,7 +115,8 @@ def span_nats(model, spans: list[Span], batch_size: int, description: str) -> np
         length = len(spans[batch[0]].input_ids) - 1
         # what stands behind a text has no influence on it: no mask is needed
         rows = [spans[index].input_ids[:-1] + [0] * (length + 1 - len(spans[index].input_ids)) for index in batch]
-        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits
+        with reading.understood(f"{description}: the model fails", kind=RunError):
+            logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits
         for index, row in zip(batch, logits):
             span = spans[index]
             end = len(span.input_ids) - 1
@@ -124,9 +138,12 @@ def describe_first_context(tokenizer) -> str:
     return f"predicted from {tokens[0]}" if tokens else "uniform over the vocabulary"
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer, texts: list[str], vocab_size: int, name: str) -> list[list[int]]:
     """The texts' own tokens; special tokens aren't scored."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+    options = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
+    tokens = [ids for group in few_characters(texts) for ids in tokenizer(group, **options)["input_ids"]]
+    check_tokens(np.fromiter(itertools.chain(first_context(tokenizer), *tokens), int), vocab_size, tokenizer, name)
+    return tokens
 
 
 def sums_by_row(model, spans: list[Span], num_rows: int, args, description: str) -> np.ndarray:
@@ -143,7 +160,7 @@ def evaluate_texts(model, tokenizer, texts: list[str], args, name: str) -> tuple
         What the module `text_loss` computes; its numbers with the documents' shares; a hash of the tokens.
     """
     context = first_context(tokenizer)
-    tokens = encode(tokenizer, texts)
+    tokens = encode(tokenizer, texts, model.config.vocab_size, "the text")
     spans = []
     for row, ids in enumerate(tokens):
         ids = context + ids
@@ -172,10 +189,12 @@ def evaluate_choices(model, tokenizer, questions: list[Question], args, name: st
     first token on in which one of them differs from the prompt.
     """
     context = first_context(tokenizer)
-    prompts = encode(tokenizer, [question.prompt for question in questions])
+    vocab_size = model.config.vocab_size
+    prompts = encode(tokenizer, [question.prompt for question in questions], vocab_size, "--choices")
     spans, uniform, truncated = [], [], set()
     for row, (question, prompt) in enumerate(zip(questions, prompts)):
-        wholes = encode(tokenizer, [question.prompt + choice for choice in question.choices])
+        wholes = [question.prompt + choice for choice in question.choices]
+        wholes = encode(tokenizer, wholes, vocab_size, f"question {row + 1}")
         shared = min(len(os.path.commonprefix([prompt, whole[:-1]])) for whole in wholes)
         for whole in wholes:
             ids, scored = context + whole, len(whole) - shared
@@ -326,9 +345,7 @@ def read_texts(args) -> list[str]:
     documents = load_documents(args.data, args.column, args.data_config, args.data_split, args.sample_by)
     texts = []
     for number, text in enumerate(documents[args.column], 1):
-        if not isinstance(text, (str, type(None))):
-            raise DataError(f"row {number} of {data_name(args.data)} holds no text in {args.column!r}: {text!r:.40}.")
-        if text and not text.isspace():
+        if (text := checked_text(text, number, args.column)) and not text.isspace():
             texts.append(text)
     if args.held_out:
         hashes, sizes = (np.array([measure(text) for text in texts], np.int64) for measure in (text_hash, len))
@@ -445,7 +462,7 @@ def evaluate_checkpoints(args) -> dict:
     for name, checkpoint in zip(names, checkpoints):
         try:
             results[name], own, tokens[name] = evaluate_checkpoint(checkpoint, texts, questions, manager, args, name)
-        except RunError as error:  # what the others took may be hours
+        except InputError as error:  # what the others took may be hours
             failures[name] = str(error)
             continue
         for label, value in own.items():
@@ -609,10 +626,11 @@ def main(argv: list[str] | None = None):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        with output_folder(args.output):
+        names = ("evaluation.json", "evaluation.md")
+        with output_folder(args.output, "evaluate_model.py", {names[0]: names}):
             evaluation = evaluate_checkpoints(args)
             write_report(args.output, evaluation, ["evaluate_model.py", *argv])
-    except (RunError, DataError) as error:
+    except InputError as error:
         raise SystemExit(f"evaluate_model: {error}") from None
     except KeyboardInterrupt:
         print("evaluate_model: interrupted; nothing was written.", file=sys.stderr)

@@ -16,7 +16,6 @@ import copy
 import functools
 import json
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -38,6 +37,7 @@ from adapters import (
     take_over_quantized,
     untie_adapted,
 )
+from attnres_convert import reading
 from comparison import check_variants, compare, open_comparison
 from depth_callback import decoder
 from finetuning_data import (
@@ -48,18 +48,11 @@ from finetuning_data import (
     split_and_pack_examples,
     uses_chat,
 )
-from pretrain import (
-    check_context,
-    check_same_data,
-    depth_callbacks,
-    get_tokenizer,
-    load_model,
-    read_config,
-    starting_point,
-)
+from model_loading import check_context, check_trainable, read_config
+from pretrain import check_same_data, depth_callbacks, get_tokenizer, load_model, starting_point
 from reports import write_json
 from training_card import mean_depth_weights, model_results, write_training_card
-from training_data import ShuffledSequences, data_name, first_line
+from training_data import ShuffledSequences, check_tokens, data_name
 from training_optim import is_depth_attention, new_optimizer
 from training_options import (
     above_zero,
@@ -78,7 +71,6 @@ from training_options import (
 from training_run import (
     METRICS_FILE,
     RESULTS_FILE,
-    RUN_FILE,
     RunError,
     RunLog,
     RunTrainer,
@@ -89,10 +81,11 @@ from training_run import (
     open_run,
     peak_memory,
     plot_losses,
-    publish,
     read_lines,
+    read_results,
     tokens_per_second,
     versions,
+    whole_folder,
 )
 
 
@@ -130,7 +123,7 @@ def base_model(args, tokenizer):
         try:
             return load_model(args, tokenizer, quantization_config=quantization_config(args.quantization, args.bf16))
         except ImportError as error:  # a version that transformers doesn't take
-            raise RunError(first_line(error)) from None
+            raise RunError(reading.reason(error)) from None
     # what adapters leave as it is can be kept in the precision that it is used in
     in_bf16 = args.bf16 and args.method in ADAPTER_METHODS
     return load_model(args, tokenizer, dtype=torch.bfloat16 if in_bf16 else torch.float32)
@@ -146,10 +139,10 @@ def prepare_model(args, tokenizer) -> tuple[torch.nn.Module, dict | None]:
             parameter.requires_grad_(is_depth_attention(name))
     if args.method not in ADAPTER_METHODS:
         return model, None
-    source = starting_point(args, read_config(args.model, {}))
+    source = starting_point(args, read_config(args.model))
     source = str(Path(source).resolve()) if Path(source).exists() else source
     base = {"base": source, **describe_base(model)}
-    if args.method == "qlora":
+    if getattr(model, "hf_quantizer", None) is not None:
         model = prepare_quantized(model)
     if args.adapter:
         model = load_adapter(model, args.adapter, is_trainable=True)
@@ -166,12 +159,13 @@ def prepare_model(args, tokenizer) -> tuple[torch.nn.Module, dict | None]:
     return model, base
 
 
-def get_data(args, tokenizer):
+def get_data(args, tokenizer, vocab_size: int):
     """Sequences to train on and held-out ones, and what is known about their amount."""
     rows = load_examples(args.data, args.columns, args.data_config, args.data_split)
     if uses_chat(rows):
         set_chat_template(tokenizer)
     examples = encoded_examples(rows, tokenizer, data_name(args.data))
+    check_tokens(examples, vocab_size, tokenizer, data_name(args.data))
     train, test, amount = split_and_pack_examples(examples, args.seq_len, args.held_out, args.packing)
     if PartialState().is_main_process:
         for count, what in (
@@ -195,13 +189,21 @@ def get_data(args, tokenizer):
     return ShuffledSequences(train, steps * per_step, args.seed), held_out, amount, steps
 
 
+def check_method(args, config):
+    """Refuses a checkpoint that the method can't train, before anything is read or converted."""
+    quantized = (args.quantization if args.method == "qlora" else "") if args.method in ADAPTER_METHODS else None
+    check_trainable(config, args.model, quantized, args.merge)
+
+
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
-        config = read_config(args.model, {})
+        config = read_config(args.model)
         check_context(config, args.seq_len)
+        check_method(args, config)
         tokenizer = get_tokenizer(args, None)
-        train, held_out, amount, steps = get_data(args, tokenizer)
+        vocab_size = len(tokenizer) if args.resize_embeddings else config.vocab_size
+        train, held_out, amount, steps = get_data(args, tokenizer, vocab_size)
         transformers.set_seed(args.seed)
         model, base = prepare_model(args, tokenizer)
         check_same_data(args.output, train, is_new)
@@ -221,12 +223,9 @@ def save_merged(args, trainer, tokenizer) -> float:
     untie_adapted(adapted)
     model = adapted.merge_and_unload(safe_merge=True)
     logits = model(**probe, use_cache=False).logits
-    folder = args.output / "merged"
-    partial = folder.with_name(".merged")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    publish(partial, folder)
+    with whole_folder(args.output / "merged") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
@@ -239,13 +238,12 @@ def finetune(args) -> dict:
     started = time.perf_counter()
     state = PartialState()
     with main_process_first():
-        is_new = not (args.output / RUN_FILE).exists()
         checkpoint = open_run(args.output, run_arguments(args), state.is_main_process)
     results_file = args.output / RESULTS_FILE
     if results_file.exists():
-        return json.loads(results_file.read_text(encoding="utf-8"))
+        return read_results(results_file)
     arguments = run_arguments(args)
-    with discarded_if_refused(args.output, is_new):
+    with discarded_if_refused(args.output):
         tokenizer, model, base, train, held_out, amount, steps = prepare(args, is_new=checkpoint is None)
         args = copy.copy(args)
         args.steps = steps
@@ -260,7 +258,8 @@ def finetune(args) -> dict:
     callbacks = [RunLog(args.output, tokens_per_step), *depth_callbacks(args, model, held_out[0])]
     training = training_arguments(args)
     training.eval_on_start = checkpoint is None
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    usable = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None]
+    pad_token_id = next(token for token in usable if token < model.config.vocab_size)  # it may have no embedding
     trainer = SupervisedTrainer(
         model,
         training,
@@ -292,7 +291,7 @@ def finetune(args) -> dict:
         "method": args.method,
         "mode": getattr(model.config, "attn_res_mode", "donor"),
         "held_out_loss": held_out_losses[steps],
-        "held_out_loss_before": held_out_losses[0],
+        "held_out_loss_before": held_out_losses.get(0),
         "steps": steps,
         "tokens": steps * tokens_per_step,
         **amount,
@@ -306,9 +305,9 @@ def finetune(args) -> dict:
         "versions": {**versions(), "peft": peft.__version__},
     }
     if trainer.is_world_process_zero():
-        plot_losses({results["method"]: metrics}, args.output / "loss.png", f"{args.output.name}: loss on answers")
-        beside_model = model_results("finetune", args, results, model.config, base and base["base"])
         title = args.output.resolve().name
+        plot_losses({results["method"]: metrics}, args.output / "loss.png", f"{title}: loss on answers")
+        beside_model = model_results("finetune", args, results, model.config, base and base["base"])
         write_training_card(args.output / "model", args, beside_model, title, depth_weights, model.config)
         if merged_error is not None:
             merged, title = args.output / "merged", f"{title}-merged"
@@ -320,8 +319,9 @@ def finetune(args) -> dict:
 def compare_runs(args, argv: list[str]) -> dict:
     """All methods, on one base; see [`compare`]."""
     open_comparison(args)
-    config = read_config(args.model, {})
+    config = read_config(args.model)
     check_context(config, args.seq_len)
+    check_method(args, config)
     if "qlora" in args.compare:
         quantization_config(args.quantization, args.bf16)  # what it needs may be absent
     base = starting_point(args, config)  # converted once for all
@@ -343,6 +343,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--mode", choices=MODES, help="residual stream or kind of depth attention; default: the model's, or block")
     add("--block-size", type=positive, help="decoder layers per block of a donor; default: an eighth of the layers")
     add("--tokenizer", help="folder or Hub id; default: that of --model")
+    add("--resize-embeddings", action="store_true", help="enlarge the embeddings to all tokens of the tokenizer; with "
+        "methods that make no adapter")  # fmt: skip
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="lora", help="lora, dora, qlora (on a quantised model): adapters and "
         "depth attention; full: everything; depth: depth attention alone; default: lora")  # fmt: skip
@@ -389,6 +391,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
                 parser.error(f"--adapter {args.adapter} has its own; leave out --{name.replace('_', '-')}")
     if args.adapter and args.method not in ADAPTER_METHODS:
         parser.error(f"--adapter goes with {', '.join(ADAPTER_METHODS)}")
+    if args.resize_embeddings and args.method in ADAPTER_METHODS:
+        parser.error("--resize-embeddings goes with --method full or depth: an adapter leaves its base as it is")
     if args.optimizer == "muon" and args.method == "depth":
         parser.error("--optimizer muon is for matrices of the layers; --method depth trains none")
     args.columns = args.columns.split(",") if args.columns else None

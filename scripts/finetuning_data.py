@@ -14,14 +14,18 @@ import json
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import datasets
 import jinja2
 import numpy as np
 import torch
+from attnres_convert import InputError
+from attnres_convert.reading import time_limit, understood
 from training_data import (
     STDLIB,
     DataError,
+    checked_text,
     data_name,
     first_line,
     held_out_rows,
@@ -37,6 +41,7 @@ IGNORED = -100  # the label that transformers' losses leave out
 CHAT_COLUMNS, PROMPT_COLUMNS, TOOLS_COLUMN = ["messages"], ["prompt", "completion"], "tools"
 STDLIB_CHAT = "stdlib-chat"
 STDLIB_CHARACTERS = 2000  # of a function at most
+TEMPLATE_SECONDS = 20  # to fill in a chat template; one conversation takes milliseconds
 ENCODING_VERSION = 2  # part of the cache's key, to be raised when `encode` changes
 EXAMPLE_FEATURES = datasets.Features(
     {
@@ -133,6 +138,13 @@ def set_chat_template(tokenizer):
     if tokenizer.chat_template is None:
         end = "" if tokenizer.eos_token else "'<|im_end|>'"
         tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", end) if end else CHAT_TEMPLATE
+
+
+@contextmanager
+def filled_in(name: str):
+    """What goes wrong with a chat template, which is a program, in one line that begins with `name`."""
+    with time_limit(TEMPLATE_SECONDS, f"{name}: it doesn't come to an end"), understood(name, kind=DataError):
+        yield
 
 
 def is_chat(value) -> bool:
@@ -293,12 +305,16 @@ def encode(batch: dict, indices: list[int], tokenizer, name: str) -> dict[str, l
     columns = [values for column, values in batch.items() if column != TOOLS_COLUMN]
     for index, tool_list, *values in zip(indices, tools, *columns):
         try:
-            examples = row_examples(values, tokenizer, tool_list)
+            with time_limit(TEMPLATE_SECONDS, f"row {index} of {name}: the chat template doesn't come to an end"):
+                examples = row_examples(values, tokenizer, tool_list)
+        except InputError:
+            raise
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise DataError(f"row {index} of {name} doesn't go with the chat template: {first_line(error)}.") from None
         except ValueError as error:
             raise DataError(f"row {index} of {name} {first_line(error)}.") from None
         for example in examples or [[("", False)]]:
+            checked_text("".join(text for text, _ in example), index, " and ".join(batch))
             item = labelled(example, tokenizer, has_template=is_chat(values[0]))
             length = len(item["input_ids"])
             first = next((at for at, label in enumerate(item["labels"]) if label != IGNORED), length)

@@ -14,15 +14,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import transformers
-from model_loading import Checkpoint, find_file, load_checkpoint, open_checkpoint
-from training_data import first_line
+from attnres_convert import InputError, reading
+from finetuning_data import filled_in
+from model_loading import Checkpoint, load_checkpoint, open_checkpoint
 from training_options import positive
 from training_run import RunError
-from transformers import CONFIG_MAPPING, TextStreamer
+from transformers import TextStreamer
 
 
 @dataclass
@@ -58,13 +58,15 @@ class Conversation:
     def encode(self, turns: list[dict]) -> torch.Tensor:
         tokenizer = self.checkpoint.tokenizer
         if not self.is_chat:
-            return tokenizer(turns[-1]["content"], return_tensors="pt")["input_ids"].long()
+            input_ids = tokenizer(turns[-1]["content"], return_tensors="pt")["input_ids"].long()
+            self.checkpoint.check(input_ids, "the prompt")
+            return input_ids
         system = [{"role": "system", "content": self.system}] if self.system else []
         options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        try:
-            return tokenizer.apply_chat_template(system + turns, **options)["input_ids"]
-        except Exception as error:  # of the template's own choice
-            raise RunError(f"the chat template can't be filled: {first_line(error)}.") from None
+        with filled_in("the chat template can't be filled"):
+            input_ids = tokenizer.apply_chat_template(system + turns, **options)["input_ids"]
+        self.checkpoint.check(input_ids, "the prompt")
+        return input_ids
 
 
 @torch.no_grad()
@@ -78,17 +80,18 @@ def generate(model, checkpoint: Checkpoint, input_ids: torch.Tensor, args: argpa
     else:
         choice = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     started = time.perf_counter()
-    try:
+    with reading.understood("generation failed", kind=RunError):  # such as probabilities that are no numbers
         tokens = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=torch.ones_like(input_ids, device=model.device),
             max_new_tokens=longest,
+            num_beams=1,
+            num_return_sequences=1,
             pad_token_id=checkpoint.tokenizer.pad_token_id,
+            tokenizer=checkpoint.tokenizer,  # for stop strings
             streamer=TextStreamer(checkpoint.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **choice,
         )[0, length:]
-    except RuntimeError as error:  # such as probabilities that are no numbers
-        raise RunError(f"generation failed: {first_line(error)}.") from None
     rate = round(len(tokens) / (time.perf_counter() - started), 2)
     text = checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)
     return {"text": text, "tokens": len(tokens), "tokens_per_second": rate}
@@ -106,24 +109,12 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
         return
 
 
-def needs_own_code(path: str) -> bool:
-    """Whether a checkpoint is of a type that only code of its own knows."""
-    file = find_file(path, "config.json")
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    except ValueError:
-        return False
-    return "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
-
-
 def converse(args: argparse.Namespace) -> list[dict]:
     """Answers all prompts.
 
     Raises:
         RunError: the model doesn't load, or the only prompt can't be answered.
     """
-    if not args.trust_remote_code and needs_own_code(args.model):
-        raise RunError(f"{args.model} needs code that it brings; if you trust it, add --trust-remote-code.")
     checkpoint = open_checkpoint(args.model, args.base, args.tokenizer, args.trust_remote_code)
     conversation = Conversation(checkpoint, bool(checkpoint.tokenizer.chat_template) and not args.complete, args.system)
     if args.system and not conversation.is_chat:
@@ -134,7 +125,7 @@ def converse(args: argparse.Namespace) -> list[dict]:
     for prompt in prompts(args):
         try:
             input_ids = conversation.ask(prompt)
-        except RunError as error:
+        except InputError as error:
             if args.prompt is not None:
                 raise
             print(f"generate: {error}", file=sys.stderr)
@@ -183,7 +174,7 @@ def main(argv: list[str] | None = None):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         results = converse(args)
-    except RunError as error:
+    except InputError as error:
         raise SystemExit(f"generate: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

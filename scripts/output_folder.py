@@ -2,25 +2,41 @@
 """The folder that a script writes to in the end, tried at the beginning."""
 
 import os
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
-from training_run import make_writable
+from attnres_convert import InputError, reading
+from training_run import RunError, writable
 
 
 @contextmanager
-def output_folder(folder: Path):
+def output_folder(folder: Path, script: str, files: dict[str, Iterable[str]]):
     """Makes `folder` for the block, and takes it away again if the block fails and has written nothing to it.
 
+    Args:
+        script: its name, which it writes into records.
+        files: what the block may write, by the record that tells who wrote it: JSON with a `command` that begins with
+            the script, or a figure that names it as its software.
+
     Raises:
-        RunError: it can't be written to.
+        RunError: it can't be written to, or has such a file that isn't the script's own.
     """
-    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    try:
-        make_writable(folder)
+    with writable(folder):
+        for record, names in files.items():
+            for name in names:
+                path = folder / name
+                if os.path.lexists(path) and (path.is_symlink() or not was_written_by(script, folder / record)):
+                    raise RunError(f"{path} wasn't written by {script}; move it away, or choose another --output.")
         yield
-    except BaseException:
-        with suppress(OSError):  # what isn't empty stays
-            for path in made:
-                path.rmdir()
-        raise
+
+
+def was_written_by(script: str, record: Path) -> bool:
+    try:
+        if record.suffix == ".json":
+            command = reading.read_json(record).get("command")
+            return isinstance(command, list) and command[:1] == [script]
+        with reading.open_regular(record) as file:
+            return f"Software\0{script}".encode() in file.read(4096)
+    except InputError:
+        return False

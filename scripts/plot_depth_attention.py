@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import math
+import secrets
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +25,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from attnres_convert import InputError, reading
 from depth_callback import check_can_be_watched, decoder, gradient_norms, look
 from matplotlib import colors, font_manager, ft2font, ticker
 from matplotlib.figure import Figure
@@ -32,12 +34,14 @@ from model_loading import Checkpoint, check_contexts, load_checkpoint, open_chec
 from output_folder import output_folder
 from reports import write_json
 from tqdm import tqdm
-from training_data import STDLIB, DataError, PackedDocuments, collate, is_held_out, load_documents, tokenized
+from training_data import STDLIB, PackedDocuments, collate, is_held_out, load_documents, tokenized
 from training_options import positive
 from training_run import RunError, plt
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
+SCRIPT = "plot_depth_attention.py"
+FIGURES = ("reads", "relative", "tokens", "weights")  # of a model
 WEIGHT_COLORS = "viridis"
 SIGNED_COLORS = "PuOr"
 # Okabe and Ito's, which people with any colour vision can tell apart, without the yellow
@@ -393,22 +397,22 @@ def plot_dynamics(dynamics: dict[str, dict[str, list[float]]], title: str = "Mag
 
 def save_figure(figure: Figure, path: Path, numbers: dict):
     """The figure, and its numbers as JSON beside it; each appears complete or not at all."""
-    partial, beside = path.with_name(f".{path.name}"), path.with_suffix(".json")
+    partial = path.with_name(f".{path.name}.attnres-tmp-{secrets.token_hex(4)}")
     try:
-        figure.savefig(partial, dpi=150, format="png")
+        figure.savefig(partial, dpi=150, format="png", metadata={"Software": SCRIPT})
         partial.replace(path)
-        write_json(beside, numbers)
+        write_json(path.with_suffix(".json"), numbers)
     except OSError as error:
         raise RunError(f"can't write {path}: {error.strerror or error}.") from None
     finally:
         plt.close(figure)
         partial.unlink(missing_ok=True)
-        beside.with_name(f".{beside.name}").unlink(missing_ok=True)
 
 
 def read_batches(checkpoint: Checkpoint, documents, args) -> list[dict[str, torch.Tensor]]:
     """Sequences of the text as in pretraining, one in each batch."""
     tokens = tokenized(documents, checkpoint.tokenizer, args.column)
+    checkpoint.check(tokens, "the text")
     if args.text == [STDLIB]:  # the part that pretrain.py doesn't train on
         tokens = tokens.select(np.flatnonzero(is_held_out(np.asarray(tokens["hash"]), 0.05)))
     packed = PackedDocuments(tokens, args.seq_len)
@@ -425,6 +429,7 @@ def prompt_batch(checkpoint: Checkpoint, prompt: str | None, batches: list, max_
     if prompt is None:
         return {name: batches[0][name][:, :max_tokens] for name in ("input_ids", "position_ids")}
     ids = checkpoint.tokenizer(prompt, return_tensors="pt")["input_ids"][:, :max_tokens]
+    checkpoint.check(ids, "--prompt")
     if ids.shape[1] == 0:
         raise RunError("--prompt is empty.")
     if checkpoint.context and ids.shape[1] > checkpoint.context:
@@ -475,11 +480,12 @@ def measure(checkpoint: Checkpoint, batches: list, prompt: dict[str, torch.Tenso
         check_can_be_watched(model)
     except ValueError as error:
         raise RunError(f"{checkpoint.path}: {error}") from None
-    measured = Measured(depth_dynamics(model, batches))
-    if has_depth_weights(checkpoint.config):
-        measured.mean = mean_weights(model, batches)
-    if prompt is not None:
-        measured.by_token = token_weights(model, prompt)
+    with reading.understood(f"{checkpoint.path}: the model fails", kind=RunError):
+        measured = Measured(depth_dynamics(model, batches))
+        if has_depth_weights(checkpoint.config):
+            measured.mean = mean_weights(model, batches)
+        if prompt is not None:
+            measured.by_token = token_weights(model, prompt)
     if not measured.is_finite():
         raise RunError(f"{checkpoint.path}: what it computes isn't finite; the model is broken.")
     return measured
@@ -544,7 +550,8 @@ def plot_depth_attention(args) -> list[Path]:
         else None
         for checkpoint, own in zip(checkpoints, batches)
     ]
-    with output_folder(args.output):
+    figures = [f"{stem}-{figure}.png" for stem in file_stems(names) for figure in FIGURES] + ["dynamics.png"]
+    with output_folder(args.output, SCRIPT, {name: (name, f"{Path(name).stem}.json") for name in figures}):
         each = tqdm(list(zip(checkpoints, batches, prompts)), disable=not sys.stderr.isatty())
         measured = [measure(checkpoint, own, prompt, args) for checkpoint, own, prompt in each]
         paths = []
@@ -599,7 +606,7 @@ def main(argv: list[str] | None = None):
         datasets.disable_progress_bars()
     try:
         paths = plot_depth_attention(args)
-    except (RunError, DataError) as error:
+    except InputError as error:
         raise SystemExit(f"plot_depth_attention: {error}") from None
     except KeyboardInterrupt:
         print("plot_depth_attention: interrupted; finished figures stay.", file=sys.stderr)

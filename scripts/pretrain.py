@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -24,18 +23,18 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from attnres_convert import convert_checkpoint, convert_to_donor
+from attnres_convert import InputError, convert_checkpoint, convert_to_donor, reading
 from comparison import check_variants, compare, open_comparison
 from depth_callback import DEPTH_FILE, DepthCallback, check_can_be_watched, decoder
-from packed_documents import mixes_documents, separate_documents
+from model_loading import check_context, check_trainable, load_tokenizer, load_weights, random_model, read_config
+from packed_documents import mixes_documents
 from reports import write_json
-from safetensors import SafetensorError
 from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import (
     ShuffledSequences,
     StreamedSequences,
+    check_tokens,
     collate,
-    first_line,
     load_documents,
     split_and_pack,
     tokenized,
@@ -60,7 +59,6 @@ from training_options import (
 from training_run import (
     METRICS_FILE,
     RESULTS_FILE,
-    RUN_FILE,
     RunError,
     RunLog,
     RunTrainer,
@@ -71,19 +69,13 @@ from training_run import (
     open_run,
     peak_memory,
     plot_losses,
-    publish,
-    read_json,
     read_lines,
+    read_results,
     tokens_per_second,
     versions,
+    whole_folder,
 )
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -91,47 +83,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import attnres  # noqa: F401, registers its classes
 from configuration_attnres import ATTN_RES_MODES, AttnResConfigMixin, attn_res_config_class
 
 
 MODES = ("donor", *ATTN_RES_MODES)
-
-
-def read_config(source: str, overrides: dict, may_be_type: bool = False) -> PreTrainedConfig:
-    """The configuration of a checkpoint, or in a JSON file, with some fields replaced.
-
-    Args:
-        may_be_type: whether `source` may also be a model type, which goes before a folder of this name.
-
-    Raises:
-        RunError: there is none, or a field is unknown or has a wrong value.
-    """
-    if source.startswith((".", "/", "~")) and not Path(source).exists():
-        raise RunError(f"{source} doesn't exist.")
-    try:
-        is_type = may_be_type and source in CONFIG_MAPPING
-        values = {"model_type": source} if is_type else PreTrainedConfig.get_config_dict(source)[0]
-    except (OSError, ValueError) as error:
-        raise RunError(f"no configuration at {source}: {first_line(error)}") from None
-    if not isinstance(values, dict):
-        raise RunError(f"no configuration at {source}: its JSON isn't an object.")
-    if "model_type" not in values:
-        is_adapter = Path(source, "adapter_config.json").exists()
-        reason = "it is an adapter, which needs its base as the model" if is_adapter else "nothing names a model type"
-        raise RunError(f"no configuration at {source}: {reason}.")
-    if values["model_type"] not in CONFIG_MAPPING:
-        raise RunError(f"{source}: model type {values['model_type']!r} is unknown to transformers.")
-    config_class = CONFIG_MAPPING[values["model_type"]]
-    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    if unknown := overrides.keys() - known:
-        raise RunError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}; see --set.")
-    try:
-        return config_class.from_dict({**values, **overrides})
-    except Exception as error:  # of many kinds: huggingface_hub's strict fields, transformers' and our own checks
-        raise RunError(f"the configuration of {source} is wrong: {first_line(error)}") from None
 
 
 def check_sizes(config: PreTrainedConfig):
@@ -178,12 +135,6 @@ def check_decoder(model_type: str):
         raise RunError(f"{model_type} is no decoder-only language model, and only these are trained.")
 
 
-def check_context(config: PreTrainedConfig, seq_len: int):
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
-        raise RunError(f"--seq-len {seq_len} is longer than the model's context, max_position_embeddings = {longest}.")
-
-
 def new_model(args, tokenizer):
     """A model with random weights; of one seed, all modes of a family share the donor's weights."""
     config = read_config(args.config, args.set, may_be_type=True)
@@ -201,10 +152,7 @@ def new_model(args, tokenizer):
         )
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    try:
-        return separate_documents(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    except Exception as error:  # of many kinds, such as a KeyError for the name of an unknown activation
-        raise RunError(f"no model has this configuration: {type(error).__name__}: {first_line(error)}.") from None
+    return random_model(config)
 
 
 def starting_point(args, config: PreTrainedConfig) -> str:
@@ -230,45 +178,9 @@ def starting_point(args, config: PreTrainedConfig) -> str:
     return str(converted)
 
 
-def load_weights(source: str, may_be_new: str | None = None, **options):
-    """A checkpoint as `from_pretrained` loads it, if it holds all weights; transformers would make up the others.
-    Pickles are not loaded.
-
-    Args:
-        may_be_new: part of the names of the weights that the checkpoint may lack.
-        options: of `from_pretrained`.
-
-    Raises:
-        RunError: it doesn't load, or lacks weights.
-    """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, **{"use_safetensors": True, "output_loading_info": True, **options}
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = "tensors don't have the shapes of config.json" if "mismatched" in str(error) else first_line(error)
-        raise RunError(f"{source} doesn't load: {reason}.") from None
-    missing = sorted(name for name in info["missing_keys"] if may_be_new is None or may_be_new not in name)
-    if missing:
-        raise RunError(f"{source} doesn't load: it has no {missing[0]} ({len(missing)} tensors are missing in all).")
-    layers = re.compile(r"\blayers\.(\d+)\.")
-    unused = sorted(name for name in info["unexpected_keys"] if layers.search(name))
-    if any(int(layers.search(name)[1]) >= model.config.num_hidden_layers for name in unused):
-        raise RunError(f"{source} doesn't load: it has {unused[-1]}, and config.json fewer layers.")
-    return separate_documents(model)
-
-
-def load_tokenizer(source: str, **options):
-    """A tokenizer as it was saved. For some model types `AutoTokenizer` takes a class of its own choice, which cuts
-    text in another way, also where the saved one says it is no more than its `tokenizer.json`."""
-    saved_as = get_tokenizer_config(source, **options).get("tokenizer_class")
-    is_plain = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if is_plain else AutoTokenizer).from_pretrained(source, **options)
-
-
 def load_model(args, tokenizer, **options):
     """The model to train on, a donor's converted on the way; `options` are those of `from_pretrained`."""
-    config = read_config(args.model, {})
+    config = read_config(args.model)
     check_context(config, args.seq_len)
     if args.mode == "denseformer" and not isinstance(config, AttnResConfigMixin):
         # not a result of conversion; depth scalars, which the checkpoint lacks, start as the plain sum
@@ -276,13 +188,13 @@ def load_model(args, tokenizer, **options):
         options["may_be_new"] = "depth_attention"
     else:
         source = starting_point(args, config)
-    model = load_weights(source, **{"dtype": torch.float32, **options})
+    model = load_weights(source, plain=True, **{"dtype": torch.float32, **options})
     if decoder(model) is None:
         raise RunError(
             f"{args.model} is a {type(model).__name__}, which isn't made of layers as the families here are."
         )
-    if len(tokenizer) > model.config.vocab_size:
-        raise RunError(f"the tokenizer has {len(tokenizer)} tokens, {args.model} {model.config.vocab_size}.")
+    if args.resize_embeddings and len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
     return model
 
 
@@ -293,15 +205,14 @@ def get_tokenizer(args, documents):
         tokenizer = train_tokenizer(training_texts(documents, args.column, args.held_out), args.train_tokenizer)
         if len(tokenizer) > args.train_tokenizer:
             raise RunError(f"--train-tokenizer {args.train_tokenizer} is too small: {len(tokenizer)} tokens at least.")
-        partial = folder.with_name(".tokenizer")
-        tokenizer.save_pretrained(partial)
-        publish(partial, folder)
+        with whole_folder(folder) as partial:
+            tokenizer.save_pretrained(partial)
     source = folder if args.train_tokenizer else args.tokenizer or args.model or args.config
     try:
-        return load_tokenizer(source)
-    except Exception as error:  # of many kinds, some of tokenizers' own
+        return load_tokenizer(str(source))
+    except InputError as error:
         choice = "--tokenizer or --train-tokenizer" if args.config else "--tokenizer"
-        raise RunError(f"no tokenizer at {source}: {first_line(error)}; give {choice}.") from None
+        raise RunError(f"{str(error).rstrip('.')}; give {choice}.") from None
 
 
 def report_fewer_tokens(args, tokenizer):
@@ -309,11 +220,11 @@ def report_fewer_tokens(args, tokenizer):
         print(f"the data give a tokenizer of {len(tokenizer)} tokens, not {args.train_tokenizer}", file=sys.stderr)
 
 
-def get_data(args, documents, tokenizer):
+def get_data(args, documents, tokenizer, vocab_size: int):
     """Sequences to train on and held-out ones, and what is known about their amount."""
     needed = args.steps * args.batch_size * args.accumulate * PartialState().num_processes
     if args.streaming:
-        options = {"seq_len": args.seq_len, "fraction": args.held_out}
+        options = {"seq_len": args.seq_len, "fraction": args.held_out, "vocab_size": vocab_size}
         shuffled = documents.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
         train = StreamedSequences(shuffled, tokenizer, args.column, held_out=False, length=needed, **options)
         held_out = StreamedSequences(documents, tokenizer, args.column, held_out=True, **options)
@@ -322,6 +233,7 @@ def get_data(args, documents, tokenizer):
             raise RunError("the stream's held-out part is less than one sequence; change --held-out or --seq-len.")
         return train, held_out, {"held_out_sequences": len(held_out)}
     tokens = tokenized(documents, tokenizer, args.column, args.num_proc)
+    check_tokens(tokens, vocab_size, tokenizer, "the data")
     train, test = split_and_pack(tokens, args.seq_len, args.held_out)
     amount = {
         "documents": len(tokens),
@@ -342,7 +254,7 @@ def check_same_data(folder: Path, train, is_new: bool):
     checksum = {"documents": len(packed.lengths), "tokens": packed.num_tokens}
     checksum["lengths"] = int((packed.lengths * range(1, len(packed.lengths) + 1) % 1_000_003).sum())
     checksum["hashes"] = int(np.bitwise_xor.reduce(packed.hashes))
-    if not is_new and path.exists() and read_json(path) != checksum:
+    if not is_new and path.exists() and reading.read_json(path) != checksum:
         raise RunError(f"the data have changed since {folder} was begun; choose another --output.")
     write_json(path, checksum)
 
@@ -351,14 +263,16 @@ def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
         # what is wrong with it is said before what it leads to
-        read_config(args.model or args.config, args.set, may_be_type=args.model is None)
+        config = read_config(args.model or args.config, args.set, may_be_type=args.model is None)
+        if args.model:
+            check_trainable(config, args.model)
         documents = load_documents(
             args.data, args.column, args.data_config, args.data_split, args.sample_by, args.streaming
         )
         tokenizer = get_tokenizer(args, documents)
         transformers.set_seed(args.seed)
         model = load_model(args, tokenizer) if args.model else new_model(args, tokenizer)
-        train, held_out, amount = get_data(args, documents, tokenizer)
+        train, held_out, amount = get_data(args, documents, tokenizer, model.config.vocab_size)
         check_same_data(args.output, train, is_new)
     if PartialState().is_main_process:
         report_fewer_tokens(args, tokenizer)
@@ -390,12 +304,11 @@ def pretrain(args) -> dict:
     started = time.perf_counter()
     state = PartialState()
     with main_process_first():
-        is_new = not (args.output / RUN_FILE).exists()
         checkpoint = open_run(args.output, run_arguments(args), state.is_main_process)
     results_file = args.output / RESULTS_FILE
     if results_file.exists():
-        return json.loads(results_file.read_text(encoding="utf-8"))
-    with discarded_if_refused(args.output, is_new):
+        return read_results(results_file)
+    with discarded_if_refused(args.output):
         tokenizer, model, train, held_out, amount = prepare(args, is_new=checkpoint is None)
         try:
             optimizer = new_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.depth_lr_scale)
@@ -444,9 +357,9 @@ def pretrain(args) -> dict:
         "versions": versions(),
     }
     if trainer.is_world_process_zero():
-        plot_losses({results["mode"]: metrics}, args.output / "loss.png", f"{args.output.name}: loss")
-        beside_model = model_results("pretrain", args, results, model.config)
         title = args.output.resolve().name
+        plot_losses({results["mode"]: metrics}, args.output / "loss.png", f"{title}: loss")
+        beside_model = model_results("pretrain", args, results, model.config)
         write_training_card(args.output / "model", args, beside_model, title, depth_weights, model.config)
         write_json(results_file, results)
     return results
@@ -484,6 +397,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--block-size", type=positive, help="decoder layers per block, in modes that have blocks; default: an "
         "eighth of the layers")  # fmt: skip
     add("--tokenizer", help="folder or Hub id; default: that of --model or --config")
+    add("--resize-embeddings", action="store_true", help="enlarge the embeddings of --model to all tokens of the "
+        "tokenizer")  # fmt: skip
     add("--train-tokenizer", type=natural, default=0, metavar="N", help="train one of N tokens on the training data")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["stdlib"], help="stdlib (Python's own source, offline), files or folders of "
@@ -517,6 +432,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error("give either --config, to train from scratch, or --model, to train on")
     if args.model is not None and (args.set or args.train_tokenizer):
         parser.error("--set and --train-tokenizer go with --config; a checkpoint has a configuration and a tokenizer")
+    if args.config is not None and args.resize_embeddings:
+        parser.error("--resize-embeddings goes with --model; with --config, --set vocab_size decides")
     if args.streaming and args.num_workers:
         parser.error("--streaming reads in the main process; leave out --num-workers")
     args.set_options, fields = args.set, {}

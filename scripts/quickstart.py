@@ -12,6 +12,7 @@ a Llama first. The output folder appears when all is done. The last line of the 
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from attnres_convert import InputError, convert_checkpoint
+from attnres_convert import InputError, convert_checkpoint, staging
 from attnres_convert.card import read_json
 from attnres_convert.report import report
 from evaluate_model import evaluate_checkpoints, notes, report_table, write_report
@@ -36,7 +37,16 @@ from reports import table, write_json
 from training_data import load_documents
 from training_optim import DEPTH_LR_SCALE
 from training_options import positive, start_process
-from training_run import METRICS_FILE, RESULTS_FILE, RunError, checkpoints, plot_losses, publish, read_lines, versions
+from training_run import (
+    METRICS_FILE,
+    RESULTS_FILE,
+    RunError,
+    named_checkpoints,
+    plot_losses,
+    read_lines,
+    sha256,
+    versions,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,22 +256,34 @@ def quickstart(args) -> dict:
 
 
 def check_output(output: Path):
-    """Only a folder that this script wrote is replaced."""
-    own = {"conversion", "generated"} <= read_json(output / RESULTS_FILE).keys()  # models have such a file too
-    if not own and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+    """Only a folder in which all is as a quickstart wrote it is replaced."""
+    if output.is_dir() and os.path.ismount(output):
+        raise RunError(f"{output} is a mount point; give a folder in it.")
+    if not os.path.lexists(output) or output.is_dir() and not any(output.iterdir()):
+        return
+    results = read_json(output / RESULTS_FILE)  # models have such a file too
+    if not {"conversion", "generated"} <= results.keys():
         raise RunError(f"{output} exists and isn't a quickstart's output; choose another --output.")
+    files, written = staging.entries(output), results.get("files")
+    for name, path in sorted((files or {}).items()):
+        if name != RESULTS_FILE and (not isinstance(written, dict) or written.get(name) != sha256(path)):
+            raise RunError(f"{output} holds {name}, which isn't as a quickstart wrote it; choose another --output.")
+    if files is None:
+        raise RunError(f"{output} holds links or special files, which would be lost; choose another --output.")
 
 
 def finish(partial: Path, output: Path):
-    """Gives the folder its name, also where its files mention it, without what only interrupted runs need."""
+    """Puts the folder's name where its files mention it, and takes out what only interrupted runs need."""
     for run in partial.iterdir():
-        for checkpoint in checkpoints(run):
+        for checkpoint in named_checkpoints(run):
             shutil.rmtree(checkpoint)
+    name = "/".join(partial.parts[-2:])
     for file in [*partial.rglob("*.json"), *partial.rglob("*.md")]:
         text = file.read_text(encoding="utf-8")
-        if partial.name in text:
-            file.write_text(text.replace(partial.name, output.name), encoding="utf-8")
-    publish(partial, output)
+        if name in text:
+            file.write_text(text.replace(name, output.name), encoding="utf-8")
+    files = {file: sha256(path) for file, path in staging.entries(partial).items() if file != RESULTS_FILE}
+    write_json(partial / RESULTS_FILE, {**read_json(partial / RESULTS_FILE), "files": files})
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -358,27 +380,21 @@ def main(argv: list[str] | None = None):
             raise RunError(
                 f"{ZOO_DONOR} isn't here, as it is in a clone of the project; give --model or --train-donor."
             )
-        check_output(args.output)
         args.output = args.output.resolve()
         args.model = args.model and args.model.resolve()
-        args.partial = args.output.with_name(f".{args.output.name}.partial")
-        shutil.rmtree(args.partial, ignore_errors=True)
-        new_parents = [parent for parent in args.partial.parents if not parent.exists()]
-        args.partial.mkdir(parents=True)
-        try:
+        staging.recover(args.output)
+        check_output(args.output)
+        with staging.staged(args.output, check=lambda output, _: check_output(output)) as args.partial:
             results = quickstart(args)
             results["seconds"] = time.perf_counter() - started
             write_json(args.partial / RESULTS_FILE, results)
             finish(args.partial, args.output)
-        finally:
-            shutil.rmtree(args.partial, ignore_errors=True)
-            for parent in new_parents:
-                if not any(parent.iterdir()):
-                    parent.rmdir()
     except InputError as error:
         raise SystemExit(f"quickstart: {error}") from None
     except OSError as error:
         raise SystemExit(f"quickstart: can't write to {args.output}: {error.strerror}.") from None
+    except KeyboardInterrupt:
+        raise SystemExit("quickstart: interrupted; nothing was written.") from None
     summary = {"output": str(args.output), "seconds": round(results["seconds"], 1)}
     summary["relative_error_of_conversion"] = results["conversion"]["relative_error"]
     summary["held_out_loss"] = {name: run["held_out_loss"] for name, run in results["runs"].items()}

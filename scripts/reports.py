@@ -3,6 +3,7 @@
 
 import json
 import platform
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,9 +18,15 @@ def cpu_name() -> str:
 
 def write_text(path: Path, text: str):
     """The file appears complete or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.attnres-tmp-{secrets.token_hex(4)}")
+    with open(partial, "x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.close()
+            partial.replace(path)
+        except BaseException:
+            partial.unlink()
+            raise
 
 
 def write_json(path: Path, content: dict):

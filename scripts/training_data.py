@@ -6,21 +6,27 @@ text between them, and are cut into sequences of equal length. Position ids rest
 because no attention mask is given, transformers keeps attention within a document (see also packed_documents.py).
 """
 
+import gzip
 import hashlib
 import itertools
 import re
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from glob import glob
+from glob import iglob
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from attnres_convert import InputError
+from attnres_convert.reading import is_regular, time_limit
+from attnres_convert.verification import available_memory
 from datasets.exceptions import DatasetNotFoundError
+from datasets.utils.extract import Extractor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +38,12 @@ BUILDERS = {
     ".parquet": "parquet",
 }
 TOKENIZER_CHARACTERS = 100_000_000  # more text hardly changes a vocabulary
+MAX_FILES = 100_000  # to look at
+MAX_SECONDS = 120  # to look for them
+MAX_DOCUMENT = 10_000_000  # characters; a tokenizer needs some 200 bytes of memory for each
+CHARACTERS_AT_ONCE = 2_000_000  # to tokenise
+MAX_BYTES = 4 * MAX_DOCUMENT
+PIECE, LOOKED_AT = 2**20, 2**26  # bytes
 PACKING_VERSION = 1  # part of the cache's key, to be raised when `tokenize` changes
 TOKEN_FEATURES = datasets.Features(
     {
@@ -59,13 +71,81 @@ def builder_of(file: Path) -> str | None:
     return BUILDERS.get(Path(file.name.lower().removesuffix(".gz")).suffix)
 
 
+def few_enough(paths: Iterable, name) -> Iterator:
+    """The paths that are found somewhere.
+
+    Raises:
+        DataError: there are too many, as in a whole file system.
+    """
+    for number, path in enumerate(paths):
+        if number == MAX_FILES:
+            raise DataError(f"{name} holds more than {MAX_FILES:,} files; name a folder or pattern with fewer.")
+        yield path
+
+
+def matching(pattern: str) -> list[str]:
+    """The paths that a pattern stands for; itself if it stands for none."""
+    with time_limit(MAX_SECONDS, f"{pattern} takes too long to look for"):
+        return sorted(few_enough(iglob(pattern, recursive=True), pattern)) or [pattern]
+
+
+def check_file(file: Path, separator: bytes | None, most: int, room: int) -> int:
+    """Whether the memory has room for each document of a file, and the disk for what it unpacks to, in bytes.
+
+    Args:
+        separator: of documents; without one, the file is read whole.
+        most: bytes of a document.
+        room: bytes on the disk.
+
+    Raises:
+        DataError: one hasn't.
+    """
+    kind = Extractor.infer_extractor_format(str(file))
+    if kind not in (None, "gzip"):
+        raise DataError(f"{file} is an archive ({kind}), which isn't unpacked; give the files in it.")
+    size = since = 0  # bytes in all, and since the last separator
+    end = b""
+    with gzip.open(file) if kind else open(file, "rb") as opened:
+        # what a plain file has is known from its size, and what its documents are like from its beginning
+        while (kind or size < LOOKED_AT) and (piece := opened.read(PIECE)):
+            size += len(piece)
+            text = end + piece.replace(b"\r", b"")
+            at = text.rfind(separator) if separator else -1
+            since = since + len(piece) if at < 0 else len(text) - at
+            end = text[-1:]
+            if since > most:
+                what = {None: "is", b"\n": "has a line", b"\n\n": "has a paragraph"}[separator]
+                raise DataError(f"{file} {what} of more than {most / 1e6:,.0f} MB; split it, or change --sample-by.")
+            if kind and size > room:
+                raise DataError(f"{file} unpacks to more than the {room / 1e9:,.1f} GB that there is room for.")
+    return size if kind else 0
+
+
+def check_files(files: list[Path], builder: str, sample_by: str | None, streaming: bool):
+    """[`check_file`] for all files of a data set."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE).absolute()
+    folder = next(path for path in (cache, *cache.parents) if path.exists())
+    room = sys.maxsize if streaming else shutil.disk_usage(folder).free // 3  # unpacked, as rows, as tokens
+    for file in files if builder != "parquet" else ():
+        separator, most = {"document": None, "paragraph": b"\n\n"}.get(sample_by, b"\n"), MAX_BYTES
+        if builder == "json" and file.name.lower().removesuffix(".gz").endswith(".json"):  # may be one list
+            separator, most = None, (available_memory() or 8 * MAX_BYTES) // 8
+        if separator is None and file.stat().st_size > most:
+            raise DataError(f"{file} is of more than {most / 1e6:,.0f} MB, which are read at once; split it.")
+        room -= check_file(file, separator, most, room)
+
+
 def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
     """The builder of `datasets` that reads `paths`, files or folders, and the files; hidden ones are left out."""
     files = []
     for path in paths:
         if path.is_dir():
-            known = (file for file in path.rglob("*") if builder_of(file) and file.is_file())
-            files += sorted(file for file in known if not any(p.startswith(".") for p in file.relative_to(path).parts))
+            with time_limit(MAX_SECONDS, f"{path} takes too long to look through"):
+                inside = few_enough(path.rglob("*"), path)
+                known = (file for file in inside if builder_of(file) and file.is_file())
+                files += sorted(f for f in known if not any(p.startswith(".") for p in f.relative_to(path).parts))
+        elif not is_regular(path):
+            raise DataError(f"{path} is no regular file.")
         else:
             files.append(path)
     unknown = [file for file in files if builder_of(file) is None]
@@ -112,7 +192,7 @@ def reading(name: str):
     may hold bytes that are no text."""
     try:
         yield
-    except DataError:
+    except InputError:
         raise
     except Exception as error:  # of many kinds, some of what decompresses
         raise reading_error(name, error) from None
@@ -142,7 +222,7 @@ def load_rows(
         DataError: it can't be read, is empty or lacks a column.
     """
     name = data_name(data)
-    data = [path for pattern in data for path in sorted(glob(pattern, recursive=True)) or [pattern]]
+    data = [path for pattern in data for path in matching(pattern)]
     options = {"split": split, "streaming": streaming}
     paths = [Path(path) for path in data]
     with reading(name):
@@ -161,6 +241,7 @@ def load_rows(
             if builder == "text":
                 options["encoding"] = "utf-8-sig"  # leaves out a byte order mark
                 options["sample_by"] = sample_by or ("document" if len(files) > 1 else "paragraph")
+            check_files(files, builder, options.get("sample_by"), streaming)
             rows = datasets.load_dataset(builder, data_files=list(map(str, files)), **options)
         elif len(data) > 1 or builder_of(paths[0]) or data[0].startswith((".", "/")):
             raise DataError(f"{data[0]} doesn't exist.")
@@ -213,6 +294,11 @@ def checked_text(value, row: int, column: str) -> str:
     """
     if not isinstance(value, (str, type(None))):
         raise DataError(f"row {row} of the data doesn't hold text in column {column!r}, but {value!r:.80}.")
+    if value and len(value) > MAX_DOCUMENT:
+        raise DataError(
+            f"row {row} of the data has {len(value):,} characters, and at most {MAX_DOCUMENT:,} are tokenised at once; "
+            "split it, or change --sample-by."
+        )
     return value or ""
 
 
@@ -266,21 +352,61 @@ def training_texts(documents, column: str, held_out_fraction: float) -> Iterator
                     return
 
 
+def few_characters(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in groups whose tokens fit into the memory."""
+    group, characters = [], 0
+    for text in texts:
+        if group and characters + len(text) > CHARACTERS_AT_ONCE:
+            yield group
+            group, characters = [], 0
+        group.append(text)
+        characters += len(text)
+    if group:
+        yield group
+
+
 def tokenize(batch: dict, indices: list[int], tokenizer, column: str) -> dict[str, list]:
     """Documents as tokens, end of text after each. Blank ones are left out."""
     texts = [checked_text(value, index, column) for index, value in zip(indices, batch[column])]
     kept = [(index, text) for index, text in zip(indices, texts) if text and not text.isspace()]
     if not kept:
         return {name: [] for name in TOKEN_FEATURES}
-    tokens = tokenizer([text for _, text in kept], verbose=False, return_attention_mask=False)["input_ids"]
-    if (eos := tokenizer.eos_token_id) is not None:
-        tokens = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in tokens]
+    tokens = []
+    for texts in few_characters([text for _, text in kept]):
+        found = tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
+        if (eos := tokenizer.eos_token_id) is not None:
+            found = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in found]
+        tokens += [np.array(ids, np.int32) for ids in found]  # a list needs many times the memory
     return {
         "input_ids": tokens,
         "num_tokens": [len(ids) for ids in tokens],
         "document": [index for index, _ in kept],
         "hash": [text_hash(text) for _, text in kept],
     }
+
+
+def check_tokens(input_ids, vocab_size: int, tokenizer, name: str):
+    """Whether a model has an embedding of each token; a tokenizer may know more than occur.
+
+    Args:
+        input_ids: an array or, of any length, a data set with such a column.
+
+    Raises:
+        DataError: it has none of one.
+    """
+    if len(tokenizer) <= vocab_size:
+        return
+    if isinstance(input_ids, datasets.Dataset):
+        lists = input_ids.data.column("input_ids")
+        largest = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in lists.chunks), default=0)
+    else:
+        largest = int(np.asarray(input_ids).max(initial=0))
+    if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise DataError(
+            f"{name} has the token {token!r:.40}, number {largest}, and the model embeds {vocab_size} tokens; enlarge "
+            "it by training with --resize-embeddings (finetune.py --method full, pretrain.py)."
+        )
 
 
 def vocabulary_key(tokenizer) -> str:
@@ -410,8 +536,9 @@ class StreamedSequences(torch.utils.data.IterableDataset):
         held_out: bool,
         fraction: float,
         length: int = sys.maxsize,
+        vocab_size: int = sys.maxsize,
     ):
-        self.documents, self.tokenizer, self.column = documents, tokenizer, column
+        self.documents, self.tokenizer, self.column, self.vocab_size = documents, tokenizer, column, vocab_size
         self.seq_len, self.held_out, self.fraction, self.length = seq_len, held_out, fraction, length
 
     def __len__(self) -> int:
@@ -432,6 +559,7 @@ class StreamedSequences(torch.utils.data.IterableDataset):
             tokens = tokenize(**batch, tokenizer=self.tokenizer, column=self.column)
             for ids, document, value in zip(tokens["input_ids"], tokens["document"], tokens["hash"]):
                 if is_held_out(value, self.fraction) == self.held_out:
+                    check_tokens(ids, self.vocab_size, self.tokenizer, f"document {document}")
                     input_ids = np.concatenate([input_ids, ids])
                     documents = np.concatenate([documents, np.full(len(ids), document)])
             while len(input_ids) >= self.seq_len:

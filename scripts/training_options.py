@@ -51,10 +51,11 @@ class Lists(argparse.Action):
         setattr(namespace, self.dest, values if before is self.default or not values else [*before, *values])
 
 
-positive = number(int, 1)
-natural = number(int, 0)
-non_negative = number(float, 0)
-above_zero = number(float, 0, without=(0,))
+HIGHEST = 10**9  # of what is counted; of rates, what is far beyond what trains and still finite in float32
+positive = number(int, 1, HIGHEST)
+natural = number(int, 0, HIGHEST)
+non_negative = number(float, 0, HIGHEST)
+above_zero = number(float, 0, HIGHEST, without=(0,))
 share = number(float, 0, 1, without=(0, 1))
 
 
@@ -102,6 +103,8 @@ def check_training_options(parser: argparse.ArgumentParser, args: argparse.Names
     """Refuses what can't work, and takes the lists apart."""
     if args.save_steps and args.save_steps % args.logging_steps:
         parser.error("--save-steps must be a multiple of --logging-steps, so that a resumed run logs the same losses")
+    if (args.steps or 1) * args.batch_size * args.accumulate > HIGHEST**2:
+        parser.error("--steps, --batch-size and --accumulate are more sequences than can be counted")
     args.compare = args.compare.split(",") if args.compare else []
     for name in args.compare:
         if name not in compared:

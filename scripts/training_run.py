@@ -9,18 +9,21 @@ A run folder holds `run.json` (arguments and versions), `metrics.jsonl` (one lin
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
 import resource
+import secrets
 import shutil
 import signal
+import stat
 import statistics
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import accelerate
@@ -32,15 +35,28 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from attnres_convert import InputError
-from peft import PeftModel
-from reports import cpu_name, write_json
+from attnres_convert import InputError, reading, staging
+from attnres_convert.checkpoint import read_checkpoint, read_shard
+from attnres_convert.loading import check_tensors, empty_model
+from attnres_convert.reading import understood
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from reports import cpu_name, write_json, write_text
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from training_data import first_line
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import attnres
 
@@ -50,7 +66,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE = "run.json", "metrics.jsonl", "results.json", "failure.json"
-FILES_FILE = "files.json"  # of a checkpoint: names and sizes of its files
+CONVERTED_NAME = "converted"
+EARLY_NAMES = ("tokenizer", CONVERTED_NAME, "data.json", METRICS_FILE, "depth.jsonl", "tensorboard", RUN_FILE)
+FILES_FILE = "files.json"  # of a checkpoint: names, sizes and hashes of its files
+ADVICE = "rename it to go on from the one before"
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
 
 
@@ -111,57 +130,191 @@ def sync_folder(folder: Path):
             os.close(descriptor)
 
 
+WORK_NAME = ".attnres-tmp"  # in a run folder, for what isn't whole yet
+
+
+def begin_work(run: Path) -> Path:
+    """An empty hidden folder in a run's, in which folders are written before they get their names."""
+    end_work(run)
+    work = run / WORK_NAME
+    work.mkdir()
+    staging.mark(work, work)
+    return work
+
+
+def end_work(run: Path):
+    """
+    Raises:
+        RunError: what has the name of our hidden folder isn't ours.
+    """
+    work = run / WORK_NAME
+    if os.path.lexists(work):
+        if not staging.is_marked(work, work, exactly=False):  # a run folder may be moved to another machine
+            raise RunError(f"{work} wasn't made by this script; move it away.")
+        staging.clear(work)
+
+
+@contextmanager
+def whole_folder(folder: Path):
+    """The block writes a folder that gets its name at the end, in the folder of a run. For the main process alone."""
+    partial = begin_work(folder.parent) / folder.name
+    try:
+        with no_space_in_one_line(folder.parent):
+            yield partial
+            publish(partial, folder)
+    finally:
+        end_work(folder.parent)
+
+
 def publish(partial: Path, folder: Path):
-    """Gives a finished folder its name; what had the name before is replaced."""
+    """Gives a finished folder its name. What had the name is removed if all of it is in the new one too, else kept."""
     sync_folder(partial)
-    remove(folder)
+    if os.path.lexists(folder):
+        if staging.has_all_of(partial, folder):
+            remove(folder)
+        else:
+            kept = staging.set_aside(folder)
+            print(f"{folder} isn't what this run has written; it is kept as {kept.name}", file=sys.stderr)
     partial.rename(folder)
 
 
 def remove(folder: Path):
     """Takes a folder's name away before its files, so that there never is half of it under this name."""
-    if folder.exists():
-        trash = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(trash, ignore_errors=True)
-        folder.rename(trash)
-        shutil.rmtree(trash)
+    trash = folder.parent / WORK_NAME / f"removed-{folder.name}"
+    folder.rename(trash)
+    shutil.rmtree(trash)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Of a folder that has the name of a checkpoint."""
+    step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    is_name = step.isascii() and step.isdecimal() and checkpoint.name == f"{PREFIX_CHECKPOINT_DIR}-{int(step)}"
+    return int(step) if is_name else None
+
+
+def named_checkpoints(folder: Path) -> list[Path]:
+    """All that have the name of a checkpoint, oldest first."""
+    named = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((path for path in named if step_of(path) is not None and path.is_dir()), key=step_of)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    steps = ((path.name.removeprefix(prefix), path) for path in folder.glob(f"{prefix}*"))
-    return [path for _, path in sorted((int(step), path) for step, path in steps if step.isdecimal())]
+    """The complete checkpoints that a run has written, oldest first."""
+    return [path for path in named_checkpoints(folder) if is_own(path)]
+
+
+def is_own(checkpoint: Path) -> bool:
+    with suppress(InputError):
+        return bool(listed_files(checkpoint))
+    return False
 
 
 def list_files(checkpoint: Path):
-    """Writes down what a checkpoint consists of, for [`check_files`]."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    write_json(checkpoint / FILES_FILE, {str(path.relative_to(checkpoint)): path.stat().st_size for path in files})
+    """Writes down what a checkpoint consists of, for [`check_files`]. While it is in memory: 1.5 GB per second."""
+    files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
+    listed = {name: [path.stat().st_size, sha256(path)] for name, path in files.items()}
+    write_json(checkpoint / FILES_FILE, {"step": step_of(checkpoint), "files": listed})
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with reading.open_regular(path) as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def listed_files(checkpoint: Path) -> dict[str, list]:
+    """Size and hash of each file of a checkpoint, as they were when it was written; the hash of old ones is `None`.
+
+    Raises:
+        InputError: there is no such list, it is broken, or it is that of another checkpoint.
+    """
+    path = checkpoint / FILES_FILE
+    content = reading.read_json(path)
+    if "files" not in content:  # of an earlier version
+        content = {"files": {name: [size, None] for name, size in content.items()}}
+    files, step = reading.typed(content, "files", dict, str(path)), reading.typed(content, "step", int, str(path))
+    if step not in (None, step_of(checkpoint)):
+        raise RunError(f"{checkpoint} is a copy of {PREFIX_CHECKPOINT_DIR}-{step}.")
+    for entry in (files or {}).values():
+        if not (isinstance(entry, list) and list(map(type, entry)) in ([int, str], [int, type(None)])):
+            raise RunError(f"{checkpoint} is damaged, see its {FILES_FILE}.")
+    return files or {}
 
 
 def check_files(checkpoint: Path):
     """Whether a checkpoint is as it was written.
 
     Raises:
-        RunError: a file is missing or has another size.
+        InputError: it isn't of this run; or a file is missing or has changed.
     """
-    written = checkpoint / FILES_FILE
-    for name, size in (read_json(written) if written.exists() else {}).items():
+    for name, (size, digest) in listed_files(checkpoint).items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise RunError(f"{checkpoint} is damaged, see its {name}; remove it to go on from the one before.")
+        if not reading.is_regular(path) or path.stat().st_size != size or digest not in (None, sha256(path)):
+            raise RunError(f"{checkpoint} is damaged, see its {name}.")
+    state = reading.read_json(checkpoint / TRAINER_STATE_NAME)
+    if state.get("global_step") != step_of(checkpoint):
+        raise RunError(f"{checkpoint} is damaged, see its {TRAINER_STATE_NAME}.")
 
 
-def read_json(path: Path) -> dict:
-    """
+def is_untouched(checkpoint: Path) -> bool:
+    """Whether a folder holds what a run has written, and nothing else."""
+    files, listed = staging.entries(checkpoint), listed_files(checkpoint)
+    return files is not None and {name: path.stat().st_size for name, path in files.items() if name != FILES_FILE} == {
+        name: size for name, (size, _) in listed.items()
+    }
+
+
+def last_good_checkpoint(folder: Path) -> Path | None:
+    """The last one that is as it was written. Damaged ones after it get other names, a line for each says so.
+
     Raises:
-        RunError: the file isn't as it was written.
+        RunError: there are checkpoints, and none is good.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RunError(f"{path} is damaged; restore it, or choose another --output.") from None
+    bad = []
+    for checkpoint in reversed(named_checkpoints(folder)):
+        try:
+            check_files(checkpoint)
+        except InputError as error:
+            bad.append((checkpoint, str(error).rstrip(".")))
+            continue
+        for path, reason in bad:
+            kept = f"it is now {staging.set_aside(path, 'damaged').name}" if is_own(path) else "it is left alone"
+            print(f"{reason}; {kept}, and the run goes on from {checkpoint.name}", file=sys.stderr)
+        return checkpoint
+    if bad:
+        reason = bad[0][1] + (f" ({len(bad)} are bad)" if len(bad) > 1 else "")
+        raise RunError(f"no checkpoint in {folder} is good: {reason}; restore one, or choose another --output.")
+    return None
+
+
+def read_results(path: Path, *counts: str) -> dict:
+    """Of a finished run or, in the file of a failure, of one that stopped.
+
+    Args:
+        counts: names of more whole numbers that a finished run has.
+
+    Raises:
+        InputError: the file isn't as it was written.
+    """
+    results = reading.read_json(path)
+    failed = {"what": str, "value": str, "step": int}
+    done = {"output": str, "held_out_loss": float, "steps": int, "tokens_per_second": float, "peak_memory_bytes": int}
+    for name, kind in (failed if path.name == FAILURE_FILE else {**done, **dict.fromkeys(counts, int)}).items():
+        if reading.typed(results, name, kind, str(path)) is None:
+            raise RunError(f"{path} is damaged, it has no {name}; restore it, or choose another --output.")
+    return results
+
+
+def read_run(folder: Path) -> dict[str, dict]:
+    """The arguments and versions that a run was begun with."""
+    path = folder / RUN_FILE
+    content = reading.read_json(path)
+    run = {name: reading.typed(content, name, dict, str(path)) for name in ("arguments", "versions")}
+    if None in run.values():
+        raise RunError(f"{path} is damaged; restore it, or choose another --output.")
+    return run
 
 
 held_locks = {}  # open files by the path of a run's folder
@@ -186,72 +339,106 @@ def lock(folder: Path):
     raise RunError(f"another process trains in {folder}; let it end, or stop it.")
 
 
-def make_writable(folder: Path):
-    """Makes a folder if there is none, and tries it.
+@contextmanager
+def writable(folder: Path):
+    """Makes a folder if there is none, and tries it; what it has made goes again if the block fails.
 
     Raises:
         RunError: it can't be written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+    with ExitStack() as stack:
+        try:
+            new = stack.enter_context(staging.made(folder))
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise RunError(f"can't write to {folder}: {error.strerror}.") from None
+        yield new
+
+
+new_runs = {}  # the folders made for a run that has begun in this process, by its folder
+
+
+def begin_run(folder: Path, content: dict, new: list[Path]):
+    """Writes `run.json`, unless another process was faster."""
+    partial = folder / f".{RUN_FILE}.attnres-tmp-{secrets.token_hex(4)}"
+    write_json(partial, content)
+    with suppress(FileExistsError):
+        try:
+            os.link(partial, folder / RUN_FILE)
+        except PermissionError:  # a file system without links
+            if os.path.lexists(folder / RUN_FILE):
+                raise FileExistsError from None
+            shutil.copyfile(partial, folder / RUN_FILE)
+        new_runs[folder.absolute()] = new
+    partial.unlink()
 
 
 def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Path | None:
-    """Starts a run in `folder` or takes up the one that is there, and returns its last complete checkpoint, if any.
+    """Starts a run in `folder` or takes up the one that is there, and returns its last good checkpoint, if any.
 
     Raises:
         RunError: the folder is in use for something else, or for a run with other arguments.
     """
     arguments = json.loads(json.dumps({**arguments, **launched()}, default=str))
-    run_file = folder / RUN_FILE
-    make_writable(folder)
-    if run_file.exists():
-        before = {"processes": 1, **read_json(run_file)["arguments"]}
-        for name in arguments.keys() | before.keys():
-            if arguments.get(name) != before.get(name):
-                raise RunError(
-                    f"{folder} holds a run with {name} = {before.get(name)}, not {arguments.get(name)}; "
-                    "choose another --output, or remove it."
-                )
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise RunError(f"{folder} exists and isn't the output of such a run; choose another --output.")
+    now = {"arguments": arguments, "versions": versions()}
+    with writable(folder) as new:
+        if not os.path.lexists(folder / RUN_FILE):
+            if (other := staging.foreign(folder)) is not None:
+                raise RunError(f"{folder} holds {other} and isn't the output of such a run; choose another --output.")
+            begin_run(folder, now, new)
+    before = read_run(folder)
+    begun = {"processes": 1, "resize_embeddings": False, **before["arguments"]}  # runs of old versions have neither
+    for name in arguments.keys() | begun.keys():
+        if arguments.get(name) != begun.get(name):
+            raise RunError(
+                f"{folder} holds a run with {name} = {begun.get(name)}, not {arguments.get(name)}; "
+                "choose another --output, or remove it."
+            )
     if not is_main_process:
         return next(reversed(checkpoints(folder)), None)
-    now = {"arguments": arguments, "versions": versions()}
-    if not run_file.exists():
-        write_json(run_file, now)
     lock(folder)
-    last = next(reversed(checkpoints(folder)), None)
-    if last is not None:
-        check_files(last)
-        before = read_json(run_file)["versions"]
-        changed = [f"{name} {before.get(name)}" for name in MODULES if before.get(name) != now["versions"][name]]
-        if changed:
-            print(f"{folder} was begun with {', '.join(changed)}; losses may differ a little", file=sys.stderr)
-    for leftover in folder.glob(".*"):  # of a killed run
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    (folder / FAILURE_FILE).unlink(missing_ok=True)
+    end_work(folder)  # of a killed run, as all below
+    staging.recover(folder / CONVERTED_NAME)
+    for leftover in folder.glob(".*"):
+        if staging.PARTIAL.fullmatch(leftover.name) and stat.S_ISREG(leftover.lstat().st_mode):
+            leftover.unlink()
+    last = last_good_checkpoint(folder)
+    changed = [f"{name} {old}" for name in MODULES if (old := before["versions"].get(name)) != now["versions"][name]]
+    if last is not None and changed:
+        print(f"{folder} was begun with {', '.join(changed)}; losses may differ a little", file=sys.stderr)
+    if reading.is_regular(folder / FAILURE_FILE):
+        (folder / FAILURE_FILE).unlink()
     return last
 
 
 @contextmanager
-def discarded_if_refused(folder: Path, is_new: bool):
+def discarded_if_refused(folder: Path):
     """Leaves nothing behind of a new run that can't start, so that the corrected command may use its folder.
 
-    It stays once there is a loss or a failure to look at, or a run that has begun inside it.
+    It stays once there is a loss or a failure to look at, or a run that has begun inside it. What else is in the folder
+    stays as it is.
     """
     try:
         yield
     except Exception:
-        begun = (
-            read_lines(folder / METRICS_FILE) or (folder / FAILURE_FILE).exists() or any(folder.glob(f"*/{RUN_FILE}"))
-        )
-        if is_new and not begun and (folder / RUN_FILE).exists() and PartialState().is_main_process:
-            remove(folder)
+        new = new_runs.pop(folder.absolute(), None)
+        begun = (folder / FAILURE_FILE).exists() or any(folder.glob(f"*/{RUN_FILE}"))
+        if new is not None and not begun and not read_lines(folder / METRICS_FILE):
+            discard(folder, new)
         raise
+
+
+def discard(folder: Path, new: list[Path]):
+    """Removes what a run writes before its first loss."""
+    with suppress(InputError, OSError):
+        work = begin_work(folder)
+        for name in EARLY_NAMES:
+            if os.path.lexists(folder / name):
+                (folder / name).rename(work / name)
+        end_work(folder)
+    if (file := held_locks.pop(folder.resolve(), None)) is not None:
+        file.close()
+    staging.remove_empty(new)
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -259,16 +446,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def one_line_errors(script: str, folder: Path):
-    """Ends a script that is interrupted, whose input is bad or which has no room for its run folder with one line."""
+    """Ends a script that is interrupted, whose input is bad or which can't write to its run folder with one line."""
     try:
-        with discarded_if_refused(folder, is_new=not (folder / RUN_FILE).exists()):
+        with discarded_if_refused(folder):
             yield
     except InputError as error:
         raise SystemExit(f"{script}: {error}") from None
     except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise SystemExit(f"{script}: {no_space(folder, error)}") from None
+        message = no_space(folder, error) if error.errno in NO_SPACE else reading.one_line(f"{error}.")
+        raise SystemExit(f"{script}: {message}") from None
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             print(f"{script}: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -283,40 +469,68 @@ def no_space(folder: Path, error: Exception) -> str:
 
 
 @contextmanager
-def written_or_removed(partial: Path):
-    """The block writes the folder `partial`; what it can't write whole is removed.
-
+def no_space_in_one_line(run: Path):
+    """
     Raises:
-        RunError: it can't.
+        RunError: the block can't write to the folder of a run.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # the second: torch
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(no_space(partial.parent, error)) from None
+        raise RunError(no_space(run, error)) from None
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The entries of a JSON lines file; a last line that a killed run didn't finish is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The entries of a JSON lines file that have a `step`; a last line that a killed run didn't finish is left out."""
+    return parse_lines(path)[0]
+
+
+def parse_lines(path: Path) -> tuple[list[dict], int]:
+    """The entries of a JSON lines file, and how many of its lines hold none."""
+    if not os.path.lexists(path):
+        return [], 0
+    with reading.open_regular(path) as file:
+        *lines, _ = file.read().split(b"\n")
+    entries = []
+    for line in lines:
+        with suppress(InputError, UnicodeDecodeError):
+            entry = reading.parse_json(line.decode(), path.name)
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                entries.append(entry)
+    return entries, len(lines) - len(entries)
 
 
 class JsonLines:
-    """A log with an entry per line, each with its `step`; entries after `last_step` are removed when it is opened."""
+    """A log with an entry per line, each with its `step`; entries after `last_step` are removed when it is opened.
 
-    def __init__(self, path: Path, last_step: int):
-        kept = [entry for entry in read_lines(path) if entry["step"] <= last_step]
-        partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        partial.replace(path)
+    Args:
+        expected: what is known of the entries up to `last_step`. A log that lacks some of it, or that has lines which
+            can't be read, is kept under another name, and goes on with what is known or can be read; a line says so.
+    """
+
+    def __init__(self, path: Path, last_step: int, expected: list[dict] | None = None):
+        found, unreadable = parse_lines(path)
+        kept = [entry for entry in found if entry["step"] <= last_step]
+        lacks = expected is not None and not is_covered(expected, kept)
+        is_gone = last_step > 0 and not os.path.lexists(path)
+        if unreadable or lacks or is_gone:
+            problem = f"has {unreadable} lines that can't be read" if unreadable else "lacks entries"
+            aside = "" if is_gone else f", and is kept as {staging.set_aside(path).name}"
+            kept = expected if lacks else kept
+            source = "those of the checkpoint" if lacks else f"the {len(kept)} left"
+            print(f"{path} {'is gone' if is_gone else problem}{aside}; it goes on with {source}", file=sys.stderr)
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.path = path
 
     def write(self, entry: dict):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def is_covered(expected: list[dict], entries: list[dict]) -> bool:
+    """Whether each expected entry is there; a found one may hold more, as checkpoints of old versions hold less."""
+    rest = iter(entries)
+    return all(any(entry.items() <= found.items() for found in rest) for entry in expected)
 
 
 def peak_memory() -> int:
@@ -343,10 +557,9 @@ class RunLog(TrainerCallback):
         from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
         step = state.global_step
-        if not step:  # what a killed run wrote before its first checkpoint
-            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        self.lines = JsonLines(self.folder / METRICS_FILE, step if step else -1)
-        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
+        known = [{"step": logs["step"], **entry} for logs in state.log_history if (entry := self.entry(logs))]
+        self.lines = JsonLines(self.folder / METRICS_FILE, step if step else -1, known)
+        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
         self.bar = tqdm(
             total=state.max_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty()
         )
@@ -364,18 +577,25 @@ class RunLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        if "eval_loss" in logs:
-            entry = {"held_out_loss": logs["eval_loss"]}
-        elif "loss" in logs:
-            entry = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        entry = self.entry(logs)
+        if "loss" in entry:
             entry["tokens_per_second"] = self.tokens_per_step * len(self.seconds) / sum(self.seconds)
+            state.log_history[-1]["tokens_per_second"] = entry["tokens_per_second"]  # a checkpoint has all of the log
             self.seconds = []
-        else:
+        if not entry:
             return
         self.lines.write({"step": state.global_step, **entry})
         for name, value in entry.items():
             self.writer.add_scalar(name, value, state.global_step)
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in entry.items() if "loss" in name})
+
+    @staticmethod
+    def entry(logs: dict) -> dict:
+        """What of a Trainer's log belongs to ours."""
+        if "eval_loss" in logs:
+            return {"held_out_loss": logs["eval_loss"]}
+        names = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
+        return {name: logs[name] for name in names if name in logs and "loss" in logs}
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -402,6 +622,30 @@ def buffers_left_whole(model: torch.nn.Module):
     finally:
         for module, name in persistent:
             module._non_persistent_buffers_set.discard(name)
+
+
+def check_saved(folder: Path, model: torch.nn.Module) -> bool:
+    """Whether a folder that `model` was saved to holds safetensors, of which a sharded checkpoint has none.
+
+    Raises:
+        RunError: `from_pretrained` wouldn't find what it wants in them, names and shapes.
+    """
+    name = SAFETENSORS_WEIGHTS_NAME if isinstance(model, PeftModel) else SAFE_WEIGHTS_NAME
+    if not ((folder / name).exists() or (folder / SAFE_WEIGHTS_INDEX_NAME).exists()):
+        return False
+    with understood("the model can't be saved in a form that loads again", kind=RunError):
+        if isinstance(model, PeftModel):
+            saved, expected = read_shard(folder / name).tensors, get_peft_model_state_dict(model)
+            for tensor in sorted(saved.keys() ^ expected.keys()):
+                raise KeyError(tensor)
+        else:
+            config = AutoConfig.from_pretrained(folder)
+            shapes = {name: tensor.shape for name, tensor in read_checkpoint(folder).tensors.items()}
+            try:
+                check_tensors(empty_model(AutoModelForCausalLM._model_mapping[type(config)], config), shapes, 0)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+    return True
 
 
 class RunTrainer(Trainer):
@@ -443,6 +687,9 @@ class RunTrainer(Trainer):
             )
 
     def _prepare_for_training(self, *args, **kwargs):
+        config = self.model.config
+        if (config.pad_token_id or 0) >= config.vocab_size:  # a Trainer has taken it from the tokenizer
+            config.pad_token_id = None  # padding gets no embedding, and a model that says otherwise doesn't load
         with buffers_left_whole(self.model) if self.is_fsdp_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
@@ -521,17 +768,34 @@ class RunTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         # a Trainer hands the tensors of the file to the module as they are, and leaves out experts, which have other
         # names and shapes there
-        loaded, info = type(self.model).from_pretrained(
-            resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
-        )
+        with understood(f"{resume_from_checkpoint} is damaged", ADVICE, RunError):
+            loaded, info = type(self.model).from_pretrained(
+                resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
+            )
         if info["missing_keys"]:
             raise RunError(f"{resume_from_checkpoint} is damaged: it has no {min(info['missing_keys'])}.")
         self.model.load_state_dict(loaded.state_dict())
 
+    # Checkpoints of earlier versions have no hashes by which damage shows before
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with understood(f"{checkpoint} is damaged", ADVICE, RunError):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with understood(f"{checkpoint} is damaged", ADVICE, RunError):
+            super()._load_rng_state(checkpoint)
+
     def _get_output_dir(self, trial):
-        return str(self.folder / ".saving") if self.is_saving else super()._get_output_dir(trial)
+        return str(self.folder / WORK_NAME) if self.is_saving else super()._get_output_dir(trial)
 
     is_saving = False
+    names_checked = False  # of the tensors in a checkpoint
+
+    def _check_names(self, folder: Path):
+        """Whether a folder with the first checkpoint can be loaded again; what is wrong is wrong in all of them."""
+        if not self.names_checked and self.is_world_process_zero():
+            self.names_checked = check_saved(folder, self.accelerator.unwrap_model(self.model))
 
     def _loss_of_one(self, model) -> torch.Tensor:
         """The loss of one held-out sequence: what isn't finite for it is no good checkpoint."""
@@ -543,37 +807,51 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         self._check_finite(self._loss_of_one(model), "held-out loss", self.state.global_step)
-        partial = self.folder / ".saving"
         if self.is_world_process_zero():
-            shutil.rmtree(partial, ignore_errors=True)
+            begin_work(self.folder)
         self.accelerator.wait_for_everyone()
         self.is_saving = True
         try:
-            with written_or_removed(partial):
+            with self._written_whole():
                 super()._save_checkpoint(model, trial)
         finally:
             self.is_saving = False
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.is_fsdp_enabled:  # what `accelerate merge-weights` leaves to be added
-                self.model.config.save_pretrained(partial / name)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(partial / name)
-            list_files(partial / name)
-            publish(partial / name, self.folder / name)
-            partial.rmdir()
+            partial = self.folder / WORK_NAME / name
+            with self._written_whole():
+                if self.is_fsdp_enabled:  # what `accelerate merge-weights` leaves to be added
+                    self.model.config.save_pretrained(partial)
+                    if self.processing_class is not None:
+                        self.processing_class.save_pretrained(partial)
+                self._check_names(partial)
+                list_files(partial)
+                publish(partial, self.folder / name)
             for old in checkpoints(self.folder)[: -self.keep_checkpoints]:
-                remove(old)
+                if is_untouched(old):
+                    remove(old)
+            end_work(self.folder)
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _written_whole(self):
+        """What the block can't write whole is removed."""
+        try:
+            with no_space_in_one_line(self.folder):
+                yield
+        except Exception:
+            with suppress(OSError):
+                end_work(self.folder)
+            raise
 
     def save_final_model(self, folder: Path):
         """The model and its tokenizer, as `save_pretrained` writes them, complete or not at all."""
-        partial = folder.with_name(f".{folder.name}")
+        partial = self.folder / WORK_NAME / folder.name
         if self.is_world_process_zero():
-            shutil.rmtree(partial, ignore_errors=True)
+            begin_work(self.folder)
         self.accelerator.wait_for_everyone()
-        with written_or_removed(partial):
+        with self._written_whole():
             if self.is_fsdp_enabled:  # save_model writes nothing if checkpoints are sharded
                 state_dict = self.accelerator.get_state_dict(self.model)
                 if self.is_world_process_zero():
@@ -582,8 +860,11 @@ class RunTrainer(Trainer):
                 self.save_model(str(partial), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (partial / "training_args.bin").unlink(missing_ok=True)
-            publish(partial, folder)
+            with self._written_whole():
+                (partial / "training_args.bin").unlink(missing_ok=True)
+                self._check_names(partial)
+                publish(partial, folder)
+            end_work(self.folder)
 
 
 def losses(metrics: list[dict], name: str) -> dict[int, float]:
@@ -593,7 +874,8 @@ def losses(metrics: list[dict], name: str) -> dict[int, float]:
 
 def tokens_per_second(metrics: list[dict]) -> float:
     """The median over the logged steps, so that starting up and interruptions don't count."""
-    return statistics.median(entry["tokens_per_second"] for entry in metrics if "tokens_per_second" in entry)
+    speeds = [entry["tokens_per_second"] for entry in metrics if "tokens_per_second" in entry]
+    return statistics.median(speeds or [math.nan])
 
 
 def without_seed(name: str) -> str:

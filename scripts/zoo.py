@@ -29,6 +29,7 @@ import pretrain
 import torch
 import transformers
 from adapters import BASE_FILE, DEPTH_ATTENTION
+from attnres_convert import staging
 from attnres_convert.card import (
     CARD_NAME,
     RESULTS_NAME,
@@ -48,7 +49,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from training_data import DataError, first_line, load_documents
 from training_options import run_arguments
-from training_run import RunError, publish
+from training_run import RunError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -203,7 +204,7 @@ def train(name: str, runs: Path) -> Path:
 
 def save_in_bf16(source: Path, folder: Path, base: Path | None):
     """Copies a saved model or adapter with its weights in bfloat16, but for what transformers keeps in float32."""
-    shutil.copytree(source, folder)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
     if (folder / "config.json").is_file():
         model, _ = load(source, dtype=torch.bfloat16)
         (folder / WEIGHTS).unlink()
@@ -222,9 +223,8 @@ def build(name: str, runs: Path):
     if recipe.needs and not (ZOO / recipe.needs).is_dir():
         raise ZooError(f"{name} is made from {recipe.needs}, which is missing; add --build {recipe.needs}.")
     run = train(name, runs)
-    partial = ZOO / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    staging.recover(folder)
+    with staging.staged(folder, check=staging.check_only_replaces) as partial:
         save_in_bf16(run / "model", partial, recipe.needs and ZOO / recipe.needs)
         copy_code(partial)
         results = published(read_json(partial / RESULTS_NAME))
@@ -237,9 +237,6 @@ def build(name: str, runs: Path):
         ]
         write_json(partial / RESULTS_NAME, results)
         write_text(partial / CARD_NAME, card_text(partial, name))
-        publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def outdated_code(folder: Path) -> list[str]:

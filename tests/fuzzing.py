@@ -201,7 +201,7 @@ def damage(folder: Path, change: list):
         position, removed, text = rest
         content = path.read_bytes()
         path.write_bytes(content[:position] + text.encode("utf-8", "surrogatepass") + content[position + removed :])
-    elif kind == "kind" and path.is_file() or path.is_symlink():
+    elif kind == "kind" and (path.is_file() or path.is_symlink()):
         path.unlink()
         if rest[0] == "empty":
             path.touch()

@@ -474,14 +474,14 @@ def damaged_adapter(folder: Path, kind: str) -> str:
         return "no adapter at"
     name, content = {"config": ("adapter_config.json", "[]"), "base": ("base.json", "[1]")}[kind]
     (folder / name).write_text(content)
-    return "no adapter at"
+    return f"{name} must hold a JSON object, not a list"
 
 
 @pytest.mark.parametrize("kind", ["truncated", "config", "base", "prompt"])
 def test_damaged_adapters(kind, tmp_path):
     """Files that were cut off or hold something else, and adapters that change the length of the text, are refused."""
     message = damaged_adapter(tmp_path, kind)
-    with pytest.raises(training_run.RunError, match=message) as error:
+    with pytest.raises(training_run.InputError, match=message) as error:
         adapters.load_adapter(tiny_model(), str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -755,7 +755,7 @@ BAD = {
         lambda d: ["--model", write(d / "adapter" / "adapter_config.json", "{}").parent],
         "no configuration at .*adapter: it is an adapter, which needs its base",
     ),
-    "folder without a model": (lambda d: ["--model", d], "no configuration at .*: nothing names a model type"),
+    "folder without a model": (lambda d: ["--model", d], "config.json is missing in "),
     "no tokenizer": (
         lambda d: ["--tokenizer", "nobody/nothing"],
         "no tokenizer at nobody/nothing.*; give --tokenizer\\.$",

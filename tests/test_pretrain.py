@@ -150,13 +150,14 @@ def test_sigkill(server, text, finished):
     bit for bit; whatever checkpoint there is after a kill is complete."""
     command = [*RUN, "--data", text, "--output", "killed"]
     folder, kills = server.folder / "killed", 0
+    work = folder / training_run.WORK_NAME
 
     def has_logged(step):
         path = folder / "metrics.jsonl"
         return lambda: path.exists() and any(f'"step": {step},' in line for line in path.open())
 
-    moments = [*(has_logged(step) for step in (1, 3, 5)), (folder / ".saving").exists, has_logged(8)]
-    moments.append((folder / ".model").exists)
+    moments = [*(has_logged(step) for step in (1, 3, 5)), (work / "checkpoint-6").exists, has_logged(8)]
+    moments.append((work / "model").exists)
     for moment in moments:
         run = server.start(*command)
         if not run.wait_for(moment):
@@ -200,7 +201,7 @@ def test_sigkill_with(name, server, text):
     command = [*RUN, "--data", text, *EXACT[name].split()]
     folder, undisturbed = server.folder / f"exact-{name}", server.folder / f"undisturbed-{name}"
     server.run(*command, "--output", undisturbed)
-    for moment in (folder / "checkpoint-4", folder / ".model"):
+    for moment in (folder / "checkpoint-4", folder / training_run.WORK_NAME / "model"):
         run = server.start(*command, "--output", folder)
         assert run.wait_for(moment.exists)
         run.kill()
@@ -211,24 +212,22 @@ def test_sigkill_with(name, server, text):
 
 
 def test_damaged_checkpoints(server, text):
-    """What a checkpoint lacks or has lost the end of is named; the checkpoint before it is as good as ever."""
+    """A checkpoint that lacks something or has lost the end of it is named, and the run goes on from the one before."""
     command, folder = [*RUN, "--data", text, "--output", "damaged"], server.folder / "damaged"
     run = server.start(*command)
     assert run.wait_for((folder / "checkpoint-6").exists)
     run.kill()
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for name in ("optimizer.pt", "model.safetensors", "rng_state.pth"):
-        content = (last / name).read_bytes()
-        for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])):
-            damage(last / name)
-            message = server.run(*command, exit_code=1)
-            assert message.count("\n") == 1 and f"{last.name} is damaged, see its {name}" in message, message
-            (last / name).write_bytes(content)
-    shutil.rmtree(last)
-    assert "going on from" in server.run(*command)
+    last, before = sorted(folder.glob("checkpoint-*"), reverse=True)
+    for number, damage in ((1, lambda path: path.unlink()), (2, lambda path: path.write_bytes(path.read_bytes()[:-9]))):
+        damage(last / "optimizer.pt")
+        run, kept = server.start(*command), folder / f"{last.name}.damaged-{number}"
+        assert run.wait_for(lambda: kept.exists() and last.exists())  # noqa: B023
+        run.kill()
+        assert f"{last.name} is damaged, see its optimizer.pt; it is now {kept.name}" in run.output()
+        assert f"going on from damaged/{before.name}" in run.output()
     (folder / "run.json").write_text("{")
     message = server.run(*command, exit_code=1)
-    assert message.count("\n") == 1 and "run.json is damaged" in message
+    assert message.count("\n") == 1 and "run.json is not valid JSON" in message
 
 
 def test_one_process_trains_in_a_folder(server, text):
@@ -784,7 +783,7 @@ BAD = {
     "cut off stream": (lambda d: ["--streaming", "--data", cut_off(d / "c.jsonl.gz")], "c.jsonl.gz can't be read"),
     "archive": (
         lambda d: ["--data", write(d / "a.txt", b"PK\x03\x04 no more")],
-        "a.txt can't be read: File is not a zip",
+        "a.txt is an archive \\(zip\\), which isn't unpacked",
     ),
     "image": (lambda d: ["--data", write(d / "image.txt", PNG)], "is not text"),
     "streamed image": (lambda d: ["--streaming", "--data", write(d / "image.txt", PNG)], "is not text"),
@@ -829,11 +828,36 @@ BAD = {
         ],
         "num_experts_per_tok = 3 must be from 1 to num_local_experts = 2",
     ),
-    "activation": (lambda d: ["--set", *SIZES, "hidden_act=foo"], "no model has this configuration: KeyError: 'foo'"),
+    "activation": (lambda d: ["--set", *SIZES, "hidden_act=foo"], "no model has this configuration: KeyError"),
     "encoder": (lambda d: ["--config", "bert", "--mode", "donor", "--set"], "bert is no decoder-only language model"),
     "no configuration": (lambda d: ["--config", d / "absent"], "absent doesn't exist"),
-    "a list": (lambda d: ["--config", write(d / "list.json", "[1, 2]")], "its JSON isn't an object"),
+    "a list": (lambda d: ["--config", write(d / "list.json", "[1, 2]")], "must hold a JSON object, not a list"),
     "block size": (lambda d: ["--block-size", 9], "attn_res_block_size is 9"),
+    "pipe": (lambda d: [os.mkfifo(d / "pipe.txt"), "--data", d / "pipe.txt"][1:], "is no regular file"),
+    "endless": (
+        lambda d: [(d / "zero.txt").symlink_to("/dev/zero"), "--data", d / "zero.txt"][1:],
+        "is no regular file",
+    ),  # fmt: skip
+    "bomb": (
+        lambda d: ["--data", write(d / "zeros.txt.gz", gzip.compress(b"a" * 50_000_000, 1))],
+        "zeros.txt.gz has a paragraph of more than 40 MB",
+    ),
+    "streamed bomb": (
+        lambda d: ["--streaming", "--data", write(d / "zeros.jsonl.gz", gzip.compress(b"a" * 50_000_000, 1))],
+        "zeros.jsonl.gz has a line of more than 40 MB",
+    ),
+    "long line": (
+        lambda d: ["--data", write(d / "line.jsonl", json.dumps({"text": "a b " * 13_000_000}))],
+        "line.jsonl has a line of more than 40 MB",
+    ),
+    "long document": (
+        lambda d: ["--data", write(d / "line.jsonl", json.dumps({"text": "a b " * 3_000_000}))],
+        "row 0 .* has 12,000,000 characters",
+    ),
+    "many layers": (lambda d: ["--set", "num_hidden_layers=100000"], "at most 10,000 work"),
+    "large": (lambda d: ["--set", *SIZES, "intermediate_size=10000000000000"], "parameters, which need .* of memory"),
+    "larger": (lambda d: ["--set", "hidden_size=1000000000000"], "no model has this configuration"),
+    "silly type": (lambda d: ["--set", *SIZES, "hidden_size=true"], "hidden_size must be a whole number"),
     "file as output": (lambda d: ["--output", write(d / "file", "")], "can't write"),
     "foreign output": (lambda d: ["--output", write(d / "thesis" / "a.txt", "").parent], "choose another --output"),
 }
@@ -892,6 +916,7 @@ def test_refused_comparison_leaves_nothing(server, text, tmp_path):
         *("--learning-rate 0", "--compare donor,blok", "--compare donor,donor", "--compare donor --sweep mode=full"),
         *("--sweep colour=1,2", "--sweep depth_lr_scale=1,abc", "--sweep seed=1,,2", "--sweep held_out=0.05,2"),
         *("--sweep bf16=True", "--sweep command=1", "--sweep seed=1 seed=2"),
+        *("--learning-rate 1e38", "--weight-decay 1e38", "--depth-lr-scale 1e38", "--steps 10000000000"),
     ],
 )
 def test_checks_options(options, server):
@@ -1000,3 +1025,34 @@ def test_donors_that_transformers_reads_otherwise(model_type, server, text):
     assert lines[0][0]["held_out_loss"] == pytest.approx(lines[1][0]["held_out_loss"], abs=1e-5)
     after = read_lines(server.folder / name / "metrics.jsonl")[-1]["held_out_loss"]
     assert after == pytest.approx(lines[0][0]["held_out_loss"], abs=1e-5)
+
+
+def test_what_data_are_looked_through(monkeypatch, tmp_path, cache):
+    """A pattern or folder with more files than anybody trains on is refused, soon; what unpacks to more than the disk
+    has room for, too."""
+    for number in range(20):
+        write(tmp_path / "files" / f"{number}.txt", "some text\n\n" * 9)
+    packed = write(tmp_path / "packed.txt.gz", gzip.compress(b"some text\n\n" * 100_000))
+    monkeypatch.setattr(training_data, "MAX_FILES", 10)
+    for name in ("files", "**", "files/*.txt"):
+        with pytest.raises(training_data.DataError, match="holds more than 10 files"):
+            training_data.load_documents([str(tmp_path / name)])
+    monkeypatch.setattr(training_data, "MAX_SECONDS", 0.2)
+    with pytest.raises(training_data.InputError, match="takes too long"):
+        training_data.load_documents(["/**/*.nothing"])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(training_data.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(training_data.DataError, match="unpacks to more than the 0.0 GB"):
+        training_data.load_documents([str(packed)])
+
+
+def test_what_was_saved_is_checked(tmp_path):
+    """A first checkpoint that from_pretrained couldn't load ends the run at once, with the name of a tensor."""
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    model.save_pretrained(tmp_path)
+    assert training_run.check_saved(tmp_path, model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight_blocks"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(training_run.RunError, match="loads again: .*model.layers.1.mlp.up_proj.weight is missing"):
+        training_run.check_saved(tmp_path, model)

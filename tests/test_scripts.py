@@ -2,6 +2,7 @@
 """The scripts, run as users run them: as processes, on real text, at the smallest sizes."""
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -118,7 +119,7 @@ def test_quickstart_writes_everything(finished):
     assert summary["held_out_loss"] == {name: run["held_out_loss"] for name, run in results["runs"].items()}
     assert "largest logit difference" in printed  # the converter's own table
     for file in [*folder.rglob("*.json"), *folder.rglob("*.md")]:
-        assert ".out.partial" not in file.read_text(), file
+        assert "attnres-tmp" not in file.read_text(), file
 
 
 def test_quickstart_numbers(finished):
@@ -191,8 +192,9 @@ def test_quickstart_with_own_checkpoint(finished, own, tmp_path):
     text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 2, encoding="utf-8")
     output = tmp_path / "out"
     output.mkdir()
-    (output / "results.json").write_text('{"conversion": {}, "generated": {}}')
     (output / "old.txt").write_text("of an earlier run")
+    files = {"old.txt": hashlib.sha256(b"of an earlier run").hexdigest()}
+    (output / "results.json").write_text(json.dumps({"conversion": {}, "generated": {}, "files": files}))
     options = ["--model", finished[0] / "donor" / "model", "--output", output, "--mode", "full", *TINY, *own]
     run_script("quickstart.py", *options, "--text", text, "--held-out", 0.3, folder=tmp_path)
     results = json.loads((output / "results.json").read_text())
@@ -202,7 +204,7 @@ def test_quickstart_with_own_checkpoint(finished, own, tmp_path):
     assert [len(read) for read in reads] == [1, 2, 3, 4, 5, 6, 7]
     assert not (output / "old.txt").exists() and not (output / "donor").exists()
     for file in [*output.rglob("*.json"), *output.rglob("*.md")]:
-        assert ".out.partial" not in file.read_text(), file
+        assert "attnres-tmp" not in file.read_text(), file
 
 
 def missing_text(folder):
@@ -263,6 +265,13 @@ def broken_results_as_output(folder):
     return [], "choose another --output"
 
 
+def notes_in_the_output(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "results.json").write_text('{"conversion": {}, "generated": {}, "files": {}}')
+    (folder / "out" / ".env").write_text("K=1")
+    return [], "holds .env"
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -277,6 +286,7 @@ def broken_results_as_output(folder):
         foreign_output,
         trained_model_as_output,
         broken_results_as_output,
+        notes_in_the_output,
     ],
 )
 def test_quickstart_refuses(case, own, tmp_path, capsys):
