@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -192,12 +192,6 @@ def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks:
     companions, warnings = _plan_companions(donor)
     kept, more = local_code(donor.config, companions, CONFIG_NAME)
     warnings += more
-    if kept.get("layer_types", ()) is None:  # as if it were absent; transformers tells these apart
-        del kept["layer_types"]
-    for name in _unused_by_donor(family):
-        if kept.get(name) is not None:
-            del kept[name]
-            warnings.append(f"{CONFIG_NAME}: left out {name}, which {family.donor_type} doesn't use.")
     content = kept | {"model_type": family.config_class.model_type, "attn_res_sum_scale": True}
     if donor.config.get("architectures"):
         content["architectures"] = [attnres_class.__name__]
@@ -285,12 +279,6 @@ def _plan_companions(checkpoint: Checkpoint) -> tuple[dict[str, dict | None], li
             companions[name] = content if found else None
             warnings += found
     return companions, warnings
-
-
-def _unused_by_donor(family: Family) -> list[str]:
-    """The fields among those which AttnRes models choose masks by that the donor doesn't know, and so doesn't use."""
-    known = {field.name for field in fields(family.config_class.donor_config_class())}
-    return [name for name in ("attention_chunk_size", "layer_types", "sliding_window") if name not in known]
 
 
 def _num_mtp_layers(config: dict) -> int:

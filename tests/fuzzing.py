@@ -186,9 +186,11 @@ def damages(name: str):
 def damage(folder: Path, change: list):
     kind, file, *rest = change
     path = folder / file
+    if path.is_symlink() or not path.is_file():  # an earlier change took it away
+        return
     if kind in ("set", "delete"):
         *way, last = rest[0] or [None]
-        with contextlib.suppress(Exception):  # an earlier change took away what this one is about
+        with contextlib.suppress(Exception):  # nor is there what this one is about
             top = inner = [None] if last is None else read_structure(path)
             for key in way:
                 inner = inner[key]
@@ -197,11 +199,11 @@ def damage(folder: Path, change: list):
             else:
                 inner[0 if last is None else last] = rest[1]
             write_structure(path, (top or [None])[0] if last is None else top)
-    elif kind == "bytes" and path.is_file() and not path.is_symlink():
+    elif kind == "bytes":
         position, removed, text = rest
         content = path.read_bytes()
         path.write_bytes(content[:position] + text.encode("utf-8", "surrogatepass") + content[position + removed :])
-    elif kind == "kind" and (path.is_file() or path.is_symlink()):
+    else:
         path.unlink()
         if rest[0] == "empty":
             path.touch()

@@ -280,11 +280,8 @@ def test_what_a_configuration_may_say(changes, donor, tmp_path):
     edit_json(tmp_path / "src" / "config.json", **changes)
     result = convert_checkpoint(tmp_path / "src", tmp_path / "dst")
     assert result.verification.relative_difference < TOLERANCE
-    said = [name for name in changes if name in ("layer_types", "sliding_window", "attention_chunk_size")]
-    assert len(result.warnings) == sum(changes[name] is not None for name in said)
-    kept = json.loads((tmp_path / "dst" / "config.json").read_text())
-    assert "layer_types" not in kept and all(kept.get(name) is None for name in said)
-    assert kept.keys() >= {name for name in changes if changes[name] is None} - {"layer_types"}
+    assert not result.warnings
+    assert json.loads((tmp_path / "dst" / "config.json").read_text()).items() >= changes.items()
     inputs = tokens(donor[1])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst", return_dict=True)
     with torch.no_grad():
