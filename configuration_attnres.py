@@ -113,7 +113,8 @@ class AttnResConfigMixin:
         """Runs when a configuration is built or saved, and when a model is built from it."""
         if self.attn_res_mode not in ATTN_RES_MODES:
             raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
-        if not 1 <= self.attn_res_block_size <= self.num_hidden_layers:
+        most = self.num_hidden_layers if self.attn_res_mode == "block" else self.attn_res_block_size  # elsewhere unused
+        if not 1 <= self.attn_res_block_size <= most:
             raise ValueError(
                 f"attn_res_block_size is {self.attn_res_block_size}; it counts decoder layers and must be an integer "
                 f"from 1 to num_hidden_layers = {self.num_hidden_layers}."

@@ -2,6 +2,7 @@
 """The command `attnres-convert`."""
 
 import argparse
+import os
 import sys
 
 
@@ -46,22 +47,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    # not before, as these take seconds
-    from .checkpoint import ConversionError
-    from .reading import one_line
-    from .report import report
-
     try:
-        result = _convert(arguments)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        # not before, as these take seconds
+        from .checkpoint import ConversionError
+        from .reading import one_line
+        from .report import report
+
+        try:
+            result = _convert(arguments)
+        except ConversionError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written.", file=sys.stderr)
         return 130
     for warning in result.warnings:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
-    print(report(result))
+    try:
+        print(report(result), flush=True)
+    except OSError:  # nobody reads it, and the result is there
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, what Python flushes at its end
     return 0
 
 

@@ -179,6 +179,10 @@ def _check_paths(src, dst, force: bool) -> Path:
         exists = source.exists()
     if not dst.name:
         raise ConversionError(f"{dst} can't be a destination.")
+    try:
+        os.fspath(dst).encode()
+    except UnicodeEncodeError:  # safetensors opens no such paths
+        raise ConversionError(f"the name of {dst} is no UTF-8; choose another DST.") from None
     if exists and (source == target or source in target.parents or target in source.parents):
         raise ConversionError(f"{src} and {dst} are one folder, or one is inside the other; choose another DST.")
     check_destination(dst, force)
@@ -189,6 +193,11 @@ def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks:
     donor = read_checkpoint(source.folder)
     family = find_family(donor.config)
     attnres_class = family.head(donor.config.get("architectures"))
+    if taken := [name for name in donor.tensors if name.endswith(tuple(INITIAL_VALUES))]:
+        raise ConversionError(
+            f"{source.folder} holds {taken[0]} of an AttnRes model, and its {CONFIG_NAME} is that of a donor; give it "
+            "the one that it was saved with."
+        )
     companions, warnings = _plan_companions(donor)
     kept, more = local_code(donor.config, companions, CONFIG_NAME)
     warnings += more

@@ -77,7 +77,7 @@ def test_defaults():
         ({"attn_res_block_size": 0}, "is 0; .* from 1 to num_hidden_layers = 4"),
         ({"attn_res_block_size": -1}, "is -1; .* from 1 to num_hidden_layers = 4"),
         ({"attn_res_block_size": 5}, "is 5; .* from 1 to num_hidden_layers = 4"),
-        ({"attn_res_mode": "full", "attn_res_block_size": 5}, "from 1 to num_hidden_layers = 4"),
+        ({"attn_res_mode": "full", "attn_res_block_size": 0}, "from 1 to num_hidden_layers = 4"),
         ({"attn_res_norm_eps": 0.0}, "attn_res_norm_eps is 0.0; it must be between 0 and 1"),
         ({"attn_res_norm_eps": -1e-6}, "it must be between 0 and 1"),
         ({"attn_res_norm_eps": float("nan")}, "it must be between 0 and 1"),
@@ -88,6 +88,11 @@ def test_values_are_checked(kwargs, message):
     """A value outside its range raises when the configuration is built, and the message names the range."""
     with pytest.raises(ValueError, match=message):
         AttnResConfig(num_hidden_layers=4, **kwargs)
+
+
+def test_full_mode_uses_no_block_size():
+    """So it doesn't keep anybody from a model with fewer layers."""
+    assert AttnResConfig(num_hidden_layers=4, attn_res_mode="full", attn_res_block_size=5).num_depth_reads == 9
 
 
 @pytest.mark.parametrize(

@@ -359,3 +359,31 @@ def test_the_installed_command(src, tmp_path):
     failed = run(src, tmp_path / "dst")
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
     assert not (tmp_path / "dst").exists()
+
+
+def test_attnres_weights_under_a_donors_configuration(tmp_path):
+    """Rows that are there already would be in two shards, of which one counts."""
+    save_donor(tmp_path / "donor")
+    convert_checkpoint(tmp_path / "donor", tmp_path / "attnres", verify=False)
+    shutil.copyfile(tmp_path / "donor" / "config.json", tmp_path / "attnres" / "config.json")
+    with pytest.raises(ConversionError, match="holds model.depth_attention.* of an AttnRes model"):
+        convert_checkpoint(tmp_path / "attnres", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_output_that_nobody_reads(tmp_path, monkeypatch):
+    """The result is there all the same."""
+    save_donor(tmp_path / "donor")
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert main([str(tmp_path / "donor"), str(tmp_path / "dst")]) == 0
+        with pytest.raises(OSError, match="space"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert (tmp_path / "dst" / "config.json").exists()
+
+
+def test_destination_that_is_no_text(tmp_path):
+    save_donor(tmp_path / "donor")
+    with pytest.raises(ConversionError, match="is no UTF-8"):
+        convert_checkpoint(tmp_path / "donor", os.fsdecode(bytes(tmp_path) + b"/\xff"))
