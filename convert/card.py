@@ -548,6 +548,7 @@ def _results(content: dict) -> dict:
 def read_metadata(folder: Path) -> dict:
     """What is taken over from the card in a folder, if it has one that can be read."""
     try:
+        reading.check_inside(folder, folder / CARD_NAME)  # what it says is published
         found = parse_metadata(read_text(folder / CARD_NAME), CARD_NAME)
     except InputError:
         return {}

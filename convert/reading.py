@@ -23,7 +23,7 @@ import yaml
 CONFIG_NAME = "config.json"
 ADAPTER_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
-MAX_MESSAGE = 300  # characters
+MAX_MESSAGE = 275  # characters: with the name of a script in front, 300 at most
 MAX_JSON = 100_000_000  # bytes, of a tokenizer or an index; the largest in use have a third of it
 MAX_CONFIG = 10_000_000
 MAX_TEXT = 10_000_000
@@ -81,8 +81,26 @@ def understood(what: str, advice: str = "", kind: type[InputError] = InputError)
         yield
     except InputError:
         raise
-    except Exception as error:  # of all kinds: what a file holds decides on them
+    except BaseException as error:  # of all kinds: what a file holds decides on them
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise kind(f"{what}: {reason(error)}{f'; {advice}' if advice else ''}.") from None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error, which is no Exception, is how a library in Rust such as tokenizers fails."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """Turns the failure of a library in Rust, wherever it is called, into an [`InputError`]."""
+    try:
+        yield
+    except BaseException as error:
+        if is_panic(error):
+            raise InputError(f"the tokenizer or a file is broken: {reason(error)}.") from None
+        raise
 
 
 class _TimeIsUp(BaseException):
@@ -100,16 +118,29 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         yield
         return
 
-    def end(*_):
+    is_over = False
+
+    def end(_, frame):
+        if is_over:
+            return
+        if frame is not None and frame.f_globals.get("__name__") == "contextlib":
+            # on the way into or out of a block, where nothing would catch it
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
         raise _TimeIsUp
 
     handler, started = signal.signal(signal.SIGALRM, end), time.monotonic()
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        try:
+            yield
+        finally:
+            is_over = True  # an alarm from here on does nothing
     except _TimeIsUp:
         raise InputError(f"{message}; it was ended after {seconds:g} seconds.") from None
     finally:
+        is_over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         left = max(0.001, left - (time.monotonic() - started)) if left else 0
         signal.setitimer(signal.ITIMER_REAL, left, interval)
@@ -117,7 +148,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one line that ends without a full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error)[: 100 * MAX_MESSAGE].splitlines() if line.strip()]
     if isinstance(error, KeyError) or not lines:
         return " ".join([type(error).__name__, *lines[:1]])
     return one_line(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:"), MAX_MESSAGE // 2)
@@ -148,10 +179,11 @@ def open_regular(path: Path, limit: int | None = None) -> Iterator:
         raise InputError(f"{path.name} is missing in {path.parent}.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}.") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is no regular file; put the file itself there.")
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path} is no regular file; put the file itself there.")
         if limit is not None and found.st_size > limit:
             raise InputError(f"{path} has {found.st_size / 1e6:,.0f} MB; at most {limit / 1e6:,.0f} MB are read.")
         yield file
@@ -169,6 +201,17 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
         raise InputError(f"{path} is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}.") from None
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}.") from None
+
+
+def check_text(text: str, name: str) -> None:
+    """
+    Raises:
+        InputError: the text `name`, of a command line or terminal, was no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is no UTF-8 text.") from None
 
 
 def parse_json(text: str | bytes, name: str, unique: bool = False):
@@ -345,6 +388,11 @@ def parse_metadata(card: str, name: str) -> dict:
     return content
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What a library that loads a model or tokenizer may open in its folder."""
+    return sorted(path for pattern in ("*", "additional_chat_templates/*") for path in folder.glob(pattern))
+
+
 def check_folder(folder: Path) -> None:
     """Whether a folder may be handed to a library that opens files by itself.
 
@@ -352,8 +400,7 @@ def check_folder(folder: Path) -> None:
         InputError: a file in it is a pipe or device, which it would wait for, or a text without end.
     """
     try:
-        entries = sorted(path for pattern in ("*", "additional_chat_templates/*") for path in folder.glob(pattern))
-        for path in entries:
+        for path in _entries(folder):
             found = path.stat() if path.exists() else None
             if found is None or stat.S_ISDIR(found.st_mode):
                 continue
@@ -379,3 +426,16 @@ def check_inside(folder: Path, path: Path) -> None:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not target.is_relative_to(home) and not (blobs is not None and target.is_relative_to(blobs)):
         raise InputError(f"{path} is a link that leaves the folder; put the file itself there, or remove it.")
+
+
+def check_own_files(folder: Path) -> None:
+    """[`check_inside`] for all files that belong to a model or tokenizer: what is made of them may be published.
+
+    Raises:
+        InputError: one is a link that leaves the folder.
+    """
+    try:
+        for path in _entries(folder):
+            check_inside(folder, path)
+    except OSError as error:
+        raise InputError(f"{folder} can't be read: {error.strerror}.") from None

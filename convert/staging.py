@@ -33,6 +33,7 @@ JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of file managers, which make
 IGNORED = VERSION_CONTROL | JUNK | {".gitignore", ".gitattributes", ".gitmodules", ".gitkeep", ".keep", ".hgignore"}
 IGNORED |= {"lost+found"}  # of a file system
 MARK = "attnres.json"
+HALF_MARK = re.compile(rf"\.{re.escape(MARK)}\.attnres-tmp-[0-9a-f]{{8}}")
 PARTIAL = re.compile(r"\..+\.attnres-tmp-[0-9a-f]{8}")
 
 
@@ -77,12 +78,15 @@ def set_aside(path: Path, kind: str = "kept") -> Path:
 
 
 def entries(folder: Path) -> dict[str, Path] | None:
-    """The files of a folder by relative name, or `None` if it has anything that is no file in a folder of files."""
+    """The files of a folder by relative name, or `None` if it has anything that is no file in a folder of files, such
+    as an empty folder in it."""
     found = {}
     if folder.is_symlink() or not folder.is_dir():
         return None
     for parent, folders, files in os.walk(folder):
         if any(Path(parent, name).is_symlink() for name in folders):
+            return None
+        if not folders and not files and Path(parent) != folder:
             return None
         for name in files:
             path = Path(parent, name)
@@ -130,7 +134,7 @@ def check_only_replaces(dst: Path, new: Path) -> None:
     """
     files, weights = entries(dst), {SINGLE_SHARD_NAME, INDEX_NAME}
     if files is None:
-        raise ConversionError(f"{dst} holds links or special files, which would be lost; move it away.")
+        raise ConversionError(f"{dst} holds links, empty folders or special files, which would be lost; move it away.")
     if INDEX_NAME in files:
         index = read_json(dst / INDEX_NAME)
         weights |= set(map(str, (typed(index, "weight_map", dict, INDEX_NAME) or {}).values()))
@@ -184,7 +188,10 @@ def recover(dst: Path) -> None:
 
 
 def mark(work: Path, dst: Path) -> None:
-    (work / MARK).write_text(json.dumps(_mark_of(work, dst)), encoding="utf-8")
+    """Marks a work folder as ours; the mark appears whole."""
+    partial = work / f".{MARK}.attnres-tmp-{secrets.token_hex(4)}"
+    partial.write_text(json.dumps(_mark_of(work, dst)), encoding="utf-8")
+    os.replace(partial, work / MARK)
 
 
 def is_marked(work: Path, dst: Path, exactly: bool = True) -> bool:
@@ -199,14 +206,14 @@ def is_marked(work: Path, dst: Path, exactly: bool = True) -> bool:
             return False
         if not names:
             return True
+        if len(names) == 1 and HALF_MARK.fullmatch(names[0]) and stat.S_ISREG(os.lstat(work / names[0]).st_mode):
+            return json.dumps(_mark_of(work, dst)).startswith((work / names[0]).read_text(encoding="utf-8"))
         found = os.lstat(work / MARK)
         if not stat.S_ISREG(found.st_mode):
             return False
-        if names == [MARK] and found.st_size == 0:
-            return True
         content, expected = read_json(work / MARK), _mark_of(work, dst)
         return content == expected if exactly else content.get("for") == expected["for"]
-    except (OSError, InputError):
+    except (OSError, ValueError, InputError):
         return False
 
 

@@ -6,6 +6,7 @@ Depth attention is trained in full beside the adapters, in float32: it is far sm
 
 import hashlib
 import importlib.util
+import os
 import re
 import warnings
 from pathlib import Path
@@ -32,8 +33,8 @@ QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "torchao"}  # and the package th
 
 def find_file(path: str, name: str) -> str | None:
     """A file of a folder or Hub id, if there is one."""
-    if Path(path).exists():
-        return str(Path(path, name)) if Path(path, name).exists() else None
+    if os.path.exists(path):
+        return str(Path(path, name)) if os.path.exists(Path(path, name)) else None
     try:
         return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):  # no such repository: reading its configuration says so
@@ -49,7 +50,7 @@ def read_adapter_config(adapter: str) -> dict | None:
     file = find_file(adapter, ADAPTER_FILE)
     if file is None:
         return None
-    if Path(adapter).is_dir():
+    if os.path.isdir(adapter):
         reading.check_folder(Path(adapter))
     content = reading.read_json(Path(file), reading.MAX_CONFIG)
     reading.typed(content, "base_model_name_or_path", str, file)

@@ -12,13 +12,15 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from accelerate import PartialState
-from reports import table, write_json, write_text
+from attnres_convert import InputError, reading
+from reports import json_text, table
 from training_options import run_arguments
 from training_run import (
     FAILURE_FILE,
     METRICS_FILE,
     RESULTS_FILE,
     RunError,
+    digest_of,
     end_with_parent,
     losses,
     main_process_first,
@@ -26,8 +28,10 @@ from training_run import (
     plot_losses,
     read_lines,
     read_results,
+    sha256,
     versions,
     without_seed,
+    write_output,
 )
 
 
@@ -103,6 +107,19 @@ def open_comparison(args: argparse.Namespace):
     open_run(args.output, {**run_arguments(args), "compare": args.compare, "sweep": args.sweep})
 
 
+def own_files(record: Path) -> dict[str, str]:
+    """Hashes of the files that the last comparison wrote, by name; `record` is one of them, if it is as it was."""
+    try:
+        content = reading.read_json(record)
+        files = reading.typed(content, "files", dict, str(record)) or {}
+    except InputError:
+        return {}
+    own = digest_of(json_text(content).encode())
+    rest = {name: value for name, value in content.items() if name != "files"}
+    is_whole = files.get(record.name) == digest_of(json_text(rest).encode())
+    return {**files, record.name: own if is_whole else None}
+
+
 def compare(
     script: Path, args: argparse.Namespace, argv: list[str], option: str, shared: list[str], columns: dict[str, str]
 ) -> dict:
@@ -133,11 +150,17 @@ def compare(
         metrics[name] = read_lines(folder / METRICS_FILE)
         if runs[name]["steps"] not in losses(metrics[name], "held_out_loss"):
             print(f"{folder / METRICS_FILE} isn't whole; the figure lacks some of it", file=sys.stderr)
+    record, text = args.output / "comparison.json", compare_table(runs, columns)
+    own, files = own_files(record), {}
     if metrics:
-        plot_losses(metrics, args.output / "comparison.png", "Same data order, seed and budget")
-    text = compare_table(runs, columns)
-    write_text(args.output / "comparison.md", text)
+        path = args.output / "comparison.png"
+        plot_losses(metrics, path, "Same data order, seed and budget", own.get(path.name))
+        files[path.name] = sha256(path)
+    path = args.output / "comparison.md"
+    write_output(path, text.encode(), own.get(path.name))
+    files[path.name] = sha256(path)
     results = {"output": str(args.output), "runs": runs, "versions": versions(), "command": [script.name, *argv]}
-    write_json(args.output / "comparison.json", results)
+    results["files"] = {**files, record.name: digest_of(json_text(results).encode())}
+    write_output(record, json_text(results).encode(), own.get(record.name))
     print(text)
     return {"output": str(args.output), "held_out_loss": {name: run.get("held_out_loss") for name, run in runs.items()}}

@@ -24,6 +24,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ from training_data import (
     load_rows,
     text_hash,
 )
-from training_options import positive
+from training_options import batch, positive
 from training_run import RunError, versions
 
 
@@ -564,7 +565,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--base", help="base of the adapters, instead of the one that they name")
     add("--tokenizer", help="folder or Hub id; default: each checkpoint's own")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as saved")
-    add("--batch-size", type=positive, default=8, help="sequences per forward; default: 8")
+    add("--batch-size", type=batch, default=8, help="sequences per forward; default: 8")
     add("--seq-len", type=positive, help="tokens of context at most; default: the shortest context of the models, at "
         f"most {LONGEST_DEFAULT}")  # fmt: skip
     add = parser.add_argument_group("text: loss, perplexity, bits per byte").add_argument
@@ -625,9 +626,11 @@ def main(argv: list[str] | None = None):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries
     try:
         names = ("evaluation.json", "evaluation.md")
-        with output_folder(args.output, "evaluate_model.py", {names[0]: names}):
+        with reading.no_panic(), output_folder(args.output, "evaluate_model.py", {names[0]: names}):
             evaluation = evaluate_checkpoints(args)
             write_report(args.output, evaluation, ["evaluate_model.py", *argv])
     except InputError as error:

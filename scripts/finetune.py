@@ -48,7 +48,7 @@ from finetuning_data import (
     split_and_pack_examples,
     uses_chat,
 )
-from model_loading import check_context, check_trainable, read_config
+from model_loading import check_context, check_own_files, check_trainable, read_config
 from pretrain import check_same_data, depth_callbacks, get_tokenizer, load_model, starting_point
 from reports import write_json
 from training_card import mean_depth_weights, model_results, write_training_card
@@ -58,15 +58,17 @@ from training_options import (
     above_zero,
     add_training_options,
     check_training_options,
+    enough_memory,
     given_options,
-    natural,
     number,
     positive,
+    rank,
     run_arguments,
     set_intervals,
     share,
     start_process,
     training_arguments,
+    workers,
 )
 from training_run import (
     METRICS_FILE,
@@ -198,6 +200,7 @@ def check_method(args, config):
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
+        check_own_files(args.model, args.tokenizer, args.adapter)
         config = read_config(args.model)
         check_context(config, args.seq_len)
         check_method(args, config)
@@ -319,6 +322,7 @@ def finetune(args) -> dict:
 def compare_runs(args, argv: list[str]) -> dict:
     """All methods, on one base; see [`compare`]."""
     open_comparison(args)
+    check_own_files(args.model, args.tokenizer, args.adapter)
     config = read_config(args.model)
     check_context(config, args.seq_len)
     check_method(args, config)
@@ -348,7 +352,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="lora", help="lora, dora, qlora (on a quantised model): adapters and "
         "depth attention; full: everything; depth: depth attention alone; default: lora")  # fmt: skip
-    add("--lora-rank", type=positive, help="rank of the adapters; default: 16")
+    add("--lora-rank", type=rank, help="rank of the adapters; default: 16")
     add("--lora-alpha", type=above_zero, help="scale of the adapters, divided by their rank; default: twice the rank")
     add("--lora-dropout", type=number(float, 0, 1, without=(1,)), help="of the adapters' input; default: 0")
     add("--target-modules", nargs="+", metavar="NAME", help="layers that get adapters, by the end of their name; "
@@ -370,7 +374,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--seq-len", type=number(int, 2), default=512, help="tokens per sequence; longer examples lose their ends; "
         "default: 512")  # fmt: skip
     add("--no-packing", dest="packing", action="store_false", help="one example per sequence")
-    add("--num-workers", type=natural, default=0, help="processes that read batches; default: 0")
+    add("--num-workers", type=workers, default=0, help="processes that read batches; default: 0")
     add("--epochs", type=above_zero, default=3, help="times to see the data; default: 3")
     add_training_options(parser, "methods", "lora,dora,full,depth")
     parser.set_defaults(steps=None, weight_decay=0.0, learning_rate=None)
@@ -407,7 +411,7 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     state = start_process()
-    with one_line_errors("finetune", args.output):
+    with one_line_errors("finetune", args.output), enough_memory():
         results = compare_runs(args, argv) if args.compare or args.sweep else finetune(args)
     if state.is_main_process:
         print(json.dumps({name: value for name, value in results.items() if name not in ("arguments", "versions")}))

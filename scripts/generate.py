@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ import transformers
 from attnres_convert import InputError, reading
 from finetuning_data import filled_in
 from model_loading import Checkpoint, load_checkpoint, open_checkpoint
+from training_data import MAX_DOCUMENT
 from training_options import positive
 from training_run import RunError
 from transformers import TextStreamer
@@ -40,6 +42,7 @@ class Conversation:
         Raises:
             RunError: the prompt alone is too long or has no tokens, or the template can't be filled.
         """
+        reading.check_text(prompt, "the prompt")
         turns = [*(self.turns if self.is_chat else []), {"role": "user", "content": prompt}]
         input_ids, context = self.encode(turns), self.checkpoint.context
         while context is not None and input_ids.shape[1] >= context:
@@ -58,13 +61,16 @@ class Conversation:
     def encode(self, turns: list[dict]) -> torch.Tensor:
         tokenizer = self.checkpoint.tokenizer
         if not self.is_chat:
-            input_ids = tokenizer(turns[-1]["content"], return_tensors="pt")["input_ids"].long()
+            with reading.understood("the tokenizer fails", kind=RunError):
+                input_ids = tokenizer(turns[-1]["content"], return_tensors="pt")["input_ids"].long()
             self.checkpoint.check(input_ids, "the prompt")
             return input_ids
         system = [{"role": "system", "content": self.system}] if self.system else []
-        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         with filled_in("the chat template can't be filled"):
-            input_ids = tokenizer.apply_chat_template(system + turns, **options)["input_ids"]
+            text = tokenizer.apply_chat_template(system + turns, tokenize=False, add_generation_prompt=True)
+            if len(text) > MAX_DOCUMENT:  # no time limit ends a tokenizer
+                raise RunError(f"the chat template makes {len(text):,} characters; at most {MAX_DOCUMENT:,} are read.")
+            input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
         self.checkpoint.check(input_ids, "the prompt")
         return input_ids
 
@@ -87,6 +93,7 @@ def generate(model, checkpoint: Checkpoint, input_ids: torch.Tensor, args: argpa
             max_new_tokens=longest,
             num_beams=1,
             num_return_sequences=1,
+            return_dict_in_generate=False,
             pad_token_id=checkpoint.tokenizer.pad_token_id,
             tokenizer=checkpoint.tokenizer,  # for stop strings
             streamer=TextStreamer(checkpoint.tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -101,6 +108,8 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
     if args.prompt is not None:
         yield args.prompt
         return
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused, and the next one read
     sign = "> " if sys.stdin.isatty() else ""
     try:
         while line := input(sign).strip():
@@ -115,6 +124,7 @@ def converse(args: argparse.Namespace) -> list[dict]:
     Raises:
         RunError: the model doesn't load, or the only prompt can't be answered.
     """
+    reading.check_text(args.system or "", "--system")
     checkpoint = open_checkpoint(args.model, args.base, args.tokenizer, args.trust_remote_code)
     conversation = Conversation(checkpoint, bool(checkpoint.tokenizer.chat_template) and not args.complete, args.system)
     if args.system and not conversation.is_chat:
@@ -172,8 +182,11 @@ def main(argv: list[str] | None = None):
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries
     try:
-        results = converse(args)
+        with reading.no_panic():
+            results = converse(args)
     except InputError as error:
         raise SystemExit(f"generate: {error}") from None
     except KeyboardInterrupt:

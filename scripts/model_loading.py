@@ -7,7 +7,9 @@ Others wrote them: nothing in them is trusted, and what is wrong with them is sa
 import dataclasses
 import importlib.util
 import math
+import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,8 @@ import attnres  # noqa: F401, registers its classes
 
 
 MADE_PLAIN = ("mxfp4", "fp8")  # ways to quantise whose weights transformers can make plain as it loads them
+# Tensors that checkpoints have and models make by themselves, or that predict tokens further ahead
+HARMLESS = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|position_ids$|(^|\.)(mtp|nextn)")
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -70,12 +74,12 @@ def read_config(source: str, overrides: dict | None = None, may_be_type: bool = 
     path = Path(source)
     if may_be_type and source in CONFIG_MAPPING:
         values = {"model_type": source}
-    elif path.is_dir():
+    elif os.path.isdir(source):  # unlike a Path, it takes a name of any length
         if (path / ADAPTER_FILE).exists() and not (path / reading.CONFIG_NAME).exists():
             raise RunError(f"no configuration at {source}: it is an adapter, which needs its base as the model.")
         reading.check_folder(path)
         values = reading.read_config(path)
-    elif path.exists():
+    elif os.path.exists(source):
         values = reading.read_json(path, reading.MAX_CONFIG)
     elif source.startswith((".", "/", "~")):
         raise RunError(f"{source} doesn't exist.")
@@ -177,6 +181,34 @@ def check_weights(folder: Path, config: PreTrainedConfig):
         raise RunError(f"config.json describes {wanted:,} parameters, and the tensors hold {found:,} numbers.")
 
 
+def check_unused(source: str, names: list[str], model_type: str, is_quantized: bool):
+    """Says which tensors of a checkpoint a model doesn't use.
+
+    Raises:
+        RunError: they are those of depth attention, without which it computes something else.
+    """
+    if depth := [name for name in names if "depth_attention." in name]:
+        raise RunError(
+            f"{source} doesn't load: it has {depth[0]}, so it is an AttnRes checkpoint, and its config.json is of "
+            f"{model_type}, which doesn't use that; put back the config.json that it was saved with."
+        )
+    others = [name for name in names if not HARMLESS.search(name)]
+    if others and not is_quantized and os.environ.get("RANK", "0") == "0":
+        text = f"{source} has {len(others)} tensors that a {model_type} model doesn't use, such as {others[0]}"
+        print(reading.one_line(text), file=sys.stderr)
+
+
+def check_own_files(*sources: str | Path | None):
+    """Whether all files of the folders among `sources` are their own: training saves what it loads of them.
+
+    Raises:
+        InputError: one is a link that leaves its folder.
+    """
+    for source in sources:
+        if source is not None and os.path.isdir(source):
+            reading.check_own_files(Path(source))
+
+
 def load_weights(source: str, may_be_new: str | None = None, plain: bool = False, **options):
     """A checkpoint as `from_pretrained` loads it, if it holds all weights; transformers would make up the others.
     Pickles are not loaded. What the configuration says of outputs is left out: callers ask for what they need.
@@ -202,7 +234,7 @@ def load_weights(source: str, may_be_new: str | None = None, plain: bool = False
             is_quantized = quantization(config) is not None
             if plain and quantization(config) in MADE_PLAIN:
                 config.quantization_config = {**config.quantization_config, "dequantize": True}
-            if Path(source).is_dir() and type(config) in AutoModelForCausalLM._model_mapping:
+            if os.path.isdir(source) and type(config) in AutoModelForCausalLM._model_mapping:
                 check_weights(Path(source), config)
             model, info = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
     except InputError as error:
@@ -216,6 +248,7 @@ def load_weights(source: str, may_be_new: str | None = None, plain: bool = False
     unused = sorted(name for name in info["unexpected_keys"] if LAYER.search(name))
     if any(int(LAYER.search(name)[1]) >= model.config.num_hidden_layers for name in unused):
         raise RunError(f"{source} doesn't load: it has {unused[-1]}, and config.json fewer layers.")
+    check_unused(source, sorted(info["unexpected_keys"]), model.config.model_type, is_quantized)
     if is_quantized and getattr(model, "hf_quantizer", None) is None:
         model._weight_conversions = None  # those of the file would be undone as it is saved: its weights are plain now
         model.to(model.dtype)
@@ -230,7 +263,7 @@ def load_tokenizer(source: str, **options):
         InputError: there is none, or it is broken.
     """
     options = {"trust_remote_code": False, **options}  # left open, transformers would ask on the terminal
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         reading.check_folder(Path(source))
     with reading.understood(f"no tokenizer at {source}", kind=RunError):
         saved_as = get_tokenizer_config(source, **options).get("tokenizer_class")
@@ -262,7 +295,7 @@ def open_checkpoint(
             raise RunError(f"the adapter {path} names no base; give --base.")
     try:
         if trust_remote_code:
-            if Path(source).is_dir():
+            if os.path.isdir(source):
                 reading.check_folder(Path(source))
                 reading.read_config(Path(source))
             with reading.understood(f"no configuration at {source}", kind=RunError):
@@ -305,10 +338,10 @@ def check_contexts(checkpoints: list[Checkpoint], seq_len: int):
 
 def short_names(paths: list[str]) -> list[str]:
     """The paths without the folders that all of them begin or end with, for tables and legends."""
-    if files := [path for path in paths if Path(path).is_file()]:
+    if files := [path for path in paths if os.path.isfile(path)]:
         raise RunError(f"{files[0]} is not a folder.")
     # folders by their full path, so that `.` has a name and one that is written in two ways is the same
-    places = [Path(path).resolve() if Path(path).exists() else Path(path) for path in paths]
+    places = [Path(path).resolve() if os.path.exists(path) else Path(path) for path in paths]
     if len(set(places)) < len(places):
         raise RunError("a checkpoint is given twice.")
     here = Path.cwd()

@@ -17,6 +17,7 @@ import logging
 import math
 import secrets
 import sys
+import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -428,6 +429,7 @@ def prompt_batch(checkpoint: Checkpoint, prompt: str | None, batches: list, max_
     """The first `max_tokens` tokens of the prompt or, without one, of the text."""
     if prompt is None:
         return {name: batches[0][name][:, :max_tokens] for name in ("input_ids", "position_ids")}
+    reading.check_text(prompt, "--prompt")
     ids = checkpoint.tokenizer(prompt, return_tensors="pt")["input_ids"][:, :max_tokens]
     checkpoint.check(ids, "--prompt")
     if ids.shape[1] == 0:
@@ -604,8 +606,11 @@ def main(argv: list[str] | None = None):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries
     try:
-        paths = plot_depth_attention(args)
+        with reading.no_panic():
+            paths = plot_depth_attention(args)
     except InputError as error:
         raise SystemExit(f"plot_depth_attention: {error}") from None
     except KeyboardInterrupt:

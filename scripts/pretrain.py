@@ -26,7 +26,15 @@ from accelerate import PartialState
 from attnres_convert import InputError, convert_checkpoint, convert_to_donor, reading
 from comparison import check_variants, compare, open_comparison
 from depth_callback import DEPTH_FILE, DepthCallback, check_can_be_watched, decoder
-from model_loading import check_context, check_trainable, load_tokenizer, load_weights, random_model, read_config
+from model_loading import (
+    check_context,
+    check_own_files,
+    check_trainable,
+    load_tokenizer,
+    load_weights,
+    random_model,
+    read_config,
+)
 from packed_documents import mixes_documents
 from reports import write_json
 from training_card import mean_depth_weights, model_results, write_training_card
@@ -46,8 +54,8 @@ from training_options import (
     Lists,
     add_training_options,
     check_training_options,
+    enough_memory,
     given_options,
-    natural,
     number,
     positive,
     run_arguments,
@@ -55,6 +63,7 @@ from training_options import (
     share,
     start_process,
     training_arguments,
+    workers,
 )
 from training_run import (
     METRICS_FILE,
@@ -262,6 +271,7 @@ def check_same_data(folder: Path, train, is_new: bool):
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
+        check_own_files(args.model, args.config, args.tokenizer)
         # what is wrong with it is said before what it leads to
         config = read_config(args.model or args.config, args.set, may_be_type=args.model is None)
         if args.model:
@@ -368,6 +378,7 @@ def pretrain(args) -> dict:
 def compare_runs(args, argv: list[str]) -> dict:
     """All variants, with one tokenizer; see [`compare`]."""
     open_comparison(args)
+    check_own_files(args.model, args.config, args.tokenizer)
     shared = []
     if args.train_tokenizer:
         documents = load_documents(
@@ -399,7 +410,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tokenizer", help="folder or Hub id; default: that of --model or --config")
     add("--resize-embeddings", action="store_true", help="enlarge the embeddings of --model to all tokens of the "
         "tokenizer")  # fmt: skip
-    add("--train-tokenizer", type=natural, default=0, metavar="N", help="train one of N tokens on the training data")
+    add(
+        "--train-tokenizer",
+        type=number(int, 0, 10**7),
+        default=0,
+        metavar="N",
+        help="train one of N tokens on the training data",
+    )
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["stdlib"], help="stdlib (Python's own source, offline), files or folders of "
         "text, JSON lines or Parquet, or a Hub id; default: stdlib")  # fmt: skip
@@ -415,8 +432,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "default: 0.05")  # fmt: skip
     add("--eval-sequences", type=positive, default=64, help="held-out sequences to evaluate at most; default: 64")
     add("--seq-len", type=number(int, 2), default=256, help="tokens per sequence; default: 256")
-    add("--num-proc", type=positive, help="processes that tokenise")
-    add("--num-workers", type=natural, default=0, help="processes that read batches; default: 0")
+    add("--num-proc", type=number(int, 1, 1024), help="processes that tokenise")
+    add("--num-workers", type=workers, default=0, help="processes that read batches; default: 0")
     add_training_options(parser, "modes", "donor,block,full,denseformer")
     args = parser.parse_args(argv)
     args.command = given_options(parser, args)
@@ -442,9 +459,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         if not equals:
             parser.error(f"--set {option}: give FIELD=VALUE")
         try:
-            fields[name] = json.loads(value)
+            json.loads(value)
         except ValueError:
             fields[name] = value
+            continue
+        except RecursionError:
+            pass  # the next says it
+        try:
+            fields[name] = reading.parse_json(value, f"--set {name}")
+        except InputError as error:
+            parser.error(str(error))
     args.set = fields
     if args.train_tokenizer and fields.get("vocab_size", args.train_tokenizer) != args.train_tokenizer:
         parser.error("--train-tokenizer decides on the vocabulary's size; leave out --set vocab_size or it")
@@ -456,7 +480,7 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     state = start_process()
-    with one_line_errors("pretrain", args.output):
+    with one_line_errors("pretrain", args.output), enough_memory():
         results = compare_runs(args, argv) if args.compare or args.sweep else pretrain(args)
     if state.is_main_process:
         print(json.dumps({name: value for name, value in results.items() if name not in ("arguments", "versions")}))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from attnres_convert import InputError, convert_checkpoint, staging
+from attnres_convert import InputError, convert_checkpoint, reading, staging
 from attnres_convert.card import read_json
 from attnres_convert.report import report
 from evaluate_model import evaluate_checkpoints, notes, report_table, write_report
@@ -28,7 +28,7 @@ from evaluate_model import parse_arguments as evaluation_arguments
 from finetune import finetune
 from finetune import parse_arguments as finetuning_arguments
 from finetuning_data import load_examples
-from model_loading import load_checkpoint, open_checkpoint
+from model_loading import check_own_files, load_checkpoint, open_checkpoint
 from plot_depth_attention import parse_arguments as plot_arguments
 from plot_depth_attention import plot_depth_attention
 from pretrain import check_context, pretrain
@@ -36,7 +36,7 @@ from pretrain import parse_arguments as pretraining_arguments
 from reports import table, write_json
 from training_data import load_documents
 from training_optim import DEPTH_LR_SCALE
-from training_options import positive, start_process
+from training_options import above_zero, batch, non_negative, number, positive, rank, share, start_process
 from training_run import (
     METRICS_FILE,
     RESULTS_FILE,
@@ -62,17 +62,17 @@ def step(number: int, title: str, explanation: str):
 
 def shared_options(args) -> dict[str, list[str]]:
     """The options of the other scripts that follow from those of this one."""
-    reading = ["--column", args.column] + (["--sample-by", args.sample_by] if args.sample_by else [])
+    columns = ["--column", args.column] + (["--sample-by", args.sample_by] if args.sample_by else [])
     tokenizer = ["--tokenizer", args.tokenizer] if args.tokenizer else []
     lengths = ["--batch-size", args.batch_size, "--seq-len", args.seq_len]
     split = ["--held-out", args.held_out]
     run = [*lengths, *split, "--eval-sequences", args.eval_sequences, "--depth-lr-scale", args.depth_lr_scale]
     return {
-        "pretrain": [*run, *reading, "--data", *args.text, "--keep-checkpoints", 1],
+        "pretrain": [*run, *columns, "--data", *args.text, "--keep-checkpoints", 1],
         "finetune": [*run, *tokenizer, "--data", *args.examples, "--keep-checkpoints", 1],
-        "evaluate": [*lengths, *split, *reading, *tokenizer, "--data", *args.text, "--stride", args.seq_len]
+        "evaluate": [*lengths, *split, *columns, *tokenizer, "--data", *args.text, "--stride", args.seq_len]
         + ["--dtype", args.dtype],
-        "plot": ["--seq-len", args.seq_len, *reading, *tokenizer, "--text", *args.text],
+        "plot": ["--seq-len", args.seq_len, *columns, *tokenizer, "--text", *args.text],
         "tokenizer": tokenizer,
     }
 
@@ -195,6 +195,8 @@ def runs_table(runs: dict[str, dict]) -> str:
 
 def check_input(args):
     """Refuses what a later step would, before minutes of training."""
+    reading.check_text(args.prompt, "--prompt")
+    check_own_files(args.model, args.tokenizer)
     load_documents(args.text, args.column, sample_by=args.sample_by)
     load_examples(args.examples)
     if not args.train_donor:
@@ -303,7 +305,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--column", default="text", help="column that holds the text; default: text")
     add("--sample-by", choices=("document", "paragraph", "line"), help="what a document is in text files; default: "
         "document (a file) if there are several files, else paragraph")  # fmt: skip
-    add("--held-out", type=float, default=0.05, help="share of the documents, chosen by hash; default: 0.05")
+    add("--held-out", type=share, default=0.05, help="share of the documents, chosen by hash; default: 0.05")
     add("--examples", nargs="+", default=["stdlib"], help="prompts with completions, or conversations, to fine-tune "
         "on; default: functions of Python's library")  # fmt: skip
     add("--prompt", default="    def __init__(self", help="what the models continue; default: '%(default)s'")
@@ -311,23 +313,28 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--mode", choices=("block", "full"), default="block", help="kind of Attention Residuals; default: block")
     add("--block-size", type=positive, help="decoder layers per block; default: an eighth of the layers")
     add("--steps", type=positive, default=60, help="steps of each of the three runs; default: 60")
-    add("--batch-size", type=positive, default=4, help="sequences per step; default: 4")
-    add("--seq-len", type=positive, default=256, help="tokens per sequence; default: 256")
+    add("--batch-size", type=batch, default=4, help="sequences per step; default: 4")
+    add("--seq-len", type=number(int, 2), default=256, help="tokens per sequence; default: 256")
     add("--eval-sequences", type=positive, default=32, help="held-out sequences to evaluate at most; default: 32")
     add("--eval-documents", type=positive, default=8, help="held-out documents in the last comparison; default: 8")
-    add("--continue-learning-rate", type=float, help="of the three runs; default: 0.0003 and 0.002 for LoRA, with "
+    add("--continue-learning-rate", type=above_zero, help="of the three runs; default: 0.0003 and 0.002 for LoRA, with "
         "--train-donor as before, with --model 5e-5 and for LoRA that of finetune.py")  # fmt: skip
-    add("--depth-lr-scale", type=float, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
+    add("--depth-lr-scale", type=non_negative, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
         f"multiple; default: {DEPTH_LR_SCALE:g}")  # fmt: skip
-    add("--lora-rank", type=positive, default=8, help="rank of the adapters; default: 8")
-    add("--seed", type=int, default=0, help="of weights, of the order of the data and of sampling; default: 0")
+    add("--lora-rank", type=rank, default=8, help="rank of the adapters; default: 8")
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 2),
+        default=0,
+        help="of weights, of the order of the data and of sampling; default: 0",
+    )
     add = parser.add_argument_group("a new donor").add_argument
     add("--train-donor", action="store_true", help="train one; the options below are for it, and some minutes more")
     add("--donor-steps", type=positive, help="training steps; default: 360")
     add("--layers", type=positive, help="decoder layers; default: 12")
     add("--hidden-size", type=positive, help="a multiple of 32; default: 128")
-    add("--vocab-size", type=positive, help="tokens of its tokenizer; default: 4096")
-    add("--learning-rate", type=float, help="default: 0.002")
+    add("--vocab-size", type=number(int, 1, 10**7), help="tokens of its tokenizer; default: 4096")
+    add("--learning-rate", type=above_zero, help="default: 0.002")
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
@@ -346,8 +353,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error(f"--hidden-size {args.hidden_size} is not a multiple of 32")
     if args.vocab_size < SMALLEST_VOCABULARY:
         parser.error(f"--vocab-size {args.vocab_size} is less than {SMALLEST_VOCABULARY}")
-    if not 0 < args.held_out < 1:
-        parser.error("--held-out is a share of the documents, between 0 and 1")
     if args.mode == "full" and args.block_size is not None:
         parser.error("--block-size goes with --mode block only")
     if args.train_donor and args.block_size is not None and args.block_size > args.layers:
@@ -384,7 +389,10 @@ def main(argv: list[str] | None = None):
         args.model = args.model and args.model.resolve()
         staging.recover(args.output)
         check_output(args.output)
-        with staging.staged(args.output, check=lambda output, _: check_output(output)) as args.partial:
+        with (
+            reading.no_panic(),
+            staging.staged(args.output, check=lambda output, _: check_output(output)) as args.partial,
+        ):
             results = quickstart(args)
             results["seconds"] = time.perf_counter() - started
             write_json(args.partial / RESULTS_FILE, results)
@@ -392,7 +400,8 @@ def main(argv: list[str] | None = None):
     except InputError as error:
         raise SystemExit(f"quickstart: {error}") from None
     except OSError as error:
-        raise SystemExit(f"quickstart: can't write to {args.output}: {error.strerror}.") from None
+        line = reading.one_line(f"can't write to {args.output}: {error.strerror or error}.")
+        raise SystemExit(f"quickstart: {line}") from None
     except KeyboardInterrupt:
         raise SystemExit("quickstart: interrupted; nothing was written.") from None
     summary = {"output": str(args.output), "seconds": round(results["seconds"], 1)}

@@ -17,11 +17,15 @@ def cpu_name() -> str:
 
 
 def write_text(path: Path, text: str):
-    """The file appears complete or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes):
+    """The file appears complete or not at all; a link that has its name is replaced, not followed."""
     partial = path.with_name(f".{path.name}.attnres-tmp-{secrets.token_hex(4)}")
-    with open(partial, "x", encoding="utf-8") as file:
+    with open(partial, "xb") as file:
         try:
-            file.write(text)
+            file.write(content)
             file.close()
             partial.replace(path)
         except BaseException:
@@ -30,7 +34,11 @@ def write_text(path: Path, text: str):
 
 
 def write_json(path: Path, content: dict):
-    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: dict) -> str:
+    return json.dumps(content, indent=1, default=str) + "\n"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

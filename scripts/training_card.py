@@ -3,12 +3,12 @@
 
 import json
 import math
-import re
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+from attnres_convert import reading
 from attnres_convert.card import (
     FIGURE_NAME,
     RESULTS_NAME,
@@ -22,12 +22,11 @@ from attnres_convert.card import (
 )
 from reports import write_json
 from training_data import STDLIB, first_line
-from training_run import launched
+from training_run import LICENCE_FILES, launched
 from transformers.utils import cached_file
 
 
 FIGURE_SEQUENCES = 8
-LICENCE_FILES = re.compile("licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
 STDLIB_NAMES = {
     ("pretrain", STDLIB): "the source of the standard library of Python {python}",
     ("finetune", STDLIB): "functions of the standard library of Python {python}",
@@ -144,6 +143,7 @@ def write_training_card(folder: Path, args, results: dict, title: str, weights, 
     """
     for path in parent_folder(args).iterdir() if parent_folder(args) else ():
         if path.is_file() and LICENCE_FILES.match(path.name):
+            reading.check_inside(path.parent, path)
             shutil.copyfile(path, folder / path.name)
     write_json(folder / RESULTS_NAME, json.loads(json.dumps(results, default=str)))
     if weights is not None:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from attnres_convert import InputError
-from attnres_convert.reading import is_regular, time_limit
+from attnres_convert.reading import is_panic, is_regular, time_limit
 from attnres_convert.verification import available_memory
 from datasets.exceptions import DatasetNotFoundError
 from datasets.utils.extract import Extractor
@@ -163,7 +163,7 @@ def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
 
 def first_line(error: BaseException) -> str:
     """The first line of a message, and the next one if the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error)[:10_000].splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
@@ -194,7 +194,9 @@ def reading(name: str):
         yield
     except InputError:
         raise
-    except Exception as error:  # of many kinds, some of what decompresses
+    except BaseException as error:  # of many kinds, some of what decompresses
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise reading_error(name, error) from None
 
 

@@ -6,9 +6,11 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from attnres_convert import reading
 from training_optim import DEPTH_LR_SCALE, OPTIMIZERS, uses_deepspeed
 from training_run import RunError, end_with_parent, end_without_a_word
 from transformers import TrainingArguments
@@ -56,6 +59,9 @@ positive = number(int, 1, HIGHEST)
 natural = number(int, 0, HIGHEST)
 non_negative = number(float, 0, HIGHEST)
 above_zero = number(float, 0, HIGHEST, without=(0,))
+batch = number(int, 1, 10**6)
+rank = number(int, 1, 2**16)  # beyond the sizes of the layers
+workers = number(int, 0, 1024)
 share = number(float, 0, 1, without=(0, 1))
 
 
@@ -67,8 +73,8 @@ def add_training_options(parser: argparse.ArgumentParser, compared: str, example
     """
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, default=1000, help="default: %(default)s")
-    add("--batch-size", type=positive, default=8, help="sequences per device and forward; default: 8")
-    add("--accumulate", type=positive, default=1, help="forwards per step; default: 1")
+    add("--batch-size", type=batch, default=8, help="sequences per device and forward; default: 8")
+    add("--accumulate", type=batch, default=1, help="forwards per step; default: 1")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for matrices, AdamW for the rest; "
         "default: adamw")  # fmt: skip
     add("--learning-rate", type=above_zero, default=1e-3, help="default: %(default)s")
@@ -190,6 +196,22 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         disable_tqdm=True,
         seed=args.seed,
     )
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """
+    Raises:
+        RunError: the block needs more memory than there is, or a library in Rust fails in it.
+    """
+    try:
+        with reading.no_panic():
+            yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search("(can't|not) allocate memory|out of memory", str(error)[:1000]):
+            advice = "choose a smaller --batch-size or --seq-len, or --gradient-checkpointing"
+            raise RunError(f"there isn't enough memory: {reading.reason(error)}; {advice}.") from None
+        raise
 
 
 def start_process() -> PartialState:

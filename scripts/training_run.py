@@ -10,10 +10,12 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import platform
+import re
 import resource
 import secrets
 import shutil
@@ -41,7 +43,7 @@ from attnres_convert.loading import check_tensors, empty_model
 from attnres_convert.reading import understood
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from reports import cpu_name, write_json, write_text
+from reports import cpu_name, write_bytes, write_json, write_text
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
@@ -69,6 +71,21 @@ RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE = "run.json", "metrics.jsonl"
 CONVERTED_NAME = "converted"
 EARLY_NAMES = ("tokenizer", CONVERTED_NAME, "data.json", METRICS_FILE, "depth.jsonl", "tensorboard", RUN_FILE)
 FILES_FILE = "files.json"  # of a checkpoint: names, sizes and hashes of its files
+FIGURE_FILE = "loss.png"
+RUN_FILES = (RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE, "data.json", "depth.jsonl", FIGURE_FILE)
+WRITTEN = (*RUN_FILES, "comparison.json", "comparison.md", "comparison.png")
+LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, WRITTEN))})(\.attnres-tmp-[0-9a-f]{{8}}){{1,2}}")
+LICENCE_FILES = re.compile("licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
+TEMPLATE_FOLDER = "additional_chat_templates"
+PUBLISHED = re.compile(rf"({LICENCE_FILES.pattern}|readme\.md$|chat_template\.|{TEMPLATE_FOLDER}$)", re.IGNORECASE)
+# what a model is, whatever its weights are
+MODEL_FACTS = ("model_type", "attn_res_mode", "attn_res_block_size", "attn_res_sum_scale", "attn_res_norm_eps")
+MODEL_FACTS += ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MODEL_FACTS += ("head_dim", "hidden_act", "vocab_size", "rms_norm_eps", "tie_word_embeddings")
+TRAINER_READS = re.compile(
+    r"((pytorch_|adapter_)?model|optimizer|scheduler|scaler|rng_state)[^/]*\.(safetensors|bin|pt|pth|index\.json)"
+    r"|(pytorch_model_fsdp|optimizer|global_step)[^/]*/.*|(adapter_)?config\.json|latest"
+)
 ADVICE = "rename it to go on from the one before"
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
 
@@ -209,11 +226,28 @@ def is_own(checkpoint: Path) -> bool:
     return False
 
 
-def list_files(checkpoint: Path):
+def run_id(folder: Path) -> str | None:
+    """What tells a run from others; those of earlier versions have none."""
+    with suppress(InputError):
+        return reading.typed(reading.read_json(folder / RUN_FILE), "id", str, RUN_FILE)
+    return None
+
+
+def model_facts(config) -> dict:
+    content = config if isinstance(config, dict) else json.loads(json.dumps(config.to_dict(), default=str))
+    return {name: content[name] for name in MODEL_FACTS if name in content}
+
+
+def list_files(checkpoint: Path, run: str | None, config):
     """Writes down what a checkpoint consists of, for [`check_files`]. While it is in memory: 1.5 GB per second."""
     files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
     listed = {name: [path.stat().st_size, sha256(path)] for name, path in files.items()}
-    write_json(checkpoint / FILES_FILE, {"step": step_of(checkpoint), "files": listed})
+    content = {"step": step_of(checkpoint), "run": run, "model": model_facts(config), "files": listed}
+    write_json(checkpoint / FILES_FILE, content)
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -237,6 +271,8 @@ def listed_files(checkpoint: Path) -> dict[str, list]:
     files, step = reading.typed(content, "files", dict, str(path)), reading.typed(content, "step", int, str(path))
     if step not in (None, step_of(checkpoint)):
         raise RunError(f"{checkpoint} is a copy of {PREFIX_CHECKPOINT_DIR}-{step}.")
+    if reading.typed(content, "run", str, str(path)) != run_id(checkpoint.parent):
+        raise RunError(f"{checkpoint} is of another run.")
     for entry in (files or {}).values():
         if not (isinstance(entry, list) and list(map(type, entry)) in ([int, str], [int, type(None)])):
             raise RunError(f"{checkpoint} is damaged, see its {FILES_FILE}.")
@@ -247,9 +283,16 @@ def check_files(checkpoint: Path):
     """Whether a checkpoint is as it was written.
 
     Raises:
-        InputError: it isn't of this run; or a file is missing or has changed.
+        InputError: it isn't of this run; or a file is missing, has changed, or is none of those that were written.
     """
-    for name, (size, digest) in listed_files(checkpoint).items():
+    listed = listed_files(checkpoint)
+    if lacking := not_listed(listed):
+        raise RunError(f"{checkpoint} is damaged, its {FILES_FILE} lists no {lacking}.")
+    for path in checkpoint.rglob("*"):
+        name = path.relative_to(checkpoint).as_posix()
+        if name not in listed and TRAINER_READS.fullmatch(name) and not path.is_dir():
+            raise RunError(f"{checkpoint} is damaged, its {FILES_FILE} lists no {name}.")
+    for name, (size, digest) in listed.items():
         path = checkpoint / name
         if not reading.is_regular(path) or path.stat().st_size != size or digest not in (None, sha256(path)):
             raise RunError(f"{checkpoint} is damaged, see its {name}.")
@@ -258,12 +301,49 @@ def check_files(checkpoint: Path):
         raise RunError(f"{checkpoint} is damaged, see its {TRAINER_STATE_NAME}.")
 
 
+def not_listed(listed: dict[str, list]) -> str | None:
+    """What a checkpoint can't be without and isn't listed: a Trainer goes on without most of it, in another way."""
+    needed = [(TRAINER_STATE_NAME,)]
+    if any(name.startswith("global_step") for name in listed):  # of DeepSpeed
+        needed += [("latest",)]
+    else:  # whole, or in folders of FSDP
+        needed += [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, "pytorch_model_fsdp")]
+        needed += [("optimizer.",), ("scheduler.",), ("rng_state",)]
+        if any(name.startswith(("pytorch_model_fsdp", "optimizer_")) for name in listed):
+            needed[2] = ("optimizer",)
+    return next((names[0] for names in needed if not any(name.startswith(names) for name in listed)), None)
+
+
 def is_untouched(checkpoint: Path) -> bool:
-    """Whether a folder holds what a run has written, and nothing else."""
+    """Whether a folder holds what a run has written, and nothing else. Only files that are newer than the list of them
+    are read."""
     files, listed = staging.entries(checkpoint), listed_files(checkpoint)
-    return files is not None and {name: path.stat().st_size for name, path in files.items() if name != FILES_FILE} == {
-        name: size for name, (size, _) in listed.items()
-    }
+    if files is None or files.keys() - {FILES_FILE} != listed.keys():
+        return False
+    written = files[FILES_FILE].stat().st_mtime_ns
+    for name, (size, digest) in listed.items():
+        found = files[name].stat()
+        is_newer = max(found.st_mtime_ns, found.st_ctime_ns) > written
+        if found.st_size != size or is_newer and sha256(files[name]) != digest:
+            return False
+    return True
+
+
+def check_same_model(checkpoint: Path, config):
+    """
+    Raises:
+        RunError: the checkpoint is of another model than the one that it is to go on as.
+    """
+    before = reading.typed(reading.read_json(checkpoint / FILES_FILE), "model", dict, FILES_FILE)
+    if before is None and reading.is_regular(checkpoint / reading.CONFIG_NAME):  # of an earlier version
+        before = model_facts(reading.read_json(checkpoint / reading.CONFIG_NAME))
+    now = model_facts(config)
+    for name in MODEL_FACTS:
+        if before is not None and name in before and before[name] != now.get(name):
+            raise RunError(
+                f"{checkpoint} is of a model with {name} = {before[name]}, not {now.get(name)}: what was trained on "
+                "has changed; restore it, or choose another --output."
+            )
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
@@ -304,6 +384,12 @@ def read_results(path: Path, *counts: str) -> dict:
     for name, kind in (failed if path.name == FAILURE_FILE else {**done, **dict.fromkeys(counts, int)}).items():
         if reading.typed(results, name, kind, str(path)) is None:
             raise RunError(f"{path} is damaged, it has no {name}; restore it, or choose another --output.")
+    if path.name == FAILURE_FILE:
+        return results
+    given = read_run(path.parent)["arguments"].get("steps") if os.path.lexists(path.with_name(RUN_FILE)) else None
+    if not math.isfinite(results["held_out_loss"]) or type(given) is int and results["steps"] != given:
+        wrong = f"a held_out_loss of {results['held_out_loss']} after {results['steps']} steps"
+        raise RunError(f"{path} is damaged, it has {wrong}; restore it, or choose another --output.")
     return results
 
 
@@ -380,7 +466,10 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
         RunError: the folder is in use for something else, or for a run with other arguments.
     """
     arguments = json.loads(json.dumps({**arguments, **launched()}, default=str))
-    now = {"arguments": arguments, "versions": versions()}
+    now = {"id": secrets.token_hex(8), "arguments": arguments, "versions": versions()}
+    given = [arguments.get(name) for name in ("config", "model", "tokenizer", "adapter")]
+    for source in [*filter(None, given), folder / CONVERTED_NAME]:
+        check_published(Path(source))
     with writable(folder) as new:
         if not os.path.lexists(folder / RUN_FILE):
             if (other := staging.foreign(folder)) is not None:
@@ -396,11 +485,12 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
             )
     if not is_main_process:
         return next(reversed(checkpoints(folder)), None)
+    check_kinds(folder)
     lock(folder)
     end_work(folder)  # of a killed run, as all below
     staging.recover(folder / CONVERTED_NAME)
     for leftover in folder.glob(".*"):
-        if staging.PARTIAL.fullmatch(leftover.name) and stat.S_ISREG(leftover.lstat().st_mode):
+        if LEFTOVER.fullmatch(leftover.name) and stat.S_ISREG(leftover.lstat().st_mode):
             leftover.unlink()
     last = last_good_checkpoint(folder)
     changed = [f"{name} {old}" for name in MODULES if (old := before["versions"].get(name)) != now["versions"][name]]
@@ -409,6 +499,49 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
     if reading.is_regular(folder / FAILURE_FILE):
         (folder / FAILURE_FILE).unlink()
     return last
+
+
+def check_published(source: Path):
+    """
+    Raises:
+        InputError: a folder to train on has a link to elsewhere among the files that are copied beside the result.
+    """
+    if not os.path.isdir(source):
+        return
+    for path in sorted(source.iterdir()):
+        if PUBLISHED.match(path.name):
+            reading.check_inside(source, path)
+            for inner in path.rglob("*") if path.is_dir() else ():
+                reading.check_inside(source, inner)
+
+
+def check_kinds(folder: Path):
+    """
+    Raises:
+        RunError: something has the name of a file or folder of a run and is none, which would show after training.
+    """
+    for name in ("tensorboard", "tensorboard/depth"):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise RunError(f"{folder / name} is no folder; move it away.")
+    for name in RUN_FILES:
+        path = folder / name
+        is_kept = name == FIGURE_FILE and path.is_symlink()
+        if os.path.lexists(path) and not is_kept and not reading.is_regular(path):
+            raise RunError(f"{path} is no regular file; move it away.")
+
+
+def write_output(path: Path, content: bytes, own: str | None = None):
+    """Writes a file; what is there is kept under another name unless it is the same, or what this script wrote before.
+
+    Args:
+        own: the hash of that.
+    """
+    if os.path.lexists(path):
+        is_own = not path.is_symlink() and reading.is_regular(path) and sha256(path) in (own, digest_of(content))
+        if not is_own:
+            kept = staging.set_aside(path)
+            print(f"{path} isn't what this run has written; it is kept as {kept.name}", file=sys.stderr)
+    write_bytes(path, content)
 
 
 @contextmanager
@@ -420,7 +553,9 @@ def discarded_if_refused(folder: Path):
     """
     try:
         yield
-    except Exception:
+    except KeyboardInterrupt:  # the same command goes on
+        raise
+    except BaseException:  # also a panic of code that is in Rust
         new = new_runs.pop(folder.absolute(), None)
         begun = (folder / FAILURE_FILE).exists() or any(folder.glob(f"*/{RUN_FILE}"))
         if new is not None and not begun and not read_lines(folder / METRICS_FILE):
@@ -763,6 +898,12 @@ class RunTrainer(Trainer):
             + (f"; {self.folder / FAILURE_FILE} holds the batch." if failure.get("batch") else ".")
         )
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            with main_process_first():
+                check_same_model(Path(resume_from_checkpoint), self.model.config)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -826,7 +967,7 @@ class RunTrainer(Trainer):
                     if self.processing_class is not None:
                         self.processing_class.save_pretrained(partial)
                 self._check_names(partial)
-                list_files(partial)
+                list_files(partial, run_id(self.folder), self.model.config)
                 publish(partial, self.folder / name)
             for old in checkpoints(self.folder)[: -self.keep_checkpoints]:
                 if is_untouched(old):
@@ -882,11 +1023,12 @@ def without_seed(name: str) -> str:
     return " ".join(part for part in name.split(" ") if not part.startswith("seed=")) or "all"
 
 
-def plot_losses(runs: dict[str, list[dict]], path: Path, title: str):
+def plot_losses(runs: dict[str, list[dict]], path: Path, title: str, own: str | None = None):
     """Held-out losses by step, one colour for all seeds of a run, and for few runs the training losses fainter.
 
     Args:
         runs: entries of `metrics.jsonl` by the name of the run.
+        own: as in [`write_output`].
     """
     figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     groups = list(dict.fromkeys(map(without_seed, runs)))
@@ -910,5 +1052,7 @@ def plot_losses(runs: dict[str, list[dict]], path: Path, title: str):
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
     plt.close(figure)
+    write_output(path, content.getvalue(), own)

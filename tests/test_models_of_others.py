@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from attnres_convert import InputError, reading
 from convert_models import edit_json
 from families import tiny_donor, tiny_model
 from peft import LoraConfig, get_peft_model
@@ -24,7 +26,10 @@ import finetune  # noqa: E402
 import generate  # noqa: E402
 import plot_depth_attention  # noqa: E402
 import pretrain  # noqa: E402
+import quickstart  # noqa: E402
+from model_loading import load_weights  # noqa: E402
 from training_data import train_tokenizer  # noqa: E402
+from training_options import enough_memory  # noqa: E402
 
 
 SECONDS = 60
@@ -95,7 +100,7 @@ def run(script: str, models: Path, model: Path, output: Path, *more) -> str | No
 
 
 def assert_one_line(line):
-    assert isinstance(line, str) and line.count(": ") and "\n" not in line and len(line) < 340, line
+    assert isinstance(line, str) and line.count(": ") and "\n" not in line and len(line) <= 300, line
 
 
 def config(**changes):
@@ -179,6 +184,7 @@ FINE = {
     "is_decoder": config(is_decoder=True, add_cross_attention=True),
 }
 GENERATION = {
+    "return dict": generation(return_dict_in_generate=True),
     "cut": write("generation_config.json", '{"a'),
     "list": write("generation_config.json", "[1]"),
     "temperature": generation(temperature="hot", do_sample=True),
@@ -419,3 +425,189 @@ def test_adapters_keep_embeddings(models, tmp_path, capsys):
     """--resize-embeddings with an adapter is refused."""
     assert run("finetune", models, models / "donor", tmp_path, "--resize-embeddings") == 2
     assert "an adapter leaves its base as it is" in capsys.readouterr().err
+
+
+LINKS = ("LICENSE", "README.md", "chat_template.jinja", "tokenizer.json", "additional_chat_templates/a.jinja")
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("name", [*LINKS, "additional_chat_templates"])
+def test_links_out_of_a_folder(name, models, tmp_path):
+    """What training saves and somebody publishes never comes from outside the folders that were given."""
+    folder, outside = shutil.copytree(models / "model", tmp_path / "model"), tmp_path / "outside"
+    if name == "additional_chat_templates":
+        outside.mkdir()
+    elif (folder / name).exists():
+        shutil.move(folder / name, outside)
+    else:
+        (folder / name).parent.mkdir(exist_ok=True)
+        outside.write_text("secret")
+    (folder / name).symlink_to(outside)
+    for script in ("pretrain", "finetune"):
+        for line in (
+            run(script, models, folder, tmp_path),
+            run(script, models, models / "model", tmp_path, "--tokenizer", folder),
+        ):
+            assert_one_line(line)
+            assert "leaves the folder" in line and not (tmp_path / "out").exists()
+    if name != LINKS[-1]:  # the only template has a name that nobody asks for
+        assert run("generate", models, folder, tmp_path) is None
+    adapter = shutil.copytree(models / "adapter", tmp_path / "adapter")
+    (adapter / "LICENSE").symlink_to(outside)
+    assert "leaves the folder" in run("adapter", models, adapter, tmp_path)
+
+
+def test_config_folder_with_links(models, tmp_path):
+    folder = shutil.copytree(models / "model", tmp_path / "model")
+    (folder / "LICENSE").symlink_to(models / "text.txt")
+    options = ["--config", folder, "--data", models / "text.txt", "--steps", 1, "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="leaves the folder"):
+        pretrain.main(list(map(str, options)))
+
+
+def test_weights_of_another_kind(models, tmp_path, capsys):
+    """AttnRes weights never pass for those of a donor, and other weights that stay unused are named."""
+    folder = shutil.copytree(models / "model", tmp_path / "model")
+    shutil.copy(models / "donor" / "config.json", folder)
+    for script in ("generate", "evaluate", "pretrain"):
+        line = run(script, models, folder, tmp_path)
+        assert_one_line(line)
+        assert "AttnRes" in line and "config.json" in line
+    folder = shutil.copytree(models / "donor", tmp_path / "donor")
+    weights = load_file(folder / "model.safetensors")
+    harmless = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "mtp.norm.weight": torch.ones(2)}
+    save_file(weights | harmless, folder / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    load_weights(str(folder))
+    assert "doesn't use" not in capsys.readouterr().err
+    save_file(weights | {"vision.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    load_weights(str(folder))
+    assert "1 tensors that a llama model doesn't use, such as vision.weight" in capsys.readouterr().err
+
+
+class PanicException(BaseException):
+    """As that of pyo3."""
+
+
+def test_panics(models, tmp_path, monkeypatch):
+    """A tokenizer that fails in Rust is one line."""
+    with pytest.raises(InputError, match="what: no"), reading.understood("what"):
+        raise PanicException("no")
+    for kind in (KeyboardInterrupt, SystemExit, GeneratorExit):
+        with pytest.raises(kind), reading.understood("what"), reading.no_panic():
+            raise kind
+
+    def panic(*_, **__):
+        raise PanicException("index out of range")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast._encode_plus", panic)
+    for script in ("generate", "evaluate", "plot", "pretrain", "finetune"):
+        line = run(script, models, models / "model", tmp_path)
+        assert_one_line(line)
+        assert "index out of range" in line
+
+
+LONG = "x" * 300
+
+
+def test_long_names(models, tmp_path):
+    for script in ("generate", "evaluate", "plot", "pretrain", "finetune"):
+        assert_one_line(run(script, models, LONG, tmp_path))
+        assert_one_line(run(script, models, models / "model", tmp_path, "--tokenizer", LONG))
+    assert_one_line(run("generate", models, models / "adapter", tmp_path, "--base", LONG))
+    adapter = shutil.copytree(models / "adapter", tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=LONG)
+    assert_one_line(run("generate", models, adapter, tmp_path))
+
+
+def test_text_that_is_no_utf8(models, tmp_path, monkeypatch, capsys):
+    """A prompt that is no text is one line; in a session, the next one is answered."""
+    for script in ("generate", "plot"):
+        assert "--prompt" in (line := run(script, models, models / "model", tmp_path, "--prompt", "a\udcff")) or (
+            "the prompt" in line
+        )
+        assert_one_line(line)
+    (tmp_path / "lines").write_bytes(b"\xff\nimport\n")
+    with open(tmp_path / "lines", encoding="utf-8") as lines:
+        monkeypatch.setattr("sys.stdin", lines)
+        capsys.readouterr()
+        generate.main([str(models / "model"), "--max-new-tokens", "3", "--json"])
+    found = capsys.readouterr()
+    assert "generate: the prompt is no UTF-8 text." in found.err
+    assert [answer["prompt"] for answer in json.loads(found.out.splitlines()[-1])["answers"]] == ["import"]
+
+
+def test_folders_for_files(models, tmp_path):
+    with pytest.raises(InputError, match="no regular file"), reading.open_regular(tmp_path):
+        pass
+    (tmp_path / "out" / "dynamics.png").mkdir(parents=True)
+    assert_one_line(run("plot", models, models / "model", tmp_path))
+
+
+def test_time_limit_at_any_moment():
+    """Wherever the alarm finds the block, beginning and end too, nothing but the one line comes out of it."""
+    ended = 0
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        try:
+            with reading.time_limit(0.0005 + ended % 50 / 100_000, "it"), reading.understood("inner"):
+                for i in range(ended * 37 % 4000):
+                    with reading.understood("innermost"):
+                        str(i)
+        except InputError as error:
+            assert "it was ended" in str(error)
+        ended += 1
+    assert ended > 50
+
+
+def test_messages_are_short(models, tmp_path):
+    """A text of any length in an error, such as that of a template, never comes out whole."""
+    assert len(reading.reason(ValueError("x" * 10**7))) < 300
+    folder = shutil.copytree(models / "model", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ '%030000000d' % 1 }}")
+    line = run("generate", models, folder, tmp_path)
+    assert_one_line(line)
+    assert "characters" in line
+
+
+def refused(capsys, module, *options) -> str:
+    with pytest.raises(SystemExit) as error:
+        module.parse_arguments(["--output", "nowhere", *options])
+    assert error.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_out_of_range(capsys):
+    nested = "rope_parameters=" + "[" * 5000 + "]" * 5000
+    assert "nested" in refused(capsys, pretrain, "--config", "llama", "--set", nested)
+    for module, start in ((pretrain, ["--config", "llama"]), (finetune, ["--model", "a"])):
+        for option in ("--batch-size", "--accumulate"):
+            assert "out of range" in refused(capsys, module, *start, option, "1000001")
+        assert "out of range" in refused(capsys, module, *start, "--num-workers", "1025")
+    assert "out of range" in refused(capsys, pretrain, "--config", "llama", "--train-tokenizer", "10000001")
+    assert "out of range" in refused(capsys, pretrain, "--config", "llama", "--num-proc", "1025")
+    assert "out of range" in refused(capsys, finetune, "--model", "a", "--lora-rank", "65537")
+    for option, value in (
+        ("--depth-lr-scale", "-1"),
+        ("--depth-lr-scale", "nan"),
+        ("--continue-learning-rate", "0"),
+        ("--seq-len", "1"),
+        ("--seed", "-1"),
+        ("--seed", str(2**32 - 1)),
+        ("--lora-rank", "65537"),
+    ):
+        assert "out of range" in refused(capsys, quickstart, option, value)
+
+
+def test_too_little_memory():
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")):
+        with pytest.raises(InputError, match="isn't enough memory"), enough_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="other"), enough_memory():
+        raise RuntimeError("other")
+
+
+def test_generation_that_returns_more(models, tmp_path):
+    folder = shutil.copytree(models / "model", tmp_path / "model")
+    edit_json(folder / "generation_config.json", return_dict_in_generate=True, output_scores=True)
+    assert run("generate", models, folder, tmp_path) is None

@@ -16,10 +16,12 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from attnres_convert import InputError
 from convert_models import edit_json
 from families import tiny_model
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,8 @@ sys.path.insert(0, str(SCRIPTS))
 
 import push_to_hub  # noqa: E402
 import stranger  # noqa: E402
+import training_card  # noqa: E402
+import training_run  # noqa: E402
 from leaks import printable, runs_code, secret_in  # noqa: E402
 from push_to_hub import PushError, add_card, collect, load_as_stranger  # noqa: E402
 from training_data import train_tokenizer  # noqa: E402
@@ -632,3 +636,47 @@ def test_system_that_closes_nothing(folder, monkeypatch, capsys):
     push_to_hub.main([str(folder), "me/model", "--dry-run", "--trust-remote-code"])
     out = capsys.readouterr().out
     assert all(f"note: {note}" in out for note in stranger.OPEN.values())
+
+
+# Training
+
+
+LINKS = [
+    "LICENSE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+    "README.md",
+    "chat_template.jinja",
+    "additional_chat_templates/a.jinja",
+]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_training_copies_nothing_from_elsewhere(folder, tmp_path, name):
+    """What is taken over from the model that was trained on is refused before training if it is a link to elsewhere."""
+    (tmp_path / "secret").write_text("---\nlicense: secret\n---\n")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    for option in ("model", "tokenizer"):
+        with pytest.raises(InputError, match=r"is a link that leaves the folder"):
+            training_run.open_run(tmp_path / "out", {option: str(folder)})
+    assert not (tmp_path / "out").exists()
+    args = SimpleNamespace(output=tmp_path / "out", model=str(folder))
+    if name == "README.md":
+        assert "secret" not in json.dumps(training_card.parent_metadata(args))
+    elif training_run.LICENCE_FILES.match(name):
+        (tmp_path / "result").mkdir()
+        with pytest.raises(InputError, match=r"is a link that leaves the folder"):
+            training_card.write_training_card(tmp_path / "result", args, {}, "a title", None, None)
+        assert not any((tmp_path / "result").iterdir())
+
+
+def test_training_on_links_in_the_cache_of_the_hub(folder, tmp_path):
+    home = tmp_path / "models--a--b"
+    (home / "snapshots").mkdir(parents=True)
+    (home / "blobs").mkdir()
+    snapshot = folder.rename(home / "snapshots" / "0123")
+    (home / "blobs" / "abc").write_text("a licence")
+    (snapshot / "LICENSE").symlink_to("../../blobs/abc")
+    training_run.check_published(snapshot)

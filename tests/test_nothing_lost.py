@@ -376,6 +376,9 @@ def of_earlier_version(folder):
         files = json.loads((checkpoint / "files.json").read_text())["files"]
         sizes = {name: (checkpoint / name).stat().st_size for name in files}
         (checkpoint / "files.json").write_text(json.dumps(sizes))
+    content = json.loads((folder / "run.json").read_text())
+    del content["id"]
+    (folder / "run.json").write_text(json.dumps(content))
 
 
 def test_checkpoints_of_an_earlier_version(server, command, killed, finished):
@@ -462,3 +465,214 @@ def test_broken_results_and_data(server, command, killed, finished):
         nest(folder / file)
         printed = run(server, *command, "--output", folder.name, exit_code=1)
         assert printed.count("\n") == 1 and file in printed and "not valid JSON" in printed
+
+
+# What else a stranger tried
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def test_figures_of_others(tmp_path, capsys):
+    """A figure neither goes through a link nor takes the place of a file that somebody else put there."""
+    entries = {"run": [{"step": 1, "loss": 2.0}, {"step": 1, "held_out_loss": 2.5}]}
+    outside, path = write(tmp_path / "outside"), tmp_path / "loss.png"
+    path.symlink_to("outside")
+    training_run.plot_losses(entries, path, "a title")
+    assert outside.read_text() == "mine" and (tmp_path / "loss.png.kept-1").is_symlink() and not path.is_symlink()
+    assert capsys.readouterr().err.endswith("it is kept as loss.png.kept-1\n")
+    training_run.plot_losses(entries, path, "a title")
+    assert capsys.readouterr().err == ""
+    write(path)
+    training_run.plot_losses(entries, path, "a title")
+    assert (tmp_path / "loss.png.kept-2").read_text() == "mine"
+    training_run.plot_losses(entries, path, "another", training_run.sha256(path))
+    assert sorted(os.listdir(tmp_path)) == ["loss.png", "loss.png.kept-1", "loss.png.kept-2", "outside"]
+
+
+def test_comparison_of_others(server, command):
+    """A second comparison replaces what the first wrote, and keeps what has changed since."""
+    options = [
+        *command,
+        "--steps",
+        2,
+        "--save-steps",
+        2,
+        "--eval-steps",
+        2,
+        "--compare",
+        "block",
+        "--output",
+        "compared",
+    ]
+    folder = server.folder / "compared"
+    run(server, *options)
+    names = ["comparison.json", "comparison.md", "comparison.png"]
+    for record in folder.glob("block/results.json"):  # so that all three change
+        record.write_text(record.read_text().replace('"peak_memory_bytes": ', '"peak_memory_bytes": 9'))
+    assert "kept" not in run(server, *options)
+    changed = (folder / names[0]).read_text().replace('"runs"', '"runs" ')
+    write(folder / names[0], changed)
+    write(folder / names[1], "edited")
+    (folder / names[2]).unlink()
+    (folder / names[2]).symlink_to(write(server.folder / "precious.png"))
+    printed = run(server, *options)
+    assert all(f"it is kept as {name}.kept-1" in printed for name in names)
+    assert (folder / "comparison.json.kept-1").read_text() == changed
+    assert (folder / "comparison.md.kept-1").read_text() == "edited"
+    assert (server.folder / "precious.png").read_text() == "mine" and not (folder / names[2]).is_symlink()
+
+
+def test_rotation_keeps_what_was_edited(killed, tmp_path, monkeypatch):
+    """A checkpoint isn't untouched with a file of the same size in it that has changed, or an empty folder."""
+    checkpoint = copy_of(killed, tmp_path / "run") / "checkpoint-4"
+    assert training_run.is_untouched(checkpoint)  # a copy, whose files are newer than the list
+    listed = checkpoint / "files.json"
+    later = listed.stat().st_mtime_ns + 10**12
+    os.utime(listed, ns=(later, later))
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "sha256", lambda path: pytest.fail("it reads what isn't newer"))
+        assert training_run.is_untouched(checkpoint)
+    os.utime(listed, ns=(later - 2 * 10**12, later - 2 * 10**12))
+    (checkpoint / "mine").mkdir()
+    assert not training_run.is_untouched(checkpoint)
+    (checkpoint / "mine").rmdir()
+    found = (checkpoint / "config.json").stat()
+    flip(checkpoint / "config.json")
+    os.utime(checkpoint / "config.json", ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert not training_run.is_untouched(checkpoint)
+
+
+def arguments_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())["arguments"]
+
+
+def taken_up(folder: Path) -> Path | None:
+    try:
+        return training_run.open_run(folder, arguments_of(folder))
+    finally:
+        if (file := training_run.held_locks.pop(folder.resolve(), None)) is not None:
+            file.close()
+
+
+def test_leftovers_by_name(killed, tmp_path):
+    """Only what a killed run of ours can leave goes."""
+    folder = copy_of(killed, tmp_path / "run")
+    mine = write(folder / ".mine.attnres-tmp-deadbeef")
+    ours = [".run.json.attnres-tmp-deadbeef", "..run.json.attnres-tmp-deadbeef.attnres-tmp-0a0a0a0a"]
+    ours += [".metrics.jsonl.attnres-tmp-deadbeef"]
+    for name in ours:
+        write(folder / name)
+    assert taken_up(folder) == folder / "checkpoint-6"
+    assert mine.read_text() == "mine" and not any((folder / name).exists() for name in ours)
+
+
+def test_empty_mark(tmp_path):
+    """A folder with an empty file under the name of the mark is nobody's leftover: a mark is made in one step."""
+    marked = write(tmp_path / ".dst.attnres-tmp-11111111" / staging.MARK, "")
+    staging.recover(tmp_path / "dst")
+    assert marked.exists()
+    work = tmp_path / ".dst.attnres-tmp-22222222"
+    work.mkdir()
+    staging.mark(work, tmp_path / "dst")
+    assert os.listdir(work) == [staging.MARK] and len(os.listdir(tmp_path)) == 2
+    staging.recover(tmp_path / "dst")
+    assert not work.exists()
+
+
+def test_other_model_under_a_run(server, command, tmp_path):
+    """A run doesn't go on as another model."""
+    folder = server.folder / "as-another"
+    save_donor(tmp_path / "donor", num_hidden_layers=2)
+    options = ["--model", tmp_path / "donor", "--tokenizer", server.folder / "killed" / "checkpoint-2"]
+    options += ["--mode", "full", "--seq-len", 32, "--batch-size", 4, "--save-steps", 2, "--eval-steps", 2]
+    options += ["--depth-every", 0, "--steps", 4, "--data", command[-1], "--output", folder.name]
+    options += ["--resize-embeddings"]
+    run(server, *options)
+    (folder / "results.json").unlink()
+    run(server, *options)
+    (folder / "results.json").unlink()
+    path = folder / "converted" / "config.json"
+    path.write_text(path.read_text().replace('"full"', '"block"'))
+    printed = run(server, *options, exit_code=1)
+    assert "is of a model with attn_res_mode = full, not block" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_list_without_files(name, killed, tmp_path, capsys):
+    """A list that lacks what a checkpoint can't be without is no list, and no unlisted file is read."""
+    folder = copy_of(killed, tmp_path / "run")
+    path = folder / "checkpoint-6" / "files.json"
+    content = json.loads(path.read_text())
+    content["files"] = {file: entry for file, entry in content["files"].items() if name and file != name}
+    path.write_text(json.dumps(content))
+    assert training_run.last_good_checkpoint(folder) == folder / "checkpoint-4"
+    assert "files.json lists no" in capsys.readouterr().err
+    write(folder / "checkpoint-4" / "adapter_model.safetensors")
+    assert training_run.last_good_checkpoint(folder) == folder / "checkpoint-2"
+    assert "files.json lists no adapter_model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "lacks"),
+    [
+        (["pytorch_model_fsdp_0/a.distcp", "optimizer_0/a.distcp", "scheduler.pt", "rng_state_0.pth"], None),
+        (["pytorch_model_fsdp_0/a.distcp", "scheduler.pt", "rng_state_0.pth"], "optimizer"),
+        (["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt", "rng_state_0.pth"], None),
+        (["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"], None),
+        (["model-00001-of-00002.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"], "model.safetensors"),
+        (["model.safetensors", "global_step4/a.pt", "latest", "rng_state_0.pth"], None),
+    ],
+)
+def test_kinds_of_checkpoints(names, lacks):
+    assert training_run.not_listed(dict.fromkeys([*names, "trainer_state.json"])) == lacks
+
+
+def test_checkpoint_of_another_run(killed, tmp_path, capsys):
+    """It is left alone."""
+    folder = copy_of(killed, tmp_path / "run")
+    path = folder / "checkpoint-6" / "files.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "run": "0123456789abcdef"}))
+    assert training_run.last_good_checkpoint(folder) == folder / "checkpoint-4"
+    assert "checkpoint-6 is of another run; it is left alone, and the run" in capsys.readouterr().err
+    assert (folder / "checkpoint-6").is_dir()
+    assert [path.name for path in training_run.checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("change", [{"held_out_loss": float("nan")}, {"steps": 9}])
+def test_impossible_results(change, finished, tmp_path):
+    shutil.copy(finished / "run.json", tmp_path)
+    content = json.loads((finished / "results.json").read_text())
+    path = write(tmp_path / "results.json", json.dumps(content))
+    assert training_run.read_results(path)["steps"] == 8
+    write(path, json.dumps({**content, **change}))
+    with pytest.raises(InputError, match="results.json is damaged, it has a held_out_loss of .* after . steps;"):
+        training_run.read_results(path)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "tensorboard/depth", "loss.png", "depth.jsonl"])
+def test_wrong_kinds(name, killed, tmp_path):
+    """What would be in the way after training is said before."""
+    folder = copy_of(killed, tmp_path / "run")
+    if name.startswith("tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        write(folder / name)
+    else:
+        write(folder / name / "a")
+    before = state(folder)
+    with pytest.raises(InputError, match=f"{name} is no (folder|regular file); move it away"):
+        taken_up(folder)
+    assert state(folder) == before
+
+
+def test_refused_by_a_panic(tmp_path):
+    """What isn't even an Exception leaves nothing behind either."""
+
+    class PanicException(BaseException):
+        pass
+
+    training_run.open_run(tmp_path / "out", {"resize_embeddings": False})
+    with pytest.raises(PanicException), training_run.discarded_if_refused(tmp_path / "out"):
+        raise PanicException
+    assert os.listdir(tmp_path) == []
