@@ -42,7 +42,7 @@ from .code_references import AUTO_MAP, local_code
 from .families import ATTN_RES_FIELDS, Family, donor_class, find_attnres_family, find_family
 from .files import FIRST_OF_TWO, check_space, copy_file, new_index, write_shards
 from .loading import check_tensors, empty_model
-from .reading import is_regular, one_line, parse_json, read_json, typed, understood
+from .reading import is_regular, is_text, one_line, parse_json, read_json, typed, understood
 from .source import Source, open_source
 from .staging import check_destination, staged
 from .verification import Verification, quiet, reason_to_skip, verify
@@ -179,10 +179,6 @@ def _check_paths(src, dst, force: bool) -> Path:
         exists = source.exists()
     if not dst.name:
         raise ConversionError(f"{dst} can't be a destination.")
-    try:
-        os.fspath(dst).encode()
-    except UnicodeEncodeError:  # safetensors opens no such paths
-        raise ConversionError(f"the name of {dst} is no UTF-8; choose another DST.") from None
     if exists and (source == target or source in target.parents or target in source.parents):
         raise ConversionError(f"{src} and {dst} are one folder, or one is inside the other; choose another DST.")
     check_destination(dst, force)
@@ -426,6 +422,8 @@ def _copy_companions(plan: Plan, folder: Path) -> None:
 
 def _verify(plan: Plan, donor: Path, attnres: Path, wanted: bool) -> tuple[Verification | None, str | None]:
     skipped = reason_to_skip(plan.checkpoint) if wanted else "it was switched off"
+    if skipped is None and not all(is_text(os.fspath(path)) for path in (donor, attnres)):
+        skipped = "safetensors opens no folder whose name isn't UTF-8"
     if skipped is not None:
         return None, skipped
     return verify(donor, donor_class(plan.attnres_class), attnres, plan.attnres_class, plan.family.donor_type), None

@@ -208,10 +208,17 @@ def check_text(text: str, name: str) -> None:
     Raises:
         InputError: the text `name`, of a command line or terminal, was no UTF-8.
     """
+    if not is_text(text):
+        raise InputError(f"{name} is no UTF-8 text.")
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be encoded; what was no UTF-8 in a path or on a command line can't."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{name} is no UTF-8 text.") from None
+        return False
+    return True
 
 
 def parse_json(text: str | bytes, name: str, unique: bool = False):

@@ -84,7 +84,7 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 TRAINING = ("checkpoint-*", "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "scaler*")
 EVAL_RESULTS = ".eval_results"  # the Hub's place for results
 RESULTS = ("*results*.json", "evaluation*.json", f"{EVAL_RESULTS}/*")
-CLASS = re.compile(r"(?m)^class (\w+)")
+CLASS = re.compile(r"(?m)^ *class (\w+)")
 GO_ON = "nothing is half published, run the command again to go on."
 
 

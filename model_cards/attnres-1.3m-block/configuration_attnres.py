@@ -7,7 +7,7 @@ over depth: row 2i of the depth attention reads before the attention of layer i,
 row, 2L, before the final norm.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import __version__ as transformers_version
@@ -41,6 +41,7 @@ except ImportError:  # an older transformers
 
 
 ATTN_RES_MODES = ("block", "full", "denseformer")
+MASK_FIELDS = {"attention_chunk_size", "layer_types", "sliding_window"}  # that masks are made by, if they are there
 
 KIMI_LINEAR_IS_ABSENT = f"it needs a transformers that has kimi_linear; installed is {transformers_version}"
 
@@ -98,6 +99,8 @@ class AttnResConfigMixin:
     def __post_init__(self, **kwargs):
         self._attn_res_implementation = kwargs.pop("attn_res_implementation", None)
         self.check_model_type(kwargs.pop("model_type", None))
+        for name in MASK_FIELDS - {field.name for field in fields(self)}:
+            kwargs.pop(name, None)  # a donor that doesn't know it doesn't use it, whatever it says
         super().__post_init__(**kwargs)
         if self.attn_res_block_size is None:
             self.attn_res_block_size = -(-self.num_hidden_layers // 8)
@@ -110,7 +113,8 @@ class AttnResConfigMixin:
         """Runs when a configuration is built or saved, and when a model is built from it."""
         if self.attn_res_mode not in ATTN_RES_MODES:
             raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
-        if not 1 <= self.attn_res_block_size <= self.num_hidden_layers:
+        most = self.num_hidden_layers if self.attn_res_mode == "block" else self.attn_res_block_size  # elsewhere unused
+        if not 1 <= self.attn_res_block_size <= most:
             raise ValueError(
                 f"attn_res_block_size is {self.attn_res_block_size}; it counts decoder layers and must be an integer "
                 f"from 1 to num_hidden_layers = {self.num_hidden_layers}."

@@ -7,12 +7,15 @@ stream is the donor family's own code, imported from transformers.
 """
 
 import inspect
+import itertools
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, reduce, wraps
 from pathlib import Path
 
 import torch
@@ -21,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -48,7 +53,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
-    LlamaRMSNorm,
 )
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM, MixtralModel
@@ -102,7 +106,9 @@ def eager_depth_attention(
     """One read, `h = scale * sum_i softmax_i(w . RMSNorm_g(v_i)) v_i` (Kimi Team, arXiv 2603.15031).
 
     Scores, softmax and sums are computed in float32 (float64 for float64 sources) whatever the sources' dtype, also
-    under autocast, and cast once at the end. There is no division by sqrt(hidden).
+    under autocast, and cast once at the end. There is no division by sqrt(hidden). The root mean square of
+    float32 sources may be 1e19 / sqrt(hidden), as they are squared; for gradients, 1e13, as PyTorch's derivative of
+    `rsqrt` takes a cube, which other implementations avoid.
 
     Args:
         sources: num_sources tensors `(batch, seq, hidden)`, the values v_i.
@@ -176,7 +182,7 @@ class DepthAttentionFunction(torch.autograd.Function):
 
     Args of `apply`:
         products: `(num_reads, hidden)`.
-        eps, scale: as in [`eager_depth_attention`].
+        eps, scale: as in [`eager_depth_attention`]; eps may be a tensor.
         before: None, or for a single read the mix `(batch, seq, hidden)` of the sources before, not scaled.
         before_lse: None, or `(batch, seq)`, the logarithm of the sum of the exponentials of their scores.
         norm_weight: None, or for a single read `(hidden,)`, the gain of the RMSNorm that follows, whose result is
@@ -253,6 +259,11 @@ class DepthAttentionFunction(torch.autograd.Function):
         return product_grad, None, None, before_grad, before_lse_grad, norm_weight_grad, None, *source_grads
 
 
+def constant(number: float, like: torch.Tensor) -> float | torch.Tensor:
+    """A number as `torch.compile(dynamic=True)`, for which it is a variable, takes it in a function of its own."""
+    return like.new_full((), number) if torch.compiler.is_compiling() else number
+
+
 def mixes(sources, weights: torch.Tensor, scale: float) -> list[torch.Tensor]:
     """For each read, `scale` times the sum of the sources by `weights` `(num_reads, num_sources, batch, seq)`."""
     mixed = [None] * len(weights)
@@ -279,7 +290,8 @@ def gradients_by_scores(
         Gradients by `products`; by the sources in the products' dtype, None where it isn't needed.
     """
     dtype, hidden = products.dtype, products.shape[-1]
-    by_value = (grads * scores).sum(0).mul_(inverse_rms.square()).div_(-hidden).unsqueeze(-1)
+    # the square of an inverse vanishes where sources are huge, so it is multiplied by 2^40 until the last operation
+    by_value = (grads * scores).sum(0).mul_((inverse_rms * 2.0**20).square()).div_(-hidden).unsqueeze(-1)
     by_product = (grads * inverse_rms).flatten(2)  # (num_reads, num_sources, batch * seq)
     product_grad, source_grads = torch.zeros_like(products), [None] * len(sources)
     with torch.autocast(products.device.type, enabled=False):
@@ -288,7 +300,7 @@ def gradients_by_scores(
             product_grad += by_product[:, source] @ values.reshape(-1, hidden)
             if needed[source]:
                 source_grads[source] = (values * by_value[source]).contiguous()
-                source_grads[source].view(-1, hidden).addmm_(by_product[:, source].T, products)
+                source_grads[source].view(-1, hidden).addmm_(by_product[:, source].T, products, beta=2.0**-40)
     return product_grad, source_grads
 
 
@@ -310,25 +322,92 @@ class ClosedDepthRead:
         return ClosedDepthRead(*moved, self.num_sources)
 
 
+def plain_rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Llama's RMSNorm as it can be fused: in float32, cast before the weight is applied."""
+    values = hidden_states.to(torch.float32)
+    values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * values.to(hidden_states.dtype)
+
+
+def error_as_plain_rms_norm(norm_class: type) -> float:
+    """How far a norm that has nothing but a weight and an epsilon is from [`plain_rms_norm`], 1 standing for far off.
+
+    Compares dtypes, values and, in float32, gradients.
+    """
+    used = set()
+
+    class Recorded(norm_class):
+        def __getattribute__(self, name):
+            used.add(name)
+            return super().__getattribute__(name)
+
+    norm = object.__new__(Recorded)
+    nn.Module.__init__(norm)
+    known = {"weight", "variance_epsilon", *dir(nn.Module())}
+    norm.variance_epsilon = 0.03
+    numbers = torch.arange(192, dtype=torch.float32, device="cpu").view(3, 64)
+    values = numbers.sin() * torch.tensor([[0.02], [1.0], [500.0]], device="cpu")  # eps counts, or squares in float16
+    weight, grad = 1.5 + (2 * numbers[0]).cos(), (3 * numbers).cos()
+    dtypes, errors = (torch.float32, torch.bfloat16, torch.float16), []
+    with torch.enable_grad():
+        for training, dtype, weight_dtype in itertools.product((False, True), dtypes, dtypes):
+            norm.train(training)
+            norm.weight = nn.Parameter(weight.to(weight_dtype))
+            inputs = values.to(dtype).requires_grad_()
+            found, expected = norm(inputs), plain_rms_norm(inputs, norm.weight, norm.variance_epsilon)
+            if found.dtype != expected.dtype or found.shape != expected.shape:
+                return 1.0
+            pairs = [(found, expected)]
+            # torch 2.12 aborts some processes if a thread has computed gradients and ended
+            if dtype == weight_dtype == torch.float32 and not torch.__version__.startswith("2.12."):
+                leaves = (inputs, norm.weight)
+                pairs += zip(*(torch.autograd.grad(result, leaves, grad) for result in (found, expected)))
+            for value, expected_value in pairs:
+                difference = (value.float() - expected_value.float()).abs()
+                # of rounded values few may differ, and those by little
+                errors.append(difference.gt(1e-5 * expected_value.float().abs() + 1e-6).float().mean().item())
+                errors.append((difference.max() / expected_value.float().abs().max()).item())
+    # what else it looks at could differ from one norm to the next
+    return max(errors) if used <= known else 1.0
+
+
 @cache
-def is_plain_rms_norm(norm_class: type) -> bool:
-    """Whether a class has the code of Llama's RMSNorm, as many families have under a name of their own."""
-    if issubclass(norm_class, torch.jit.ScriptModule):  # has none
+def computes_plain_rms_norm(norm_class: type, forward: Callable) -> bool:
+    """Whether norms of a class, whose `forward` this is, compute Llama's RMSNorm, as those of many families do.
+
+    They are tried, as neither a name nor code says what a later transformers, or who has replaced it, computes.
+    """
+    if not issubclass(norm_class, nn.Module) or issubclass(norm_class, torch.jit.ScriptModule):
         return False
-    code, plain = norm_class.forward.__code__, LlamaRMSNorm.forward.__code__
-    return (code.co_code, code.co_consts, code.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
+    try:
+        with ThreadPoolExecutor(1) as thread:  # without the modes, hooks and gradients of what is going on here
+            return thread.submit(error_as_plain_rms_norm, norm_class).result() < 0.02
+    except Exception:  # it needs more than a weight and an epsilon
+        return False
+
+
+@torch.compiler.assume_constant_result
+def is_plain_rms_norm(norm_class: type) -> bool:
+    return computes_plain_rms_norm(norm_class, getattr(norm_class, "forward", None))
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what a module returns; so it is held where torch doesn't tell."""
+    return bool(getattr(module, "_forward_hooks", True))
 
 
 def can_fuse_norm(norm: nn.Module) -> bool:
-    """Whether a norm is as in Llama and neither replaced nor watched by hooks."""
-    changed = "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks
-    is_plain = is_plain_rms_norm.__wrapped__ if torch.compiler.is_compiling() else is_plain_rms_norm
-    return not (changed or norm._backward_hooks or norm._backward_pre_hooks) and is_plain(type(norm))
+    """Whether a norm computes what Llama's does and is neither replaced nor watched by hooks."""
+    if "forward" in norm.__dict__ or getattr(norm, "_forward_hooks", True) or getattr(norm, "_forward_pre_hooks", True):
+        return False
+    if getattr(norm, "_backward_hooks", True) or getattr(norm, "_backward_pre_hooks", True):
+        return False
+    return is_plain_rms_norm(type(norm))
 
 
 def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`norm(hidden_states)`, faster where it can be fused."""
-    if torch.compiler.is_compiling():  # which fuses the formula with what is around it
+    if torch.compiler.is_compiling() or is_transformed():  # compilers fuse the formula with what is around it
         return norm(hidden_states)
     if hidden_states.dtype == torch.float64 or not can_fuse_norm(norm):  # in float64, Llama's norm rounds to float32
         return norm(hidden_states)
@@ -341,15 +420,44 @@ def fused_rms_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
 
 def is_exporting() -> bool:
     """As `torch.compiler.is_exporting`, which `torch.compile` takes for true up to torch 2.11, and 2.6 doesn't have."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return getattr(torch.compiler, "is_exporting", bool)() if flag is None else flag
+
+
+# None in a torch without this name, which isn't public: code on the Hub stays as it is
+peek_interpreter_stack = reduce(
+    lambda found, name: getattr(found, name, None), ("_C", "_functorch", "peek_interpreter_stack"), torch
+)
+
+
+class NoTransforms(torch.autograd.Function):
+    """Refuses to run inside transforms of functions (`torch.func`), as it has no rule for them."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+
+def is_refused(function: Callable, num_arguments: int) -> bool:
+    try:
+        function(*(torch.zeros((), device="cpu") for _ in range(num_arguments)))
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_transformed() -> bool:
     """Whether what runs is traced to run elsewhere, or differentiated or batched in a way that kernels don't know."""
     if torch.compiler.is_compiling():
         return is_exporting()
-    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return in_functorch or torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0
+    if peek_interpreter_stack is None:
+        in_functorch = is_refused(NoTransforms.apply, 1)
+    else:
+        in_functorch = peek_interpreter_stack() is not None
+    level = getattr(torch.autograd.forward_ad, "_current_level", None)
+    if level is None:  # dual numbers can only be made at a level
+        level = -is_refused(torch.autograd.forward_ad.make_dual, 2)
+    return in_functorch or level >= 0 or torch.jit.is_tracing()
 
 
 class TwoPhaseDepthAttention:
@@ -365,13 +473,15 @@ class TwoPhaseDepthAttention:
 
     def __call__(self, sources, product, eps, scale):
         """[`eager_depth_attention`], with its arguments and result."""
+        if is_transformed():
+            return eager_depth_attention(sources, product, eps, scale)
         if sources[0].shape[:-1].numel() <= self.few_tokens:
             return stacked_depth_attention(sources, product, eps, scale)
         return self.read(None, sources, product, eps, scale)
 
     def batches(self, sources, products: torch.Tensor) -> bool:
         """Whether it pays to read the closed `sources` for a whole block, with the `products` of its reads."""
-        return len(sources) > 1 and sources[0].shape[:-1].numel() > self.few_tokens
+        return len(sources) > 1 and not is_transformed() and sources[0].shape[:-1].numel() > self.few_tokens
 
     def closed_reads(
         self, sources, products: torch.Tensor, eps: float, watched: bool = True, rounded: bool = False
@@ -382,7 +492,8 @@ class TwoPhaseDepthAttention:
         before its norm; where both are one step, that is spared.
         """
         products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
-        lse, weights, *mixed = DepthAttentionFunction.apply(products, eps, 1, None, None, None, 0, *sources)
+        arguments = (products, constant(eps, products), 1, None, None, None, 0)
+        lse, weights, *mixed = DepthAttentionFunction.apply(*arguments, *sources)
         weights = [w.transpose(0, 1).contiguous() for w in weights] if watched else [None] * len(mixed)
         return [ClosedDepthRead(*read, len(sources)) for read in zip(mixed, lse.unbind(), weights)]
 
@@ -394,13 +505,13 @@ class TwoPhaseDepthAttention:
 
     def step(self, depth_read, product, sources, output, norm, closed_read, watched: bool):
         """Everything that [`DepthRead`] does, with its arguments and result, at once; None if it can't be."""
+        if watched or torch.compiler.is_compiling() or is_transformed():
+            return None
         num_closed = 0 if closed_read is None else closed_read.num_sources
         num_sources = len(sources) + (output is not None and not depth_read.extends)
         merges = num_sources - num_closed + (closed_read is not None) > 1
         many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
         with_gradients = torch.is_grad_enabled()
-        if watched or torch.compiler.is_compiling():
-            return None
         if not (many and can_fuse_norm(norm)) or (with_gradients and not merges):
             return None
         sources = write(sources, output, depth_read.extends)
@@ -428,7 +539,8 @@ class TwoPhaseDepthAttention:
             if len(new_sources) == 1 and not with_gradients:
                 return self.merge(closed_read, new_sources[0], product, eps, scale)
         norm = (None, 0) if norm is None else (norm.weight, norm.variance_epsilon)
-        _, weights, mixed = DepthAttentionFunction.apply(product[None], eps, scale, *before, *norm, *new_sources)
+        arguments = (product[None], constant(eps, product), scale, *before, *norm)
+        _, weights, mixed = DepthAttentionFunction.apply(*arguments, *new_sources)
         weights = weights[0].transpose(0, 1)
         if closed_read is None:
             weights = weights.contiguous()
@@ -559,10 +671,15 @@ class DepthAttentionInterface(GeneralInterface):
     """
 
     default = "two_phase"
+    absent: dict[str, str] = {}  # names that can't be had here, with the reason
     _global_mapping = {"eager": eager_depth_attention, "two_phase": TwoPhaseDepthAttention()}
 
     def get_interface(self, name: str) -> Callable:
         if name not in self:
+            if name in self.absent:
+                raise ValueError(
+                    f"{name!r} depth attention can't be had: {self.absent[name]}. There are {', '.join(sorted(self))}."
+                )
             raise ValueError(
                 f"{name!r} is not an implementation of depth attention; choose one of {', '.join(sorted(self))} or add "
                 "it with DepthAttentionInterface.register."
@@ -583,12 +700,30 @@ class DepthParameters(nn.Module):
 
         return super()._apply(move, recurse)
 
+    @staticmethod
+    def rows_of(parameter: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """A copy of what belongs to the reads with these `rows`, two of each layer that stays, and to the last read."""
+        return parameter[[*rows, -1]]
+
+    def keep_rows(self, rows: Sequence[int]):
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            kept = nn.Parameter(self.rows_of(parameter.detach(), rows), parameter.requires_grad)
+            kept._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)
+            setattr(self, name, kept)
+
 
 class DepthAttention(DepthParameters):
     """The learned queries and key norm gains of all reads of a model, kept in float32.
 
     Zero queries, the initial value, weight all sources equally. Returns the products `query * key_norm`
     `(num_depth_reads, hidden)`: fresh float32 tensors, as a sharded parameter may be freed after this module's forward.
+
+    As a group of torch's `fully_shard` has one dtype, it gets one of its own in a model of another dtype:
+
+    ```python
+    fully_shard(model.model.depth_attention)
+    fully_shard(model)
+    ```
     """
 
     def __init__(self, config):
@@ -609,8 +744,41 @@ class DepthScalars(DepthParameters):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.num_depth_reads, config.num_depth_reads, dtype=torch.float32))
 
+    @staticmethod
+    def rows_of(parameter: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        return DepthParameters.rows_of(parameter, rows)[:, [0, *(row + 1 for row in rows)]]  # each is a source too
+
     def forward(self) -> torch.Tensor:
         return self.weight.clone()
+
+
+class RowsOfLayers(ConversionOps):
+    """Loads and saves the rows of depth attention that belong to the layers of a model, the checkpoint's first ones,
+    and the last row, that of the output."""
+
+    def __init__(self, rows_of: Callable):
+        self.rows_of = rows_of
+
+    @torch.no_grad
+    def convert(self, input_dict: dict, source_patterns, target_patterns, *, model, config, full_layer_name, **kwargs):
+        (values,) = input_dict.values()
+        parameter = values[0] if isinstance(values, list) else values
+        if hasattr(model.get_parameter_or_buffer(full_layer_name), "device_mesh"):  # comes in pieces
+            return {target_patterns[0]: parameter}
+        num_reads = config.num_depth_reads
+        if len(parameter) < num_reads:
+            raise ValueError(
+                f"{full_layer_name} has {len(parameter)} rows, those of {len(parameter) // 2} layers, and "
+                f"num_hidden_layers is {config.num_hidden_layers}: there is nothing from which the others could get "
+                "theirs. Set num_hidden_layers to the number of layers, or fewer."
+            )
+        if len(parameter) > num_reads:
+            parameter = self.rows_of(parameter, range(num_reads - 1))
+        return {target_patterns[0]: parameter}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
 
 
 def write(sources: tuple[torch.Tensor, ...], output: torch.Tensor | None, extends: bool) -> tuple[torch.Tensor, ...]:
@@ -623,6 +791,14 @@ def write(sources: tuple[torch.Tensor, ...], output: torch.Tensor | None, extend
     return *sources, output
 
 
+class NormOfRead:
+    """A norm as an argument of a read: what wraps the read, as accelerate does, moves modules that it sees to a device,
+    which it can't do to one that lies elsewhere or on disk."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+
 class DepthRead(nn.Module):
     """Everything between two sublayers: the read of `row`, in the place that it has in a model. Holds no parameters.
 
@@ -631,12 +807,15 @@ class DepthRead(nn.Module):
 
     def __init__(self, config, row: int):
         super().__init__()
+        self.set_place(config, row)
+        self.set_implementation(config)
+
+    def set_place(self, config, row: int):
         self.row = row
         self.num_closed_sources = config.num_closed_depth_sources(row)
         self.extends = row > 0 and config.extends_open_depth_source(row - 1)
         self.eps = config.attn_res_norm_eps
         self.scale = config.num_depth_sources(row) if config.attn_res_sum_scale else 1
-        self.set_implementation(config)
 
     def set_implementation(self, config):
         if config.attn_res_mode == "denseformer":
@@ -650,7 +829,7 @@ class DepthRead(nn.Module):
         product: torch.Tensor,
         sources: tuple[torch.Tensor, ...],
         output: torch.Tensor | None,
-        norm: nn.Module,
+        norm: nn.Module | NormOfRead,
         closed_read: ClosedDepthRead | TokenReads | None = None,
         watched: bool = False,
     ) -> tuple:
@@ -667,7 +846,8 @@ class DepthRead(nn.Module):
             The read and its weights `(batch, num_sources, seq)`, Nones if they aren't needed and weren't computed; the
             read after the norm; the sources with `output`.
         """
-        watched = watched or bool(self._forward_hooks)
+        watched = watched or has_forward_hooks(self)
+        norm = norm.module if isinstance(norm, NormOfRead) else norm
         if watched and isinstance(closed_read, ClosedDepthRead) and closed_read.weights is None:
             closed_read = None
         if isinstance(closed_read, TokenReads):
@@ -722,8 +902,12 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
     def set_place(self, config, layer_idx: int):
         """Tells the layer which of the model it is. What it needs at each call is looked up once."""
         self.layer_idx = layer_idx
-        self.attention_read = DepthRead(config, 2 * layer_idx)
-        self.mlp_read = DepthRead(config, 2 * layer_idx + 1)
+        self.depth_row = 2 * layer_idx
+        if not hasattr(self, "attention_read"):
+            self.attention_read = DepthRead(config, self.depth_row)
+            self.mlp_read = DepthRead(config, self.depth_row + 1)
+        self.attention_read.set_place(config, self.depth_row)
+        self.mlp_read.set_place(config, self.depth_row + 1)
         self.output_extends = config.extends_open_depth_source(2 * layer_idx + 1)
         self.opens_block = layer_idx % config.attn_res_block_size == 0
         self.num_closed_before = config.num_closed_depth_sources(2 * layer_idx - 1)
@@ -755,13 +939,13 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
         """
         *sources, output, attention_product, mlp_product = sources_and_products
         num_unchanged = self.num_unchanged_sources(output)
-        watched = watched or bool(self._forward_hooks)
+        watched = watched or has_forward_hooks(self)
         attention_input, attention_weights, normed, sources = self.attention_read(
-            attention_product, sources, output, self.attention_norm, closed_reads[0], watched
+            attention_product, sources, output, NormOfRead(self.attention_norm), closed_reads[0], watched
         )
         output = self.attend(normed, **kwargs)
         _, mlp_weights, normed, sources = self.mlp_read(
-            mlp_product, sources, output, self.mlp_norm, closed_reads[1], watched
+            mlp_product, sources, output, NormOfRead(self.mlp_norm), closed_reads[1], watched
         )
         output = self.transform(normed)
         if self.gradient_checkpointing and self.training:  # what a layer returns is kept until the backward pass
@@ -877,6 +1061,7 @@ class AttnResPreTrainedModelMixin:
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers; the folder also gets the code files, so that it loads without this project."""
+        self.base_model.check_layers()
         self.config.auto_map = self.config.hub_classes()
         if is_main_process and not Path(save_directory).is_file():
             Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -890,6 +1075,12 @@ def _donor_class(cls: type) -> type:
     return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
 
 
+class ReceivedWeights:
+    """What a head gets of the model under it besides that model's outputs. Not a list, which wrappers would copy."""
+
+    weights: tuple[torch.Tensor, ...] | None = None
+
+
 class AttnResModelMixin(AttnResPreTrainedModelMixin):
     """A donor's decoder that carries sources instead of hidden states from layer to layer."""
 
@@ -900,7 +1091,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         # One recorder, as donors have, so that hidden states can be selected by index. It takes the first entry, the
         # embedding, from the first argument of the first layer.
         recorder = OutputRecorder(HiddenStateRecorded, index=0)
-        cls._can_record_outputs = {**cls._can_record_outputs, "hidden_states": recorder}
+        cls._can_record_outputs = {**(getattr(cls, "_can_record_outputs", None) or {}), "hidden_states": recorder}
         if "layer_class" in cls.__dict__:
             cls._no_split_modules = [cls.layer_class.__name__]
 
@@ -913,8 +1104,49 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         depth_class = DepthScalars if self.config.attn_res_mode == "denseformer" else DepthAttention
         self.depth_attention = depth_class(self.config)
         self.output_read = OutputRead(self.config, self.config.num_depth_reads - 1)
-        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "depth_attention"}
+        kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
+        self._keep_in_fp32_modules_strict = {*kept, "depth_attention"}
         super().post_init()
+
+    def __setattr__(self, name, value):
+        if name == "layers" and hasattr(self, "depth_attention") and isinstance(value, nn.ModuleList):
+            self.place_layers(value)
+        super().__setattr__(name, value)
+
+    def place_layers(self, layers: nn.ModuleList):
+        """Gives depth attention the rows of the `layers` that the model is about to get, of which some may be gone,
+        copies (which get copies of the rows) or in another order.
+
+        Raises:
+            ValueError: a layer is in the list twice, or has no rows here.
+        """
+        first_rows = [getattr(layer, "depth_row", -1) for layer in layers]
+        num_rows = self.output_read.row
+        if len({id(layer) for layer in layers}) < len(layers):
+            raise ValueError("A layer can't be in a model twice, as it has one place in it: use copy.deepcopy(layer).")
+        if not all(0 <= row < num_rows for row in first_rows):
+            raise ValueError("Layers must be this model's or copies of them: others have no rows in depth attention.")
+        rows = [row for first in first_rows for row in (first, first + 1)]
+        if rows == list(range(num_rows)):
+            return
+        for module in self.depth_attention.modules():
+            if isinstance(module, DepthParameters):
+                module.keep_rows(rows)
+        for layer_idx, layer in enumerate(layers):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):  # its place in the cache
+                    module.layer_idx = layer_idx
+            layer.set_place(self.config, layer_idx)
+        self.output_read.set_place(self.config, len(rows))
+
+    def check_layers(self):
+        """Raises a `ValueError` if layers have changed without [`place_layers`]; those at the end may be missing."""
+        rows = [layer.depth_row for layer in self.layers]
+        if rows != list(range(0, 2 * len(rows), 2)) or 2 * len(rows) > self.output_read.row:
+            raise ValueError(
+                "The list of layers has been changed in place, so that depth attention doesn't know with which of its "
+                "rows they read. Give the model a new list, as in model.layers = torch.nn.ModuleList([...])."
+            )
 
     def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """The first source, from the token embeddings."""
@@ -963,7 +1195,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_depth_attentions: bool | None = None,
-        depth_attentions: list | None = None,
+        depth_attentions: ReceivedWeights | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AttnResModelOutputWithPast:
         """
@@ -971,7 +1203,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
 
         Args:
             output_depth_attentions: whether the outputs hold `depth_attentions`, the weights of all reads.
-            depth_attentions: a list that receives these weights, for heads, whose forward is the donor's.
+            depth_attentions: receives these weights, for heads, whose forward is the donor's.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -1000,11 +1232,12 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             output_depth_attentions = self.config.output_depth_attentions
         with_weights = output_depth_attentions or depth_attentions is not None
         all_weights = []
+        self.check_layers()
         layers = list(self.layers)[: self.config.num_hidden_layers]
         block_size = self.config.attn_res_block_size
         products = self.depth_attention()
         embedding, output = self.embed(inputs_embeds), None
-        watched = with_weights or any(layer._forward_hooks for layer in layers)
+        watched = with_weights or any(has_forward_hooks(layer) for layer in layers)
         depth_attention, token_reads = self.output_read.depth_attention, None
         if isinstance(depth_attention, TwoPhaseDepthAttention):
             prepared = depth_attention.prepare(embedding, products, self.output_read.eps, watched)
@@ -1044,7 +1277,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if isinstance(closed_read, ClosedDepthRead):
             closed_read = closed_read.to(device)
         _, output_weights, hidden_states, _ = self.output_read(
-            product_of_read[-1].to(device), sources, output, self.norm, closed_read, with_weights
+            product_of_read[-1].to(device), sources, output, NormOfRead(self.norm), closed_read, with_weights
         )
         all_weights.append(output_weights)
         if with_weights and output_weights is None:
@@ -1053,7 +1286,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                 "choose another, such as two_phase, or leave out output_depth_attentions."
             )
         if depth_attentions is not None:
-            depth_attentions.extend(all_weights)
+            depth_attentions.weights = tuple(all_weights)
         return AttnResModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -1076,11 +1309,11 @@ def with_depth_attentions(forward: Callable, output_class: type[ModelOutput]) ->
     def head_forward(self, *args, output_depth_attentions: bool | None = None, **kwargs) -> output_class:
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions
-        depth_attentions = [] if output_depth_attentions else None
+        received = ReceivedWeights()
         if output_depth_attentions:
-            kwargs["depth_attentions"] = depth_attentions
+            kwargs["depth_attentions"] = received
         outputs = forward(self, *args, return_dict=True, **kwargs)
-        return output_class(**outputs, depth_attentions=tuple(depth_attentions) if output_depth_attentions else None)
+        return output_class(**outputs, depth_attentions=received.weights)
 
     head_forward.__doc__ = (forward.__doc__ or "") + OUTPUT_DEPTH_ATTENTIONS_DOC
     parameters = dict(inspect.signature(forward).parameters)
@@ -1113,8 +1346,65 @@ class AttnResHeadMixin(AttnResPreTrainedModelMixin):
         self.post_init()
 
 
+@dataclass
+class AttnResGenerateDecoderOnlyOutput(GenerateDecoderOnlyOutput):
+    """`depth_attentions`: for each generated token the weights of all reads, a tuple of 2 * num_hidden_layers + 1
+    tensors `(batch, num_sources, seq)`. `seq` is the prompt's length for the first token, then 1."""
+
+    depth_attentions: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
+
+
+@dataclass
+class AttnResGenerateBeamDecoderOnlyOutput(GenerateBeamDecoderOnlyOutput):
+    """`depth_attentions` as those of [`AttnResGenerateDecoderOnlyOutput`], of `batch * num_beams` sequences in the
+    order in which they were run; `beam_indices` tells which of them became a result."""
+
+    depth_attentions: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
+
+
+GENERATED_DEPTH_ATTENTIONS = ContextVar("a list that receives those of each step, if they are asked for", default=None)
+
+
 class AttnResForCausalLMMixin(AttnResHeadMixin):
     output_class = AttnResCausalLMOutputWithPast
+
+    def generate(self, *args, output_depth_attentions: bool | None = None, **kwargs):
+        """As in transformers, and:
+
+        Args:
+            output_depth_attentions: whether the outputs hold `depth_attentions`, the weights of all reads at each step,
+                if `return_dict_in_generate` is set: an [`AttnResGenerateDecoderOnlyOutput`] or, with beams, an
+                [`AttnResGenerateBeamDecoderOnlyOutput`].
+
+        Raises:
+            ValueError: they are asked of assisted generation, whose steps are of several tokens.
+        """
+        if output_depth_attentions is None:
+            output_depth_attentions = self.config.output_depth_attentions
+        if output_depth_attentions:
+            kwargs["output_depth_attentions"] = True
+        steps = [] if output_depth_attentions else None
+        token = GENERATED_DEPTH_ATTENTIONS.set(steps)
+        try:
+            outputs = super().generate(*args, **kwargs)
+        finally:
+            GENERATED_DEPTH_ATTENTIONS.reset(token)
+        if steps is None or not isinstance(outputs, ModelOutput):
+            return outputs
+        with_beams = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
+        output_class = AttnResGenerateBeamDecoderOnlyOutput if with_beams else AttnResGenerateDecoderOnlyOutput
+        return output_class(**outputs, depth_attentions=tuple(steps))
+
+    def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
+        steps = GENERATED_DEPTH_ATTENTIONS.get()
+        if steps is not None:
+            steps.append(outputs.depth_attentions)
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        if GENERATED_DEPTH_ATTENTIONS.get() is not None:
+            raise ValueError("Assisted generation doesn't return depth_attentions: leave out output_depth_attentions.")
+        return super()._assisted_decoding(*args, **kwargs)
 
     def add_head(self, config):
         self.vocab_size = config.vocab_size
@@ -1453,11 +1743,14 @@ if KimiLinearModel is not None:
         model_class = AttnResKimiLinearModel
 
 
-# Checkpoints keep the donor's tensor names, which for some families (experts) are not those of the modules
+# Checkpoints keep the donor's tensor names, which for some families (experts) are not those of the modules; and may
+# have more layers than are loaded
 for _config_class in (globals()[name] for name in CONFIG_CLASSES):
-    _mapping = get_checkpoint_conversion_mapping(_config_class.donor_config_class().model_type)
-    if _mapping is not None:
-        register_checkpoint_conversion_mapping(_config_class.model_type, _mapping, overwrite=True)
+    _mapping = get_checkpoint_conversion_mapping(_config_class.donor_config_class().model_type) or []
+    for _class, _names in ((DepthAttention, ("query", "key_norm")), (DepthScalars, ("weight",))):
+        for _name in (f"depth_attention.{name}" for name in _names):
+            _mapping = [*_mapping, WeightConverter(_name, _name, [RowsOfLayers(_class.rows_of)])]
+    register_checkpoint_conversion_mapping(_config_class.model_type, _mapping, overwrite=True)
 
 
 __all__ = [
