@@ -54,11 +54,12 @@ class Lists(argparse.Action):
         setattr(namespace, self.dest, values if before is self.default or not values else [*before, *values])
 
 
-HIGHEST = 10**9  # of what is counted; of rates, what is far beyond what trains and still finite in float32
+HIGHEST = 10**9  # far beyond what trains
 positive = number(int, 1, HIGHEST)
 natural = number(int, 0, HIGHEST)
 non_negative = number(float, 0, HIGHEST)
 above_zero = number(float, 0, HIGHEST, without=(0,))
+learning_rate = number(float, 0, 1e28, without=(0,))  # HIGHEST times as much is still finite in float32
 batch = number(int, 1, 10**6)
 rank = number(int, 1, 2**16)  # beyond the sizes of the layers
 workers = number(int, 0, 1024)
@@ -77,7 +78,7 @@ def add_training_options(parser: argparse.ArgumentParser, compared: str, example
     add("--accumulate", type=batch, default=1, help="forwards per step; default: 1")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for matrices, AdamW for the rest; "
         "default: adamw")  # fmt: skip
-    add("--learning-rate", type=above_zero, default=1e-3, help="default: %(default)s")
+    add("--learning-rate", type=learning_rate, default=1e-3, help="default: %(default)s")
     add("--depth-lr-scale", type=non_negative, default=DEPTH_LR_SCALE, help="depth attention's learning rate as a "
         "multiple of --learning-rate; default: %(default)s")  # fmt: skip
     add("--weight-decay", type=non_negative, default=0.1, help="of matrices; default: %(default)s")

@@ -217,7 +217,7 @@ def test_damaged_checkpoints(server, text):
     run = server.start(*command)
     assert run.wait_for((folder / "checkpoint-6").exists)
     run.kill()
-    last, before = sorted(folder.glob("checkpoint-*"), reverse=True)
+    last, before, *_ = sorted(folder.glob("checkpoint-*"), reverse=True)  # an older one may not be gone yet
     for number, damage in ((1, lambda path: path.unlink()), (2, lambda path: path.write_bytes(path.read_bytes()[:-9]))):
         damage(last / "optimizer.pt")
         run, kept = server.start(*command), folder / f"{last.name}.damaged-{number}"
@@ -310,7 +310,7 @@ def test_loss_that_is_not_a_number(server, donor, text):
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_model_that_breaks(evaluated, server, text):
     """A step that breaks the model is noticed before a checkpoint of it is written, with or without an evaluation."""
-    command = [*RUN, "--data", text, "--learning-rate", 1e30, "--save-steps", 1, "--warmup", 1, "--steps", 10]
+    command = [*RUN, "--data", text, "--learning-rate", 1e28, "--save-steps", 1, "--warmup", 1, "--steps", 10]
     command += ["--keep-checkpoints", 1, "--eval-steps", 1 if evaluated else 10]
     folder = server.folder / f"breaks-{evaluated}"
     message = server.run(*command, "--output", folder, exit_code=1)
