@@ -13,11 +13,14 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from .reading import (
+    ADAPTER_NAME,
     CONFIG_NAME,
+    TEMPLATE_FOLDER,
     InputError,
     check_inside,
     is_regular,
     kind_of,
+    model_entries,
     open_regular,
     parse_json,
     read_config,
@@ -57,9 +60,9 @@ COMPANIONS = (
     "notice*",
     "copying*",
     "use_policy*",
-    "additional_chat_templates/*",
+    f"{TEMPLATE_FOLDER}/*",
 )
-NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "trainer_state.json", "adapter_config.json")
+NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "trainer_state.json", ADAPTER_NAME)
 
 
 class ConversionError(InputError):
@@ -138,8 +141,8 @@ class Checkpoint:
         Raises:
             InputError: one is a link that leaves the folder.
         """
-        files = [path for pattern in ("*", "additional_chat_templates/*") for path in self.folder.glob(pattern)]
-        names = sorted(path.relative_to(self.folder).as_posix() for path in files if not path.is_dir())
+        files = (path for path in model_entries(self.folder) if not path.is_dir())
+        names = sorted(path.relative_to(self.folder).as_posix() for path in files)
         names = [name for name in names if is_companion(name) and name not in self.shards]
         for name in names:
             check_inside(self.folder, self.folder / name)

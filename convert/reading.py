@@ -5,6 +5,7 @@ Nothing in such a folder is trusted: not that a file is a file, nor its size, it
 wrong is an [`InputError`], one line that says what, where and what to do.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import yaml
 
 CONFIG_NAME = "config.json"
 ADAPTER_NAME = "adapter_config.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
 CARD_NAME = "README.md"
 MAX_MESSAGE = 275  # characters: with the name of a script in front, 300 at most
 MAX_JSON = 100_000_000  # bytes, of a tokenizer or an index; the largest in use have a third of it
@@ -31,7 +33,7 @@ MAX_KEYS = 10_000  # of a configuration
 MAX_LAYERS = 10_000
 MAX_LABELS = 1_000_000  # for each of which a configuration makes a name
 MAX_NESTING = 100  # of what is in a JSON file
-MAX_METADATA = 250_000  # characters, of a card, of which PyYAML reads some 50,000 a second
+MAX_METADATA = 250_000  # characters, of a card, which PyYAML takes seconds to read
 MAX_DIGITS = 100
 MAX_CARD_DEPTH = 20  # of the metadata of a card
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # of the Hub; also in the middle of a word
@@ -146,12 +148,20 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
-def reason(error: BaseException) -> str:
-    """What an error says, in one line that ends without a full stop."""
+def first_line(error: BaseException) -> str:
+    """The first line of a message, and the next one if the first only announces it."""
     lines = [line.strip() for line in str(error)[: 100 * MAX_MESSAGE].splitlines() if line.strip()]
-    if isinstance(error, KeyError) or not lines:
-        return " ".join([type(error).__name__, *lines[:1]])
-    return one_line(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:"), MAX_MESSAGE // 2)
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one short line that ends without a full stop."""
+    text = first_line(error)
+    if isinstance(error, KeyError) and error.args:
+        text = f"{type(error).__name__} {text}"
+    return one_line(text.rstrip(".:"), MAX_MESSAGE // 2)
 
 
 def is_regular(path: Path) -> bool:
@@ -187,6 +197,15 @@ def open_regular(path: Path, limit: int | None = None) -> Iterator:
         if limit is not None and found.st_size > limit:
             raise InputError(f"{path} has {found.st_size / 1e6:,.0f} MB; at most {limit / 1e6:,.0f} MB are read.")
         yield file
+
+
+def sha256(path: Path) -> str:
+    """The hash of a regular file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:
@@ -395,9 +414,9 @@ def parse_metadata(card: str, name: str) -> dict:
     return content
 
 
-def _entries(folder: Path) -> list[Path]:
+def model_entries(folder: Path) -> list[Path]:
     """What a library that loads a model or tokenizer may open in its folder."""
-    return sorted(path for pattern in ("*", "additional_chat_templates/*") for path in folder.glob(pattern))
+    return sorted(path for pattern in ("*", f"{TEMPLATE_FOLDER}/*") for path in folder.glob(pattern))
 
 
 def check_folder(folder: Path) -> None:
@@ -407,7 +426,7 @@ def check_folder(folder: Path) -> None:
         InputError: a file in it is a pipe or device, which it would wait for, or a text without end.
     """
     try:
-        for path in _entries(folder):
+        for path in model_entries(folder):
             found = path.stat() if path.exists() else None
             if found is None or stat.S_ISDIR(found.st_mode):
                 continue
@@ -435,14 +454,20 @@ def check_inside(folder: Path, path: Path) -> None:
         raise InputError(f"{path} is a link that leaves the folder; put the file itself there, or remove it.")
 
 
-def check_own_files(folder: Path) -> None:
+def check_own_files(folder: str | Path) -> None:
     """[`check_inside`] for all files that belong to a model or tokenizer: what is made of them may be published.
+
+    Args:
+        folder: what is none, such as a Hub id, has no links.
 
     Raises:
         InputError: one is a link that leaves the folder.
     """
+    if not os.path.isdir(folder):
+        return
+    folder = Path(folder)
     try:
-        for path in _entries(folder):
+        for path in model_entries(folder):
             check_inside(folder, path)
     except OSError as error:
         raise InputError(f"{folder} can't be read: {error.strerror}.") from None

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, ConversionError
-from .reading import InputError, is_regular, read_json, typed
+from .reading import TEMPLATE_FOLDER, InputError, is_regular, read_json, typed
 
 
 try:
@@ -123,7 +123,7 @@ def check_destination(dst: Path, force: bool) -> None:
     if names and not (dst / CONFIG_NAME).is_file():
         raise ConversionError(f"{dst} exists and is no model folder, so even --force doesn't replace it.")
     for name in sorted(names):
-        if name.startswith(".") or (dst / name).is_dir() and name != "additional_chat_templates":
+        if name.startswith(".") or (dst / name).is_dir() and name != TEMPLATE_FOLDER:
             raise ConversionError(f"{dst} holds {name}, which would be lost; move it away.")
 
 

@@ -23,7 +23,6 @@ from training_run import RunError
 from transformers.utils import cached_file
 
 
-ADAPTER_FILE = "adapter_config.json"
 BASE_FILE = "base.json"  # beside an adapter: which model it was trained on
 DEPTH_ATTENTION = "depth_attention"
 SECONDS = 60  # to look for the modules of an adapter, whose names may be a regular expression
@@ -47,7 +46,7 @@ def read_adapter_config(adapter: str) -> dict | None:
     Raises:
         InputError: it is broken, or PEFT would fail at it without a word.
     """
-    file = find_file(adapter, ADAPTER_FILE)
+    file = find_file(adapter, reading.ADAPTER_NAME)
     if file is None:
         return None
     if os.path.isdir(adapter):
@@ -199,7 +198,7 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     """
     content = read_adapter_config(adapter)
     if content is None:
-        raise RunError(f"no adapter at {adapter}: it has no {ADAPTER_FILE}.")
+        raise RunError(f"no adapter at {adapter}: it has no {reading.ADAPTER_NAME}.")
     with reading.understood(f"no adapter at {adapter}", kind=RunError):
         config = peft.PeftConfig.from_pretrained(adapter)
         if find_file(adapter, SAFETENSORS_WEIGHTS_NAME) is None:

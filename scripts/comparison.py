@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from attnres_convert import InputError, reading
+from attnres_convert.reading import sha256
 from reports import json_text, table
 from training_options import run_arguments
 from training_run import (
@@ -28,7 +29,6 @@ from training_run import (
     plot_losses,
     read_lines,
     read_results,
-    sha256,
     versions,
     without_seed,
     write_output,

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import transformers
 from attnres_convert import InputError, reading
+from attnres_convert.reading import first_line
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from output_folder import output_folder
 from reports import table, write_json, write_text
@@ -48,7 +49,6 @@ from training_data import (
     check_tokens,
     checked_text,
     few_characters,
-    first_line,
     held_out_rows,
     load_documents,
     load_rows,

@@ -48,7 +48,7 @@ from finetuning_data import (
     split_and_pack_examples,
     uses_chat,
 )
-from model_loading import check_context, check_own_files, check_trainable, read_config
+from model_loading import check_context, check_trainable, read_config
 from pretrain import check_same_data, depth_callbacks, get_tokenizer, load_model, starting_point
 from reports import write_json
 from training_card import mean_depth_weights, model_results, write_training_card
@@ -200,7 +200,6 @@ def check_method(args, config):
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
-        check_own_files(args.model, args.tokenizer, args.adapter)
         config = read_config(args.model)
         check_context(config, args.seq_len)
         check_method(args, config)
@@ -322,7 +321,6 @@ def finetune(args) -> dict:
 def compare_runs(args, argv: list[str]) -> dict:
     """All methods, on one base; see [`compare`]."""
     open_comparison(args)
-    check_own_files(args.model, args.tokenizer, args.adapter)
     config = read_config(args.model)
     check_context(config, args.seq_len)
     check_method(args, config)

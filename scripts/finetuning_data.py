@@ -21,13 +21,12 @@ import jinja2
 import numpy as np
 import torch
 from attnres_convert import InputError
-from attnres_convert.reading import time_limit, understood
+from attnres_convert.reading import first_line, time_limit, understood
 from training_data import (
     STDLIB,
     DataError,
     checked_text,
     data_name,
-    first_line,
     held_out_rows,
     load_rows,
     mapped,

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from adapters import ADAPTER_FILE, find_file, load_adapter, read_adapter_config
+from adapters import find_file, load_adapter, read_adapter_config
 from attnres_convert import InputError, reading
 from attnres_convert.checkpoint import read_checkpoint
-from attnres_convert.loading import empty_model
+from attnres_convert.loading import LAYER, empty_model
 from attnres_convert.verification import available_memory
 from packed_documents import separate_documents
 from training_data import check_tokens
@@ -38,7 +38,6 @@ import attnres  # noqa: F401, registers its classes
 MADE_PLAIN = ("mxfp4", "fp8")  # ways to quantise whose weights transformers can make plain as it loads them
 # Tensors that checkpoints have and models make by themselves, or that predict tokens further ahead
 HARMLESS = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|position_ids$|(^|\.)(mtp|nextn)")
-LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 @dataclass
@@ -75,7 +74,7 @@ def read_config(source: str, overrides: dict | None = None, may_be_type: bool = 
     if may_be_type and source in CONFIG_MAPPING:
         values = {"model_type": source}
     elif os.path.isdir(source):  # unlike a Path, it takes a name of any length
-        if (path / ADAPTER_FILE).exists() and not (path / reading.CONFIG_NAME).exists():
+        if (path / reading.ADAPTER_NAME).exists() and not (path / reading.CONFIG_NAME).exists():
             raise RunError(f"no configuration at {source}: it is an adapter, which needs its base as the model.")
         reading.check_folder(path)
         values = reading.read_config(path)
@@ -196,17 +195,6 @@ def check_unused(source: str, names: list[str], model_type: str, is_quantized: b
     if others and not is_quantized and os.environ.get("RANK", "0") == "0":
         text = f"{source} has {len(others)} tensors that a {model_type} model doesn't use, such as {others[0]}"
         print(reading.one_line(text), file=sys.stderr)
-
-
-def check_own_files(*sources: str | Path | None):
-    """Whether all files of the folders among `sources` are their own: training saves what it loads of them.
-
-    Raises:
-        InputError: one is a link that leaves its folder.
-    """
-    for source in sources:
-        if source is not None and os.path.isdir(source):
-            reading.check_own_files(Path(source))
 
 
 def load_weights(source: str, may_be_new: str | None = None, plain: bool = False, **options):

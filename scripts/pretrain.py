@@ -28,7 +28,6 @@ from comparison import check_variants, compare, open_comparison
 from depth_callback import DEPTH_FILE, DepthCallback, check_can_be_watched, decoder
 from model_loading import (
     check_context,
-    check_own_files,
     check_trainable,
     load_tokenizer,
     load_weights,
@@ -271,7 +270,6 @@ def check_same_data(folder: Path, train, is_new: bool):
 def prepare(args, is_new: bool):
     """Tokenizer, model and data. In each process, the main one first."""
     with main_process_first():
-        check_own_files(args.model, args.config, args.tokenizer)
         # what is wrong with it is said before what it leads to
         config = read_config(args.model or args.config, args.set, may_be_type=args.model is None)
         if args.model:
@@ -378,7 +376,6 @@ def pretrain(args) -> dict:
 def compare_runs(args, argv: list[str]) -> dict:
     """All variants, with one tokenizer; see [`compare`]."""
     open_comparison(args)
-    check_own_files(args.model, args.config, args.tokenizer)
     shared = []
     if args.train_tokenizer:
         documents = load_documents(

@@ -34,6 +34,7 @@ from attnres_convert import InputError
 from attnres_convert.card import CARD_NAME, folder_card, is_hub_id, renamed, without_local_bases, write_card
 from attnres_convert.checkpoint import read_shard
 from attnres_convert.reading import (
+    ADAPTER_NAME,
     MAX_CONFIG,
     check_config,
     check_inside,
@@ -42,6 +43,7 @@ from attnres_convert.reading import (
     parse_metadata,
     read_json,
     read_text,
+    sha256,
     typed,
     understood,
 )
@@ -302,7 +304,7 @@ def _collect(folder: Path, token: str | None) -> Package:
             package.files[name] = path
         else:
             package.left[name] = reason
-    if "adapter_config.json" in package.files:
+    if ADAPTER_NAME in package.files:
         raise PushError(f"{folder} is an adapter, or holds one; merge it into its base and push the result.")
     for name, advice in REQUIRED.items():
         if name not in package.files:
@@ -374,14 +376,6 @@ def load_as_stranger(package: Package, trust_remote_code: bool = False) -> str:
 def git_oid(path: Path) -> str:
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_same(path: Path, remote) -> bool:

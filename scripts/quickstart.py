@@ -22,13 +22,14 @@ import torch
 from accelerate import PartialState
 from attnres_convert import InputError, convert_checkpoint, reading, staging
 from attnres_convert.card import read_json
+from attnres_convert.reading import sha256
 from attnres_convert.report import report
 from evaluate_model import evaluate_checkpoints, notes, report_table, write_report
 from evaluate_model import parse_arguments as evaluation_arguments
 from finetune import finetune
 from finetune import parse_arguments as finetuning_arguments
 from finetuning_data import load_examples
-from model_loading import check_own_files, load_checkpoint, open_checkpoint
+from model_loading import load_checkpoint, open_checkpoint
 from plot_depth_attention import parse_arguments as plot_arguments
 from plot_depth_attention import plot_depth_attention
 from pretrain import check_context, pretrain
@@ -44,7 +45,6 @@ from training_run import (
     named_checkpoints,
     plot_losses,
     read_lines,
-    sha256,
     versions,
 )
 
@@ -196,7 +196,8 @@ def runs_table(runs: dict[str, dict]) -> str:
 def check_input(args):
     """Refuses what a later step would, before minutes of training."""
     reading.check_text(args.prompt, "--prompt")
-    check_own_files(args.model, args.tokenizer)
+    for source in filter(None, (args.model, args.tokenizer)):
+        reading.check_own_files(source)
     load_documents(args.text, args.column, sample_by=args.sample_by)
     load_examples(args.examples)
     if not args.train_donor:

@@ -20,8 +20,9 @@ from attnres_convert.card import (
     shell_command,
     write_card,
 )
+from attnres_convert.reading import first_line
 from reports import write_json
-from training_data import STDLIB, first_line
+from training_data import STDLIB
 from training_run import LICENCE_FILES, launched
 from transformers.utils import cached_file
 

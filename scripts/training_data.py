@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from attnres_convert import InputError
-from attnres_convert.reading import is_panic, is_regular, time_limit
+from attnres_convert.reading import first_line, is_panic, is_regular, time_limit
 from attnres_convert.verification import available_memory
 from datasets.exceptions import DatasetNotFoundError
 from datasets.utils.extract import Extractor
@@ -159,14 +159,6 @@ def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
     if len(kinds) > 1:
         raise DataError(f"text, JSON and Parquet can't be mixed: {', '.join(map(str, kinds.values()))}.")
     return next(iter(kinds)), files
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, and the next one if the first only announces it."""
-    lines = [line.strip() for line in str(error)[:10_000].splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 # is said of files without a row

@@ -40,14 +40,13 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from attnres_convert import InputError, reading, staging
 from attnres_convert.checkpoint import read_checkpoint, read_shard
 from attnres_convert.loading import check_tensors, empty_model
-from attnres_convert.reading import understood
+from attnres_convert.reading import first_line, sha256, understood
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from reports import cpu_name, write_bytes, write_json, write_text
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
-from training_data import first_line
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -76,8 +75,6 @@ RUN_FILES = (RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE, "data.json", "d
 WRITTEN = (*RUN_FILES, "comparison.json", "comparison.md", "comparison.png")
 LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, WRITTEN))})(\.attnres-tmp-[0-9a-f]{{8}}){{1,2}}")
 LICENCE_FILES = re.compile("licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
-TEMPLATE_FOLDER = "additional_chat_templates"
-PUBLISHED = re.compile(rf"({LICENCE_FILES.pattern}|readme\.md$|chat_template\.|{TEMPLATE_FOLDER}$)", re.IGNORECASE)
 # what a model is, whatever its weights are
 MODEL_FACTS = ("model_type", "attn_res_mode", "attn_res_block_size", "attn_res_sum_scale", "attn_res_norm_eps")
 MODEL_FACTS += ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -190,9 +187,14 @@ def publish(partial: Path, folder: Path):
         if staging.has_all_of(partial, folder):
             remove(folder)
         else:
-            kept = staging.set_aside(folder)
-            print(f"{folder} isn't what this run has written; it is kept as {kept.name}", file=sys.stderr)
+            keep(folder)
     partial.rename(folder)
+
+
+def keep(path: Path):
+    """Gives another name to what isn't ours and is in the way."""
+    kept = staging.set_aside(path)
+    print(f"{path} isn't what this run has written; it is kept as {kept.name}", file=sys.stderr)
 
 
 def remove(folder: Path):
@@ -239,7 +241,7 @@ def model_facts(config) -> dict:
 
 
 def list_files(checkpoint: Path, run: str | None, config):
-    """Writes down what a checkpoint consists of, for [`check_files`]. While it is in memory: 1.5 GB per second."""
+    """Writes down what a checkpoint consists of, for [`check_files`], while it is still in memory."""
     files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
     listed = {name: [path.stat().st_size, sha256(path)] for name, path in files.items()}
     content = {"step": step_of(checkpoint), "run": run, "model": model_facts(config), "files": listed}
@@ -248,14 +250,6 @@ def list_files(checkpoint: Path, run: str | None, config):
 
 def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with reading.open_regular(path) as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def listed_files(checkpoint: Path) -> dict[str, list]:
@@ -469,7 +463,7 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
     now = {"id": secrets.token_hex(8), "arguments": arguments, "versions": versions()}
     given = [arguments.get(name) for name in ("config", "model", "tokenizer", "adapter")]
     for source in [*filter(None, given), folder / CONVERTED_NAME]:
-        check_published(Path(source))
+        reading.check_own_files(source)
     with writable(folder) as new:
         if not os.path.lexists(folder / RUN_FILE):
             if (other := staging.foreign(folder)) is not None:
@@ -501,20 +495,6 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
     return last
 
 
-def check_published(source: Path):
-    """
-    Raises:
-        InputError: a folder to train on has a link to elsewhere among the files that are copied beside the result.
-    """
-    if not os.path.isdir(source):
-        return
-    for path in sorted(source.iterdir()):
-        if PUBLISHED.match(path.name):
-            reading.check_inside(source, path)
-            for inner in path.rglob("*") if path.is_dir() else ():
-                reading.check_inside(source, inner)
-
-
 def check_kinds(folder: Path):
     """
     Raises:
@@ -539,8 +519,7 @@ def write_output(path: Path, content: bytes, own: str | None = None):
     if os.path.lexists(path):
         is_own = not path.is_symlink() and reading.is_regular(path) and sha256(path) in (own, digest_of(content))
         if not is_own:
-            kept = staging.set_aside(path)
-            print(f"{path} isn't what this run has written; it is kept as {kept.name}", file=sys.stderr)
+            keep(path)
     write_bytes(path, content)
 
 

@@ -39,6 +39,7 @@ from attnres_convert.card import (
     read_metadata,
     renamed,
 )
+from attnres_convert.reading import first_line
 from evaluate_model import evaluate_texts
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
@@ -47,7 +48,7 @@ from readme import fill, section
 from reports import table, write_json, write_text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from training_data import DataError, first_line, load_documents
+from training_data import DataError, load_documents
 from training_options import run_arguments
 from training_run import RunError
 from transformers import AutoModelForCausalLM, AutoTokenizer

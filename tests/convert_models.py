@@ -3,6 +3,8 @@
 
 import hashlib
 import json
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,3 +73,21 @@ def write_sparse_donor(folder, vocab_size, hidden_size=1024, num_layers=2):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     return 8 + len(text) + offset
+
+
+class Hang(BaseException):
+    """A command takes too long; no handler of an Exception may take it for an error of its own."""
+
+
+@contextmanager
+def limited(seconds: int):
+    def stop(*_):
+        raise Hang(f"it takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -18,7 +18,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ import generate  # noqa: E402
 import pretrain  # noqa: E402
 import push_to_hub  # noqa: E402
 from adapters import new_adapter  # noqa: E402
-from convert_models import save_donor  # noqa: E402
+from convert_models import Hang, limited, save_donor  # noqa: E402
 from training_data import train_tokenizer  # noqa: E402
 
 
@@ -52,10 +51,6 @@ MAX_MESSAGE = 300
 MEMORY = 6 * 2**30  # bytes; what reads without end fails there
 KINDS = ("missing", "empty", "folder", "pipe", "endless", "outside", "loop")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-
-
-class Hang(BaseException):
-    """A command takes too long; no handler of an Exception may take it for an error of its own."""
 
 
 class Fault(AssertionError):
@@ -263,20 +258,6 @@ SLOW = ("resume",)
 def quietly():
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-@contextlib.contextmanager
-def limited(seconds: int):
-    def stop(*_):
-        raise Hang(f"it takes more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def message_of(run, folder: Path) -> str | None:

@@ -4,36 +4,20 @@
 import json
 import os
 import shutil
-import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from attnres_convert.card import folder_card, write_card
 from attnres_convert.cli import main
 from attnres_convert.kimi_k3 import main as kimi_k3
-from convert_models import edit_json, save_donor, tree
+from convert_models import edit_json, limited, save_donor, tree
 from transformers import AutoModelForCausalLM
 
 
 SECONDS = 60  # of a case; the slowest takes 5 on an idle machine
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
 HUGE = 10**15
-
-
-@contextmanager
-def time_limit(seconds: int):
-    def stop(*_):
-        raise TimeoutError(f"still at it after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +47,7 @@ def run(donors, tmp_path, capsys):
         if donor == "attnres":
             options = ("--to-donor", *options)
         capsys.readouterr()
-        with time_limit(SECONDS):
+        with limited(SECONDS):
             code = main([str(tmp_path / "src"), str(tmp_path / "dst"), *options])
         captured = capsys.readouterr()
         lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
@@ -541,7 +525,7 @@ def test_kimi_k3(damage, donors, tmp_path, capsys):
     else:
         (tmp_path / "checkpoint" / CONFIG).write_bytes(damage if isinstance(damage, bytes) else damage.encode())
     before = tree(tmp_path)
-    with time_limit(SECONDS):
+    with limited(SECONDS):
         assert kimi_k3(["import", str(tmp_path / "rows"), str(tmp_path / "checkpoint"), "--force"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 310

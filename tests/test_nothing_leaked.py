@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from attnres_convert import InputError
+from attnres_convert import InputError, reading
 from convert_models import edit_json
 from families import tiny_model
 from safetensors.torch import load_file, save_file
@@ -679,4 +679,4 @@ def test_training_on_links_in_the_cache_of_the_hub(folder, tmp_path):
     snapshot = folder.rename(home / "snapshots" / "0123")
     (home / "blobs" / "abc").write_text("a licence")
     (snapshot / "LICENSE").symlink_to("../../blobs/abc")
-    training_run.check_published(snapshot)
+    reading.check_own_files(snapshot)
