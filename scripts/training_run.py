@@ -869,12 +869,13 @@ class RunTrainer(Trainer):
         if not self.is_world_process_zero():
             end_without_a_word()
         write_json(self.folder / FAILURE_FILE, failure)
-        shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
+        shown = ", ".join(map(str, documents[:8])) + (" ..." if len(documents) > 8 else "")
         raise RunError(
             f"the {name} is {reading} at step {step}"
             + (f", with documents {shown} of the data; " if shown else "; ")
-            + (f"the last good checkpoint is {last}" if last else "there is no good checkpoint yet")
-            + (f"; {self.folder / FAILURE_FILE} holds the batch." if failure.get("batch") else ".")
+            + (f"the last good checkpoint is {last.name}" if last else "there is no good checkpoint yet")
+            + (f", and the batch in {FAILURE_FILE}" if failure.get("batch") else "")
+            + f", in {self.folder}."
         )
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

@@ -1,4 +1,6 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+import os
+
 import pytest
 import transformers
 
@@ -9,3 +11,12 @@ def same_verbosity():
     verbosity = transformers.utils.logging.get_verbosity()
     yield
     transformers.utils.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a test sets in the environment ends with it: processes that a later test starts would inherit it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -24,6 +24,7 @@ import time
 import traceback
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -285,8 +286,7 @@ def check(target: str, damage_: list) -> str | None:
         Fault: it is neither a result nor one line, or something is left behind.
     """
     run, name = TARGETS[target]
-    os.environ |= ENVIRONMENT
-    with tempfile.TemporaryDirectory(prefix="attnres-fuzz-case-") as temporary:
+    with patch.dict(os.environ, ENVIRONMENT), tempfile.TemporaryDirectory(prefix="attnres-fuzz-case-") as temporary:
         folder = Path(temporary, name)
         shutil.copytree(originals() / name, folder)
         for change in damage_:

@@ -279,9 +279,11 @@ def read_failure(folder: Path, message: str) -> dict:
     assert message.count("\n") == 1 and not (folder / "results.json").exists()
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     if steps:
-        assert Path(failure["checkpoint"]).name == f"checkpoint-{steps[-1]}" and failure["checkpoint"] in message
+        assert Path(failure["checkpoint"]).name == f"checkpoint-{steps[-1]}"
+        assert f"the last good checkpoint is checkpoint-{steps[-1]}" in message
     else:
         assert failure["checkpoint"] is None and "there is no good checkpoint" in message
+    assert message.endswith(f"{folder.name}.\n")
     return failure
 
 
@@ -312,7 +314,7 @@ def test_model_that_breaks(evaluated, server, text):
     """A step that breaks the model is noticed before a checkpoint of it is written, with or without an evaluation."""
     command = [*RUN, "--data", text, "--learning-rate", 1e28, "--save-steps", 1, "--warmup", 1, "--steps", 10]
     command += ["--keep-checkpoints", 1, "--eval-steps", 1 if evaluated else 10]
-    folder = server.folder / f"breaks-{evaluated}"
+    folder = server.folder / "whose-name-is-not-a-short-one" / f"breaks-{evaluated}"
     message = server.run(*command, "--output", folder, exit_code=1)
     failure = read_failure(folder, message.splitlines(keepends=True)[-1])
     assert failure["what"] == "held-out loss" and failure["step"] == 2  # the first has a learning rate of 0
