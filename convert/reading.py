@@ -131,10 +131,11 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
             return
         raise _TimeIsUp
 
+    left, interval = signal.getitimer(signal.ITIMER_REAL)
     handler, started = signal.signal(signal.SIGALRM, end), time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
             yield
         finally:
             is_over = True  # an alarm from here on does nothing

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import evaluate
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -364,6 +365,7 @@ def test_folder_named_as_a_model_type(models, data, tmp_path, monkeypatch):
     """A checkpoint in a folder with the name of a model type is itself, not that type's defaults."""
     (tmp_path / "attnres").symlink_to(models["donor"])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no waiting for a Hub that has no "llama"
     result = run("attnres", "--data", data, "--output", "out")
     assert only(result)["mode"] == "donor" and result["arguments"]["seq_len"] == SIZES["max_position_embeddings"]
     with pytest.raises(SystemExit, match="--seq-len 49 is longer than the model's context"):
