@@ -756,9 +756,6 @@ class RowsOfLayers(ConversionOps):
     """Loads and saves the rows of depth attention that belong to the layers of a model, the checkpoint's first ones,
     and the last row, that of the output."""
 
-    def __init__(self, rows_of: Callable):
-        self.rows_of = rows_of
-
     @torch.no_grad
     def convert(self, input_dict: dict, source_patterns, target_patterns, *, model, config, full_layer_name, **kwargs):
         (values,) = input_dict.values()
@@ -773,7 +770,8 @@ class RowsOfLayers(ConversionOps):
                 "theirs. Set num_hidden_layers to the number of layers, or fewer."
             )
         if len(parameter) > num_reads:
-            parameter = self.rows_of(parameter, range(num_reads - 1))
+            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            parameter = module.rows_of(parameter, range(num_reads - 1))
         return {target_patterns[0]: parameter}
 
     @property
@@ -1747,9 +1745,7 @@ if KimiLinearModel is not None:
 # have more layers than are loaded
 for _config_class in (globals()[name] for name in CONFIG_CLASSES):
     _mapping = get_checkpoint_conversion_mapping(_config_class.donor_config_class().model_type) or []
-    for _class, _names in ((DepthAttention, ("query", "key_norm")), (DepthScalars, ("weight",))):
-        for _name in (f"depth_attention.{name}" for name in _names):
-            _mapping = [*_mapping, WeightConverter(_name, _name, [RowsOfLayers(_class.rows_of)])]
+    _mapping = [*_mapping, WeightConverter("depth_attention.", "depth_attention.", [RowsOfLayers()])]
     register_checkpoint_conversion_mapping(_config_class.model_type, _mapping, overwrite=True)
 
 

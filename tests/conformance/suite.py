@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from transformers import set_seed
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, global_rng, ids_tensor
@@ -77,6 +78,11 @@ class ModelSuite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
         # layers with linear attention have no weights to return
         self.model_tester.num_hidden_layers -= self.fields.get("layer_types", []).count("linear_attention")
         super().test_attention_outputs()
+
+    def test_reverse_loading_mapping(self):
+        # the mapping of AttnRes itself changes no names
+        donor = getattr(self.configuration_class, "donor_config_class", lambda: self.configuration_class)()
+        super().test_reverse_loading_mapping(bool(get_checkpoint_conversion_mapping(donor.model_type)))
 
     def test_moe_models_record_router_logits(self):
         # the mixin searches the source file of a class for experts, which for AttnRes are in the donor's
