@@ -874,7 +874,7 @@ class RunTrainer(Trainer):
             f"the {name} is {reading} at step {step}"
             + (f", with documents {shown} of the data; " if shown else "; ")
             + (f"the last good checkpoint is {last.name}" if last else "there is no good checkpoint yet")
-            + (f", and the batch in {FAILURE_FILE}" if failure.get("batch") else "")
+            + (f"; {FAILURE_FILE} holds the batch" if failure.get("batch") else "")
             + f", in {self.folder}."
         )
 

@@ -167,7 +167,7 @@ def test_forward_mode(implementation, num_tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_gradients", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("implementation", ["two_phase"])  # the one with routes by the number of tokens
+@IMPLEMENTATIONS
 def test_compiled_dynamically(implementation, with_gradients):
     """`torch.compile(dynamic=True)` makes graphs for calls of few tokens and for those of many, and no more."""
     model = model_of("block", implementation)

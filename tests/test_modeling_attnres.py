@@ -947,7 +947,7 @@ def test_compiled_forward(fresh_compiler):
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_compiled_for_all_lengths(fresh_compiler, implementation, mode, block_size, with_gradients):
     """A second graph does for all further lengths of sequences, and each gives the same numbers."""
-    options = {"attn_res_mode": mode, "attn_res_block_size": block_size, "num_hidden_layers": 3}
+    options = {"attn_res_mode": mode, "attn_res_block_size": block_size, "num_hidden_layers": 4}
     model = tiny_model(**options, attn_res_implementation=implementation)
     counter, tolerance = CompileCounterWithBackend("aot_eager"), rounding(mode=mode, block_size=block_size)
     compiled = torch.compile(model, fullgraph=True, backend=counter)

@@ -356,7 +356,7 @@ def test_blocks_are_compared_with_the_donor(server, text, donor):
     options = ["--data", text, "--steps", 1, "--depth-every", 0, "--seq-len", 32, "--block-size", 2]
     for start in (["--model", donor], ["--config", donor, "--tokenizer", donor]):
         folder = server.folder / f"blocks{start[0]}"
-        server.run(*start, *options, "--compare", "donor,block", "--output", folder)
+        server.run(*start, *options, "--compare", "donor,block,full", "--output", folder)
         config = json.loads((folder / "block" / "model" / "config.json").read_text())
         assert config["attn_res_block_size"] == 2
 
