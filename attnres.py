@@ -13,34 +13,44 @@ import transformers
 from transformers import AutoConfig
 
 import configuration_attnres
+import depth_attention_attnres
+import families_attnres
 import modeling_attnres
+from attnres_kernels.cpu import CPP_KERNELS, compiler
+from attnres_kernels.fused import FusedDepthAttention
+from attnres_kernels.peers import register_peers
 from configuration_attnres import *  # noqa: F403
 from configuration_attnres import __getattr__  # noqa: F401
-from cpu_kernels_attnres import CPP_KERNELS, compiler
-from fused_attnres import FusedDepthAttention
+from depth_attention_attnres import *  # noqa: F403
+from depth_attention_attnres import DepthAttentionInterface
+from families_attnres import *  # noqa: F403
 from modeling_attnres import *  # noqa: F403
-from peers_attnres import register_peers
 
 
 __version__ = "0.1.0"
-__all__ = [*configuration_attnres.__all__, *modeling_attnres.__all__]
+__all__ = [
+    *configuration_attnres.__all__,
+    *depth_attention_attnres.__all__,
+    *modeling_attnres.__all__,
+    *families_attnres.__all__,
+]
 
 for _name in configuration_attnres.__all__:
-    _config_class = getattr(configuration_attnres, _name)
+    _config_class = globals()[_name]
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     for _auto_class, _reference in _config_class.hub_classes().items():
         if _auto_class != "AutoConfig":
-            _model_class = getattr(modeling_attnres, _reference.split(".")[1])
+            _model_class = globals()[_reference.split(".")[1]]
             getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)
 
 register_peers()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if compiler() is not None and not _INTERPRETED:  # whose kernels run on a CPU too
-    modeling_attnres.DepthAttentionInterface.register("cpp", FusedDepthAttention(CPP_KERNELS))
-    modeling_attnres.DepthAttentionInterface.default = "cpp"
+    DepthAttentionInterface.register("cpp", FusedDepthAttention(CPP_KERNELS))
+    DepthAttentionInterface.default = "cpp"
 if find_spec("triton") is not None and (torch.cuda.is_available() or _INTERPRETED):
-    from kernels_attnres import TRITON_KERNELS
+    from attnres_kernels.triton_kernels import TRITON_KERNELS
 
-    modeling_attnres.DepthAttentionInterface.register("triton", FusedDepthAttention(TRITON_KERNELS))
+    DepthAttentionInterface.register("triton", FusedDepthAttention(TRITON_KERNELS))
     if torch.cuda.is_available():
-        modeling_attnres.DepthAttentionInterface.default = "triton"
+        DepthAttentionInterface.default = "triton"

@@ -8,9 +8,11 @@ row, 2L, before the final norm.
 """
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import __version__ as transformers_version
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -85,6 +87,7 @@ class AttnResConfigMixin:
         ValueError: a value is outside its range; the message names the range.
     """
 
+    hub_module = "families_attnres"  # the file that has the model classes
     hub_heads = ("", "ForCausalLM")
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "depth_attentions"]
     # A pipeline stage would have to hand on every source, which a plan's single `hidden_states` can't
@@ -163,8 +166,14 @@ class AttnResConfigMixin:
     def hub_classes(cls) -> dict[str, str]:
         """The `auto_map` of a repository: which class of the code files each Auto class loads."""
         prefix = cls.__name__.removesuffix("Config")
-        models = {f"AutoModel{head}": f"modeling_attnres.{prefix}{head or 'Model'}" for head in cls.hub_heads}
+        models = {f"AutoModel{head}": f"{cls.hub_module}.{prefix}{head or 'Model'}" for head in cls.hub_heads}
         return {"AutoConfig": f"configuration_attnres.{cls.__name__}", **models}
+
+    @classmethod
+    def hub_files(cls) -> list[Path]:
+        """The code files of a repository: this one, that of the model classes and what they import."""
+        model_file = Path(__file__).with_name(f"{cls.hub_module}.py")
+        return sorted({model_file, *map(Path, get_relative_import_files(model_file))})
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -202,6 +211,7 @@ class AttnResConfig(AttnResConfigMixin, LlamaConfig):
     """
 
     model_type = "attnres"
+    hub_module = "modeling_attnres"
     hub_heads = ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 

@@ -23,14 +23,13 @@ setup(
     py_modules=[
         "attnres",
         "configuration_attnres",
-        "cpu_kernels_attnres",
-        "fused_attnres",
-        "kernels_attnres",
+        "depth_attention_attnres",
+        "families_attnres",
         "modeling_attnres",
-        "peers_attnres",
     ],
-    packages=["attnres_convert"],
+    packages=["attnres_convert", "attnres_kernels"],
     package_dir={"attnres_convert": "convert"},
+    package_data={"attnres_kernels": ["*.cpp"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17,<6",

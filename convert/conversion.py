@@ -14,9 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from transformers import PreTrainedConfig
 
-import configuration_attnres
-import modeling_attnres
-
 from .card import (
     CARD_NAME,
     DONOR_CARD_NAME,
@@ -39,7 +36,7 @@ from .checkpoint import (
     write_json,
 )
 from .code_references import AUTO_MAP, local_code
-from .families import ATTN_RES_FIELDS, Family, donor_class, find_attnres_family, find_family
+from .families import ATTN_RES_FIELDS, Family, code_files, donor_class, find_attnres_family, find_family
 from .files import FIRST_OF_TWO, check_space, copy_file, new_index, write_shards
 from .loading import check_tensors, empty_model
 from .reading import is_regular, is_text, one_line, parse_json, read_json, typed, understood
@@ -49,10 +46,9 @@ from .verification import Verification, quiet, reason_to_skip, verify
 
 
 MODES = ("block", "full")
-CODE_FILES = tuple(Path(module.__file__) for module in (modeling_attnres, configuration_attnres))
 DONOR_FILES = {CARD_NAME: DONOR_CARD_NAME, RESULTS_NAME: f"DONOR_{RESULTS_NAME}"}  # and what they are beside our own
 FIGURE_NUMBERS = Path(FIGURE_NAME).with_suffix(".json").name
-NOT_COPIED = (*DONOR_FILES, *DONOR_FILES.values(), FIGURE_NUMBERS, *(file.name for file in CODE_FILES))
+NOT_COPIED = (*DONOR_FILES, *DONOR_FILES.values(), FIGURE_NUMBERS, *code_files())
 SECOND_OF_TWO = "model-00002-of-00002.safetensors"
 DEPTH_SHARD_NAME = "model-depth-attention.safetensors"
 INITIAL_VALUES = {"depth_attention.query": torch.zeros, "depth_attention.key_norm": torch.ones}
@@ -386,7 +382,7 @@ def _write_attnres(plan: Plan, folder: Path, link: bool, progress: bool) -> None
     weights = dict.fromkeys(plan.depth, name)
     write_json(folder / INDEX_NAME, new_index(plan.checkpoint, plan.shard_names, weights, _depth_size(plan, 1)))
     _copy_companions(plan, folder)
-    for file in CODE_FILES:
+    for file in plan.family.config_class.hub_files():
         copy_file(file, folder / file.name)
     write_json(folder / CONFIG_NAME, plan.new_config)
 

@@ -2,9 +2,11 @@
 """Which donors convert: the families that have an AttnRes configuration."""
 
 from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import configuration_attnres
-import modeling_attnres
 from configuration_attnres import AttnResConfigMixin, attn_res_config_class
 
 from .checkpoint import ConversionError
@@ -50,17 +52,25 @@ def donor_class(attnres_class: type) -> type:
     return next(base for base in attnres_class.__mro__ if base.__module__.startswith("transformers.models."))
 
 
+@cache
 def supported_families() -> dict[str, Family]:
     """All families by the donor's `model_type`."""
     families = {}
     for config_class in (getattr(configuration_attnres, name) for name in configuration_attnres.__all__):
         if isinstance(config_class, type) and issubclass(config_class, AttnResConfigMixin):
-            references = (ref for auto, ref in config_class.hub_classes().items() if auto != "AutoConfig")
-            classes = [getattr(modeling_attnres, reference.split(".")[1]) for reference in references]
+            references = [ref.split(".") for auto, ref in config_class.hub_classes().items() if auto != "AutoConfig"]
+            classes = [getattr(import_module(module), name) for module, name in references]
             donor_type = config_class.donor_config_class().model_type
             heads = {donor_class(cls).__name__: cls for cls in classes}
             families[donor_type] = Family(donor_type, config_class, heads)
     return families
+
+
+def code_files(model_type: str | None = None) -> dict[str, Path]:
+    """This project's code files by name: those of a repository of `model_type`, or of all families."""
+    classes = [family.config_class for family in supported_families().values()]
+    chosen = [cls for cls in classes if cls.model_type == model_type] or classes
+    return {path.name: path for cls in chosen for path in cls.hub_files()}
 
 
 def find_family(config: dict) -> Family:

@@ -51,7 +51,7 @@ from training_run import RunError, plt, versions
 from transformers import CONFIG_MAPPING
 
 from attnres import DepthAttentionInterface
-from modeling_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS
+from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS
 
 
 PARTS = ("models", "compiled", "model_growth", "operators", "operator_growth")

@@ -22,7 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from attnres import AttnResConfig
 from configuration_attnres import attn_res_config_class
-from modeling_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, ClosedDepthRead, DepthRead, TwoPhaseDepthAttention
+from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, ClosedDepthRead, TwoPhaseDepthAttention
+from modeling_attnres import DepthRead
 
 
 CASES = ("training", "forward", "prefill", "decoding")

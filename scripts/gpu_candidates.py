@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What the workers of the stage `tuning` of scripts/gpu.py do: a kernel of kernels_attnres.py with other values of
+"""What the workers of the stage `tuning` of scripts/gpu.py do: a kernel of triton_kernels.py with other values of
 `TUNED`. What one has compiled, all find in Triton's cache."""
 
 import copy
@@ -12,7 +12,7 @@ from gpu_tuning import SPACE
 from gpu_worker import Gate, settings
 
 import attnres  # noqa: F401  registers the kernels
-import kernels_attnres
+from attnres_kernels import triton_kernels
 
 
 MOST_ERROR = 2e-2  # by which candidates may differ, as they round elsewhere
@@ -20,7 +20,7 @@ CALLS, EXPECTED = {}, {}  # by hidden size and number of sets; what each kernel 
 
 
 def values_of_now() -> dict:
-    return kernels_attnres.TUNED
+    return triton_kernels.TUNED
 
 
 def tokens(hidden_size: int) -> int:
@@ -35,14 +35,14 @@ def calls(kernel: str, hidden_size: int, sets: int) -> list[tuple]:
 
 
 def run(of_sets: list[tuple], kernel: str, changes: dict) -> list:
-    now = copy.deepcopy(kernels_attnres.TUNED)
+    now = copy.deepcopy(triton_kernels.TUNED)
     try:
         if kernel.startswith("closed"):  # else others take their place
-            kernels_attnres.TUNED[f"held_{kernel.removeprefix('closed_')}"]["numbers"] = 0
-        kernels_attnres.TUNED[kernel] |= changes
+            triton_kernels.TUNED[f"held_{kernel.removeprefix('closed_')}"]["numbers"] = 0
+        triton_kernels.TUNED[kernel] |= changes
         return [operator(*arguments) for operator, arguments in of_sets]
     finally:
-        kernels_attnres.TUNED |= now
+        triton_kernels.TUNED |= now
 
 
 def tensors_of(result) -> list[torch.Tensor]:

@@ -15,8 +15,8 @@ from benchmark_cases import as_graph
 from gpu_worker import SCRIPTS, Gate, first_line, settings, waiting_compile
 
 import attnres  # noqa: F401  registers the classes
-from fused_attnres import MOST_READS, closed_reads, depth_step
-from modeling_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, eager_depth_attention, write
+from attnres_kernels.fused import MOST_READS, closed_reads, depth_step
+from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, eager_depth_attention, write
 
 
 sys.path.insert(0, str(SCRIPTS.parent / "tests"))
@@ -393,7 +393,7 @@ def check_compiled_decoding(family: str, mode: str) -> list[dict]:
 
 def check_tests() -> list[dict]:
     """The project's own tests that need a GPU, each of which waits for the device."""
-    files = ["tests/test_kernels_attnres.py", "tests/test_peers_attnres.py"]
+    files = ["tests/test_kernels_fused.py", "tests/test_kernels_peers.py"]
     chosen = ["-m", "gpu"] if settings().device == "cuda" else ["-k", "interpreter and test_step and all"]
     command = [sys.executable, "-m", "pytest", "-p", "gpu_pytest", "-p", "no:cacheprovider", "-q", "-rf", *chosen]
     command += ["-n", "6"] if not settings().tiny and importlib.util.find_spec("xdist") else []

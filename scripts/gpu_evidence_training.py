@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import attnres  # noqa: E402
-from fused_attnres import works_on  # noqa: E402
+from attnres_kernels.fused import works_on  # noqa: E402
 
 
 BETAS, WEIGHT_DECAY, LARGEST_NORM = (0.9, 0.95), 0.1, 1.0

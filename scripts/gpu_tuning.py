@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The stage `tuning` of scripts/gpu.py: for each Triton kernel, other values of `TUNED` in kernels_attnres.py.
+"""The stage `tuning` of scripts/gpu.py: for each Triton kernel, other values of `TUNED` in triton_kernels.py.
 
 Each value is tried by itself, then the best ones together. Nothing is changed: the table says what would be faster.
 """
@@ -141,7 +141,7 @@ def tuning(results: Results):
     for kernel, (_, space) in SPACE.items():
         unknown = [name for name in space if name not in known.get(kernel, {})]
         if unknown:
-            results.fail(f"{kernel}: TUNED in kernels_attnres.py has no {', '.join(unknown)}")
+            results.fail(f"{kernel}: TUNED in triton_kernels.py has no {', '.join(unknown)}")
         else:
             now[kernel] = known[kernel]
     rows = []

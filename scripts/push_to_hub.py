@@ -17,7 +17,6 @@ The token is that of `hf auth login` or of the variable HF_TOKEN. The last line 
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -68,8 +67,6 @@ from safetensors import SafetensorError, safe_open
 from stranger import StrangerError, load
 
 
-ROOT = Path(__file__).resolve().parents[1]
-CODE_FILES = ("configuration_attnres.py", "modeling_attnres.py")
 REQUIRED = {
     "config.json": "save the model with save_pretrained",
     "generation_config.json": "save the model with save_pretrained",
@@ -92,6 +89,12 @@ GO_ON = "nothing is half published, run the command again to go on."
 
 class PushError(InputError):
     """The folder can't be pushed; the message is one line that says why and what to do."""
+
+
+def code_files(model_type: str | None = None) -> dict[str, Path]:
+    from attnres_convert import families  # takes seconds
+
+    return families.code_files(model_type)
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def reason_to_stay(name: str, is_folder: bool = False) -> str | None:
         return "pickle or array, not safetensors"
     if "token" in path.stem.lower().split("_") or "secret" in path.stem.lower():
         return "may hold a token"
-    if name in CODE_FILES or path.suffix in SUFFIXES or path.name in WITHOUT_SUFFIX:
+    if name in code_files() or path.suffix in SUFFIXES or path.name in WITHOUT_SUFFIX:
         return None
     return "code that a stranger doesn't need" if path.suffix == ".py" else "not of a model repository"
 
@@ -185,16 +188,16 @@ def check_code(package: Package):
             else:
                 raise PushError(f"{name} loads code from elsewhere by {key} ({json.dumps(value)}); remove that line.")
     package.needs_code = bool(references) or str(config.get("model_type")).startswith("attnres")
-    if not package.needs_code:
-        for name in CODE_FILES:
-            if package.files.pop(name, None):
-                package.left[name] = "code that this model doesn't need"
-    missing = [name for name in CODE_FILES if package.needs_code and name not in package.files]
+    needed = code_files(config.get("model_type")) if package.needs_code else {}
+    for name in code_files():
+        if name not in needed and package.files.pop(name, None):
+            package.left[name] = "code that this model doesn't need"
+    missing = [name for name in needed if name not in package.files]
     for name, reference in references:
         if reference.split(".")[0] + ".py" not in missing and reference not in classes:
             raise PushError(
                 f"{name} loads code from {reference} by its auto_map; a repository here brings only the classes of "
-                f"{', '.join(CODE_FILES)}."
+                f"{', '.join(needed)}."
             )
     if missing:
         raise PushError(f"{missing[0]} is missing; save the model with save_pretrained, which writes the code files.")
@@ -204,7 +207,7 @@ def check_code(package: Package):
 
 def known_classes(files: dict[str, Path]) -> set[str]:
     """What an `auto_map` may name: the classes of this project's code files, and of the folder's."""
-    paths = [(name, path) for name in CODE_FILES for path in (own_code(name), files.get(name)) if path]
+    paths = [(name, path) for name, own in code_files().items() for path in (own, files.get(name)) if path]
     return {f"{Path(name).stem}.{found}" for name, path in paths for found in CLASS.findall(read_text(path))}
 
 
@@ -338,19 +341,10 @@ def add_card(package: Package, repo_id: str, folder: Path):
             package.files[name] = path
 
 
-def own_code(name: str) -> Path:
-    """A code file of this project: of this checkout, or as it is installed."""
-    found = ROOT / name
-    if not found.is_file():
-        spec = importlib.util.find_spec(name.removesuffix(".py"))
-        found = Path(spec.origin) if spec and spec.origin else found
-    return found
-
-
 def foreign_code(package: Package) -> list[str]:
     """The code files of the folder that differ from this project's."""
-    names = CODE_FILES if package.needs_code else ()
-    return [name for name in names if package.files[name].read_bytes() != own_code(name).read_bytes()]
+    own = code_files()
+    return [name for name, path in package.files.items() if name in own and path.read_bytes() != own[name].read_bytes()]
 
 
 def load_as_stranger(package: Package, trust_remote_code: bool = False) -> str:

@@ -43,7 +43,7 @@ from attnres_convert.reading import first_line
 from evaluate_model import evaluate_texts
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from push_to_hub import CODE_FILES, WEIGHTS, PushError, check_content, collect, load_as_stranger, walk
+from push_to_hub import WEIGHTS, PushError, check_content, code_files, collect, load_as_stranger, walk
 from readme import fill, section
 from reports import table, write_json, write_text
 from safetensors import SafetensorError, safe_open
@@ -242,7 +242,8 @@ def build(name: str, runs: Path):
 
 def outdated_code(folder: Path) -> list[str]:
     """The code files that a folder should have and hasn't as they are in the project."""
-    files = CODE_FILES if read_json(folder / "config.json").get("auto_map") else ()
+    config = read_json(folder / "config.json")
+    files = code_files(config["model_type"]) if config.get("auto_map") else ()
     return [
         file
         for file in files

@@ -230,7 +230,8 @@ def test_depth_weights(models):
 
 RUN_SNIPPETS = """
 import json, sys
-for name in ("attnres", "modeling_attnres", "configuration_attnres", "attnres_convert"):
+PROJECT = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres"
+for name in (*PROJECT.split(), "attnres_convert"):
     sys.modules[name] = None  # as if the project weren't installed
 import torch, transformers
 tokens = torch.arange(3, 12)[None]

@@ -17,7 +17,8 @@ import importlib.abc, json, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name in ("attnres", "modeling_attnres", "configuration_attnres", "attnres_convert"):
+        PROJECT = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres"
+        if name in (*PROJECT.split(), "attnres_convert"):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Refuse())

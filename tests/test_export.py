@@ -9,7 +9,7 @@ from behaviours import assert_close, rounding
 from families import relative_error, tiny_model, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cpu_kernels_attnres import compiler
+from attnres_kernels.cpu import compiler
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize(

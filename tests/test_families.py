@@ -254,7 +254,7 @@ def run_python(script: str, *arguments, **environment) -> str:
 
 LOAD_FROM_FOLDER = """
 import sys
-for name in ("attnres", "configuration_attnres", "modeling_attnres"):
+for name in "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres".split():
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -317,7 +317,7 @@ except ValueError as error:
 """
 ABSENT_DONOR_OF_A_FOLDER = """
 import sys
-for name in ("attnres", "configuration_attnres", "modeling_attnres"):
+for name in "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres".split():
     sys.modules[name] = None
 import torch
 from transformers import AutoModelForCausalLM

@@ -23,10 +23,11 @@ from transformers import (
 from attnres import AttnResForCausalLM
 
 
-CODE_FILES = ("configuration_attnres.py", "modeling_attnres.py")
+CODE_FILES = ("configuration_attnres.py", "depth_attention_attnres.py", "modeling_attnres.py")
 WITHOUT_PROJECT = """
 import json, sys
-for name in ("attnres", "configuration_attnres", "modeling_attnres", "attnres_convert"):
+PROJECT = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres"
+for name in (*PROJECT.split(), "attnres_convert"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import torch, transformers
 input_ids = torch.tensor(json.loads(sys.argv[1]))
@@ -53,7 +54,7 @@ def python(tmp_path):
 def test_project_is_blocked(python):
     """The negative control: in these processes the project can't be imported and its model type is unknown."""
     script = """
-for name in ("attnres", "modeling_attnres"):
+for name in PROJECT.split():
     try:
         __import__(name)
     except ModuleNotFoundError:
@@ -63,7 +64,7 @@ try:
 except ValueError:
     print("unknown")
 """
-    assert python(script).stdout.split() == ["blocked", "blocked", "unknown"]
+    assert python(script).stdout.split() == ["blocked"] * 5 + ["unknown"]
 
 
 @torch.no_grad()

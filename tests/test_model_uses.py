@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from cpu_kernels_attnres import compiler
+from attnres_kernels.cpu import compiler
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize(

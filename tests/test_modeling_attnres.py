@@ -44,8 +44,9 @@ from attnres import (
     TwoPhaseDepthAttention,
     eager_depth_attention,
 )
-from cpu_kernels_attnres import CppTokenReads, compiler
-from modeling_attnres import DepthRead, TokenScores, fixed_depth_mix, fused_rms_norm, stacked_depth_attention
+from attnres_kernels.cpu import CppTokenReads, compiler
+from depth_attention_attnres import TokenScores, fixed_depth_mix, fused_rms_norm, stacked_depth_attention
+from modeling_attnres import DepthRead
 
 
 FLOAT64 = 1e-12  # two ways to write the same sums in float64

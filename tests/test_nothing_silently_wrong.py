@@ -5,6 +5,7 @@ import ast
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-import modeling_attnres
+import depth_attention_attnres
 from attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, TwoPhaseDepthAttention, eager_depth_attention
-from fused_attnres import depth_step
-from modeling_attnres import can_fuse_norm, fused_rms_norm
+from attnres_kernels.fused import depth_step
+from depth_attention_attnres import can_fuse_norm, fused_rms_norm
 
 
 IMPLEMENTATIONS = sorted({"two_phase", "cpp"} & set(ALL_DEPTH_ATTENTION_FUNCTIONS))
@@ -190,7 +191,7 @@ def test_another_norm_in_llamas_place(implementation, monkeypatch):
 
 
 def fresh(norm: nn.Module) -> bool:
-    modeling_attnres.computes_plain_rms_norm.cache_clear()
+    depth_attention_attnres.computes_plain_rms_norm.cache_clear()
     return can_fuse_norm(norm)
 
 
@@ -224,7 +225,7 @@ def test_norms_are_tried_apart_from_what_is_going_on():
 @pytest.mark.parametrize("norm_class", [LlamaRMSNorm, WithOffset])
 def test_norms_are_tried_when_compiled(norm_class):
     """The compiler takes what is found as a constant."""
-    modeling_attnres.computes_plain_rms_norm.cache_clear()
+    depth_attention_attnres.computes_plain_rms_norm.cache_clear()
     torch._dynamo.reset()
     norm = norm_class(8)
     run = torch.compile(lambda x: norm(x) if can_fuse_norm(norm) else -norm(x), backend="eager", fullgraph=True)
@@ -236,9 +237,9 @@ def test_norms_are_tried_when_compiled(norm_class):
 def test_norms_are_tried_once(monkeypatch):
     """One trial per class; a forward costs no more."""
     tried = []
-    error = modeling_attnres.error_as_plain_rms_norm
-    monkeypatch.setattr(modeling_attnres, "error_as_plain_rms_norm", lambda c: tried.append(c) or error(c))
-    modeling_attnres.computes_plain_rms_norm.cache_clear()
+    error = depth_attention_attnres.error_as_plain_rms_norm
+    monkeypatch.setattr(depth_attention_attnres, "error_as_plain_rms_norm", lambda c: tried.append(c) or error(c))
+    depth_attention_attnres.computes_plain_rms_norm.cache_clear()
     model = tiny_model(attn_res_implementation="two_phase")
     for shape in ((2, 40), (1, 1), (2, 40)):
         model(tokens(*shape))
@@ -247,8 +248,14 @@ def test_norms_are_tried_once(monkeypatch):
 
 # --- A torch or transformers without one of their private names
 
-MODULES = ["configuration_attnres", "modeling_attnres", "fused_attnres", "cpu_kernels_attnres"]
-FOLDER = Path(modeling_attnres.__file__).parent
+FOLDER = Path(depth_attention_attnres.__file__).parent
+KERNELS = FOLDER / "attnres_kernels"
+MODULES = {  # by name, each after those that it imports
+    **{
+        name: FOLDER / f"{name}.py" for name in ("configuration_attnres", "depth_attention_attnres", "modeling_attnres")
+    },
+    **{name: KERNELS / f"{name}.py" for name in ("fused", "cpu")},
+}
 # of one underscore before and none after them; private modules of C++ too
 PRIVATE = re.compile(r"(?<![\w])_[A-Za-z]\w*(?<!_)\b")
 
@@ -256,8 +263,8 @@ PRIVATE = re.compile(r"(?<![\w])_[A-Za-z]\w*(?<!_)\b")
 def private_names() -> list[str]:
     """Names that begin with an underscore, in code or strings, and that the modules don't define themselves."""
     used, own = set(), set()
-    for module in MODULES:
-        for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text())):
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 used.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
@@ -288,9 +295,11 @@ def modules_without(tmp_path, monkeypatch):
         package = f"without{name}"
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
-        for module in MODULES:
-            text = re.sub(rf"(?<!\w){name}\b", f"{name}_has_gone", (FOLDER / f"{module}.py").read_text())
-            text = re.sub(rf"^from ({'|'.join(MODULES)}) import", r"from .\1 import", text, flags=re.MULTILINE)
+        shutil.copy(KERNELS / "cpu.cpp", tmp_path / package)
+        for module, path in MODULES.items():
+            text = re.sub(rf"(?<!\w){name}\b", f"{name}_has_gone", path.read_text())
+            own = rf"^from (?:attnres_kernels\.)?({'|'.join(MODULES)}) import"
+            text = re.sub(own, r"from .\1 import", text, flags=re.MULTILINE)
             (tmp_path / package / f"{module}.py").write_text(text.replace('"attnres::', f'"{package}::'))
         monkeypatch.syspath_prepend(tmp_path)
         return [importlib.import_module(f"{package}.{module}") for module in MODULES]
@@ -303,10 +312,10 @@ def modules_without(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", private_names())
 def test_without_a_private_name(name, modules_without):
     """Forward, backward and decoding work in a torch or transformers without it, and what changes is speed alone."""
-    configuration, modeling, fused, kernels = modules_without(name)
+    configuration, operator, modeling, fused, kernels = modules_without(name)
     if kernels.compiler() is not None:
         attention = fused.FusedDepthAttention(kernels.CPP_KERNELS)
-        modeling.DepthAttentionInterface.register("cpp", attention)
+        operator.DepthAttentionInterface.register("cpp", attention)
         assert fused.works_on(torch.device("cpu"))
     reference = tiny_model(attn_res_implementation="eager")
     fields = reference.config.to_dict()
@@ -329,33 +338,33 @@ def test_without_a_private_name(name, modules_without):
 @torch.no_grad()
 def test_transforms_without_a_private_name(name, modules_without):
     """What is batched or differentiated forward is noticed without these names as with them."""
-    _, modeling, _, _ = modules_without(name)
-    found = [modeling.is_transformed()]
-    torch.vmap(lambda row: found.append(modeling.is_transformed()) or row)(torch.zeros(2))
-    torch.func.grad(lambda x: found.append(modeling.is_transformed()) or x)(torch.zeros(()))
+    operator = modules_without(name)[1]
+    found = [operator.is_transformed()]
+    torch.vmap(lambda row: found.append(operator.is_transformed()) or row)(torch.zeros(2))
+    torch.func.grad(lambda x: found.append(operator.is_transformed()) or x)(torch.zeros(()))
     with torch.autograd.forward_ad.dual_level():
-        found.append(modeling.is_transformed())
+        found.append(operator.is_transformed())
     with torch.inference_mode():
-        found.append(modeling.is_transformed())
+        found.append(operator.is_transformed())
     assert found == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("name", ["", "_is_exporting_flag"], ids=["as it is", "without the name"])
 def test_exporting_without_a_private_name(name, modules_without):
     """Export is told from compilation."""
-    modeling = modules_without(name)[1] if name else modeling_attnres
+    operator = modules_without(name)[1] if name else depth_attention_attnres
     if name and torch.__version__ < "2.12":
         pytest.skip("torch.compile counts as export by its public name")
 
     class Told(nn.Module):
         def forward(self, inputs):
-            return inputs + 1 if modeling.is_exporting() else inputs - 1
+            return inputs + 1 if operator.is_exporting() else inputs - 1
 
     torch._dynamo.reset()
     inputs = torch.zeros(2)
     assert torch.equal(torch.compile(Told(), backend="eager", fullgraph=True)(inputs), inputs - 1)
     assert torch.equal(torch.export.export(Told(), (inputs,)).module()(inputs), inputs + 1)
-    assert not modeling.is_exporting()
+    assert not operator.is_exporting()
 
 
 # --- Huge and tiny activations
@@ -425,12 +434,12 @@ TRITON = """
 import sys
 import torch
 from attnres import eager_depth_attention
-from fused_attnres import KERNELS, closed_reads
-import kernels_attnres
+from attnres_kernels.fused import KERNELS, closed_reads
+from attnres_kernels import triton_kernels
 
 assert KERNELS["cpu"].name == "triton"
 if sys.argv[1] == "tiles":
-    kernels_attnres._held_tiles = lambda *arguments: None
+    triton_kernels._held_tiles = lambda *arguments: None
 generator = torch.Generator().manual_seed(0)
 tensors = [size * torch.randn(1, 5, 64, generator=generator) for size in (1e18, 1e18, 1e18)]
 tensors.append(torch.randn(2, 64, generator=generator))

@@ -18,7 +18,7 @@ from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, global_rng, ids_tensor
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-import modeling_attnres
+import attnres
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -94,7 +94,7 @@ class ModelSuite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 def attn_res_classes(family: str) -> dict[str, type]:
     """The model classes of a family by the name of their Auto class."""
     return {
-        auto_class: getattr(modeling_attnres, reference.split(".")[1])
+        auto_class: getattr(attnres, reference.split(".")[1])
         for auto_class, reference in config_class(family).hub_classes().items()
         if auto_class != "AutoConfig"
     }

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cpu_kernels_attnres import compiler
-from fused_attnres import KERNELS, FusedDepthAttention
+from attnres_kernels.cpu import compiler
+from attnres_kernels.fused import KERNELS, FusedDepthAttention
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -32,7 +32,7 @@ def run_here(check, *arguments):
 
 
 def load_triton_kernels():
-    import kernels_attnres  # noqa: F401
+    from attnres_kernels import triton_kernels  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def assert_near(results, references, tolerance=None):
 
 
 def check_closed_reads(device, num_sources, num_reads, tokens, hidden_size, dtype):
-    from fused_attnres import closed_reads
+    from attnres_kernels.fused import closed_reads
 
     # products so large that the weights are far from equal
     products64, products = leaves(device, torch.float32, (num_reads, hidden_size), std=2 * hidden_size**-0.5, seed=2)
@@ -167,7 +167,7 @@ def test_closed_reads(run, num_sources, num_reads, tokens, hidden_size, dtype):
 
 
 def check_merge(device, dtype):
-    from fused_attnres import closed_reads, depth_step
+    from attnres_kernels.fused import closed_reads, depth_step
 
     shape = (2, 3, 40)
     sources64, sources = leaves(device, dtype, *[shape] * 5)
@@ -194,7 +194,7 @@ def test_closed_reads_of_200_sources(run):
 
 
 def check_step(device, present, tokens, hidden_size, dtype):
-    from fused_attnres import depth_step
+    from attnres_kernels.fused import depth_step
 
     shapes = {"partial": (*tokens, hidden_size), "output": (*tokens, hidden_size), "norm_weight": (hidden_size,)}
     names = [name for name in shapes if name in present]
@@ -265,7 +265,7 @@ def test_step(run, present, tokens, hidden_size, dtype):
 def check_order_of_casts(device):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from fused_attnres import depth_step
+    from attnres_kernels.fused import depth_step
 
     _, (mixed, gain) = leaves(device, torch.bfloat16, (20, 100), (100,))
     norm = LlamaRMSNorm(100, NORM_EPS).to(device, torch.bfloat16)
@@ -296,7 +296,7 @@ class Block:
         """With eager depth attention and Llama's norm, in the dtype of the inputs."""
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-        from modeling_attnres import eager_depth_attention
+        from depth_attention_attnres import eager_depth_attention
 
         results, partial = [], ()
         for i, (gain, product) in enumerate(zip(norms, *products)):
@@ -325,7 +325,7 @@ class Block:
 
     @staticmethod
     def fused(sources, outputs, norms, products, with_norm=True):
-        from fused_attnres import closed_reads, depth_step
+        from attnres_kernels.fused import closed_reads, depth_step
 
         dtype = sources[0].dtype
         # without the norm there is one rounding in eager, so the first phase must not add one
@@ -371,7 +371,7 @@ def test_error(run, dtype, with_norm, compiled):
 
 
 def check_error_of_read(device, num_closed, num_open, extends):
-    from modeling_attnres import eager_depth_attention, write
+    from depth_attention_attnres import eager_depth_attention, write
 
     (product64,), (product,) = leaves(device, torch.float32, (512,), std=0.1, seed=2)
     tensors64, tensors = leaves(device, torch.bfloat16, *[(3, 11, 512)] * (num_closed + num_open + 1))
@@ -418,7 +418,7 @@ def check_whole_read(device, num_sources, joins, tokens, hidden_size, dtype):
     """`joins`: whether an output extends the last source (True), is one more (False), or there is none (None)."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from modeling_attnres import eager_depth_attention, write
+    from depth_attention_attnres import eager_depth_attention, write
 
     attention = FusedDepthAttention(kernels_on(device))
     shape = (*tokens, hidden_size)
@@ -507,7 +507,7 @@ def test_deterministic(run):
 
 
 def check_strides(device):
-    from fused_attnres import closed_reads, depth_step
+    from attnres_kernels.fused import closed_reads, depth_step
 
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 4, 2 * 33, generator=generator).to(device)
@@ -528,7 +528,7 @@ def test_strides(run):
 
 
 def check_some_gradients(device):
-    from fused_attnres import closed_reads, depth_step
+    from attnres_kernels.fused import closed_reads, depth_step
 
     _, (first, second, products, output) = leaves(device, torch.float32, (2, 3, 20), (2, 3, 20), (2, 20), (2, 3, 20))
 
@@ -551,7 +551,7 @@ def test_some_gradients(run):
 
 
 def check_no_tokens(device):
-    from fused_attnres import closed_reads, depth_step
+    from attnres_kernels.fused import closed_reads, depth_step
 
     _, (source, products, gain) = leaves(device, torch.bfloat16, (2, 0, 20), (3, 20), (20,))
     mixed, lse = closed_reads([source, source], products, KEY_EPS)
@@ -568,7 +568,7 @@ def test_no_tokens(run):
 
 
 def check_dtypes(device):
-    from fused_attnres import closed_reads, depth_step
+    from attnres_kernels.fused import closed_reads, depth_step
 
     generator = torch.Generator().manual_seed(0)
     mixture = [torch.randn(3, 20, generator=generator).to(device, dt) for dt in (torch.float32, torch.bfloat16)]
@@ -695,7 +695,7 @@ def test_cuda_graph():
 
 def test_unknown_device():
     """Tensors on a device without kernels are refused with what to do instead."""
-    from fused_attnres import closed_reads
+    from attnres_kernels.fused import closed_reads
 
     with pytest.raises(RuntimeError, match="no fused kernels for tensors on the device meta.*attn_res_implementation"):
         closed_reads([torch.zeros(2, 8, device="meta")], torch.zeros(1, 8, device="meta"), KEY_EPS)
@@ -741,17 +741,17 @@ def total_error(found, exact):
 @contextmanager
 def recorded_steps(device):
     """The results of all calls of the fused step, but for those that try whether it works."""
-    import fused_attnres
+    from attnres_kernels import fused
 
-    assert fused_attnres.works_on(torch.device(device))
-    step, steps = fused_attnres.depth_step, []
+    assert fused.works_on(torch.device(device))
+    step, steps = fused.depth_step, []
 
     def spy(*args, **kwargs):
         steps.append(step(*args, **kwargs))
         return steps[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_attnres, "depth_step", spy)
+        patch.setattr(fused, "depth_step", spy)
         yield steps
 
 
@@ -775,25 +775,25 @@ def check_model(device, mode, block_size, dtype):
 def check_works(device):
     from transformers.utils import logging
 
-    import fused_attnres
+    from attnres_kernels import fused
 
     device, warnings = torch.device(device), []
     handler = type("Handler", (logging.logging.Handler,), {"emit": lambda self, record: warnings.append(record.msg)})()
-    fused_attnres.logger.addHandler(handler)
-    assert fused_attnres.works_on(device) and not warnings
-    step, read = fused_attnres.depth_step, fused_attnres._depth_read_kernel
+    fused.logger.addHandler(handler)
+    assert fused.works_on(device) and not warnings
+    step, read = fused.depth_step, fused._depth_read_kernel
     for name, wrong, reason in (
         ("depth_step", lambda *args: (result := step(*args))._replace(normed=1.1 * result.normed), "they are wrong"),
         ("depth_step", lambda *args: step(*args, score=args[3]), "ValueError: depth_step needs a product"),
         ("_depth_read_kernel", lambda *args: [1.1 * result for result in read(*args)], "they are wrong"),
     ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused_attnres, name, wrong)
-            fused_attnres.try_on.cache_clear()
-            assert not fused_attnres.works_on(device) and not fused_attnres.works_on(device)
+            patch.setattr(fused, name, wrong)
+            fused.try_on.cache_clear()
+            assert not fused.works_on(device) and not fused.works_on(device)
         assert reason in warnings.pop() and not warnings
-    fused_attnres.try_on.cache_clear()
-    fused_attnres.logger.removeHandler(handler)
+    fused.try_on.cache_clear()
+    fused.logger.removeHandler(handler)
 
 
 def test_kernels_are_tried_before_they_are_used(run):
@@ -961,7 +961,7 @@ def test_compiles_for_gpus(hidden_size, num_reads, absent):
     from triton.compiler import ASTSource
     from triton.language import bfloat16
 
-    import kernels_attnres as kernels
+    from attnres_kernels import triton_kernels as kernels
 
     integers = dict.fromkeys(["num_tokens", "num_sources", "tokens_per_program", "num_closed", "seq_len"], "i32")
     floats = dict.fromkeys(["eps", "key_eps", "norm_eps", "scale"], "fp32")

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""How the kernels for CPUs are compiled, kept and chosen. What they compute is tested in test_kernels_attnres.py."""
+"""How the kernels for CPUs are compiled, kept and chosen. What they compute is tested in test_kernels_fused.py."""
 
 import os
 import re
@@ -15,11 +15,11 @@ import torch
 from behaviours import Float64, assert_close, in_float64
 from families import tiny_model, tokens
 
-import cpu_kernels_attnres
-from fused_attnres import FusedDepthAttention, closed_reads, depth_step
+from attnres_kernels import cpu
+from attnres_kernels.fused import FusedDepthAttention, closed_reads, depth_step
 
 
-pytestmark = pytest.mark.skipif(cpu_kernels_attnres.compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler")
 
 READ = """
 import torch
@@ -76,7 +76,7 @@ def test_compiled_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    return cpu_kernels_attnres.build(tmp_path_factory.mktemp("built"))
+    return cpu.build(tmp_path_factory.mktemp("built"))
 
 
 def compiler_script(path: Path, lines: str, environment: pytest.MonkeyPatch) -> Path:
@@ -99,13 +99,13 @@ class Places:
         compiler_script(folder / "compiler", f'cp {built} "$out"; echo compiled >> {self.log}', environment)
         environment.setenv("XDG_CACHE_HOME", str(self.cache.parent))
         environment.setattr(tempfile, "tempdir", str(self.temporary.parent))
-        environment.setattr(cpu_kernels_attnres.logger, "warning", self.warnings.append)
+        environment.setattr(cpu.logger, "warning", self.warnings.append)
 
     def load(self) -> tuple[Path, int, list[str]]:
         """The folder of the library that a process loads, how often it has compiled, and its warnings."""
         self.log.write_text("")
         self.warnings.clear()
-        loaded = cpu_kernels_attnres.library.__wrapped__()
+        loaded = cpu.library.__wrapped__()
         return Path(loaded._name).parent, self.log.read_text().count("compiled"), list(self.warnings)
 
 
@@ -170,7 +170,7 @@ def test_files_that_others_could_change(places, change, reason):
     (library,) = places.cache.iterdir()
     change(library)
     assert places.load() == (places.cache, 1, [])
-    assert cpu_kernels_attnres.danger_of(library) is None
+    assert cpu.danger_of(library) is None
     assert places.load() == (places.cache, 0, [])
 
 
@@ -215,7 +215,7 @@ def test_nothing_is_left_of_a_compiler(tmp_path, places, monkeypatch, built, end
     last = {"never": "sleep 1000", "with a failure": "exit 1", "well": f'cp {built} "$out"'}[ends]
     lines = f'touch "$TMPDIR/part"\nsleep 1000 >/dev/null 2>&1 &\necho $! $$ > {tmp_path}/pids\n{last}'
     compiler_script(tmp_path / "slow", lines, monkeypatch)
-    monkeypatch.setattr(cpu_kernels_attnres, "COMPILE_SECONDS", 2)
+    monkeypatch.setattr(cpu, "COMPILE_SECONDS", 2)
     start = time.monotonic()
     if ends == "well":
         places.load()
@@ -240,21 +240,21 @@ def test_commands(tmp_path, monkeypatch, command):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("CXX", command.format(folder=tmp_path))
-    monkeypatch.setattr(cpu_kernels_attnres, "SOURCE", 'extern "C" int seven() { return 7; }\n')
+    monkeypatch.setattr(cpu, "SOURCE", 'extern "C" int seven() { return 7; }\n')
     (tmp_path / "build").mkdir()
-    built = cpu_kernels_attnres.build(tmp_path / "build")
-    assert cpu_kernels_attnres.ctypes.CDLL(str(built)).seven() == 7
-    keys = {cpu_kernels_attnres.build_key()}
+    built = cpu.build(tmp_path / "build")
+    assert cpu.ctypes.CDLL(str(built)).seven() == 7
+    keys = {cpu.build_key()}
     monkeypatch.setenv("CXX", f"{command.format(folder=tmp_path).strip() or 'g++'} -O2")
-    assert cpu_kernels_attnres.build_key() not in keys
+    assert cpu.build_key() not in keys
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler", "g++ '"])
 def test_no_compiler(monkeypatch, command):
     monkeypatch.setenv("CXX", command)
-    assert cpu_kernels_attnres.compiler() is None and command in cpu_kernels_attnres.missing_compiler()
+    assert cpu.compiler() is None and command in cpu.missing_compiler()
     with pytest.raises(RuntimeError, match=re.escape(command)):
-        cpu_kernels_attnres.build_key()
+        cpu.build_key()
 
 
 def test_a_compiler_that_is_no_program(tmp_path, monkeypatch):
@@ -262,7 +262,7 @@ def test_a_compiler_that_is_no_program(tmp_path, monkeypatch):
     (tmp_path / "text").chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "text"))
     with pytest.raises(RuntimeError, match="text doesn't run"):
-        cpu_kernels_attnres.build_key()
+        cpu.build_key()
 
 
 ASK = """
@@ -411,7 +411,7 @@ def test_strided_parameters(num_tokens):
 
 def test_shapes_that_do_not_agree():
     """They are refused, with gradients and without, instead of reading past a tensor."""
-    attention = FusedDepthAttention(cpu_kernels_attnres.CPP_KERNELS)
+    attention = FusedDepthAttention(cpu.CPP_KERNELS)
     sources = [torch.zeros(2, 40, 8), torch.zeros(1, 40, 8)]
     for context in (torch.no_grad, torch.enable_grad):
         with context():
@@ -426,7 +426,7 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 from attnres import AttnResConfig, AttnResForCausalLM
-from fused_attnres import works_on
+from attnres_kernels.fused import works_on
 sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
 model = AttnResForCausalLM(AttnResConfig(**sizes, bos_token_id=1, eos_token_id=2))
 tokens = torch.arange(3, 12)[None]

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-from modeling_attnres import ClosedDepthRead, DepthAttentionInterface, TwoPhaseDepthAttention
+from depth_attention_attnres import ClosedDepthRead, DepthAttentionInterface, TwoPhaseDepthAttention
 
 
 def scaled(mixed: torch.Tensor, scale: float) -> torch.Tensor:

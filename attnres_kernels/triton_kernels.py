@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The kernels of fused_attnres.py for GPUs, written in Triton.
+"""The kernels of fused.py for GPUs, written in Triton.
 
 Where there is no GPU, they run in Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported.
 """
@@ -14,9 +14,9 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("kernels_attnres needs triton (pip install triton).") from error
+    raise ImportError("attnres_kernels.triton_kernels needs triton (pip install triton).") from error
 
-from fused_attnres import KERNELS, DepthKernels
+from attnres_kernels.fused import KERNELS, DepthKernels
 
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from modeling_attnres import TwoPhaseDepthAttention, eager_depth_attention
-from peers_attnres import PEERS, FlashAttnRes
+from attnres_kernels.peers import PEERS, FlashAttnRes
+from depth_attention_attnres import TwoPhaseDepthAttention, eager_depth_attention
 
 
 EPS, SCALE = 1e-2, 3

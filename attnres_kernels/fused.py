@@ -17,8 +17,8 @@ Without gradients, and while sources are small enough to be fetched again for ea
 `depth_read` does everything between two sublayers from the sources themselves.
 
 All are custom operators that `torch.compile` takes whole and CUDA graphs capture; but for a CPU, [`depth_step`] is left
-to the compiler, which fuses it with what is around it. Kernels are in kernels_attnres.py for GPUs and in
-cpu_kernels_attnres.py for CPUs; importing a file makes its devices known here.
+to the compiler, which fuses it with what is around it. Kernels are in triton_kernels.py for GPUs and in
+cpu.py for CPUs; importing a file makes its devices known here.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
-from modeling_attnres import (
+from depth_attention_attnres import (
     ClosedDepthRead,
     TokenReads,
     TwoPhaseDepthAttention,
