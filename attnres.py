@@ -20,20 +20,31 @@ from attnres_kernels.cpu import CPP_KERNELS, compiler
 from attnres_kernels.fused import FusedDepthAttention
 from attnres_kernels.peers import register_peers
 from configuration_attnres import *  # noqa: F403
-from configuration_attnres import __getattr__  # noqa: F401
+from configuration_attnres import (
+    ATTN_RES_MODES,
+    __getattr__,  # noqa: F401
+)
 from depth_attention_attnres import *  # noqa: F403
-from depth_attention_attnres import DepthAttentionInterface
+from depth_attention_attnres import DEPTH_MIXERS, DepthAttentionInterface, DepthMixer
 from families_attnres import *  # noqa: F403
 from modeling_attnres import *  # noqa: F403
 
 
 __version__ = "0.1.0"
 __all__ = [
+    "register_depth_mixer",
     *configuration_attnres.__all__,
     *depth_attention_attnres.__all__,
     *modeling_attnres.__all__,
     *families_attnres.__all__,
 ]
+
+
+def register_depth_mixer(mode: str, mixer_class: type[DepthMixer], sums_blocks: bool = False):
+    """Makes `attn_res_mode=mode` choose a [`DepthMixer`]; with `sums_blocks`, the outputs of a block are one source."""
+    ATTN_RES_MODES[mode] = sums_blocks
+    DEPTH_MIXERS[mode] = mixer_class
+
 
 for _name in configuration_attnres.__all__:
     _config_class = globals()[_name]

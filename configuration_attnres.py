@@ -42,7 +42,7 @@ except ImportError:  # an older transformers
     KimiLinearConfig = None
 
 
-ATTN_RES_MODES = ("block", "full", "denseformer")
+ATTN_RES_MODES = {"block": True, "full": False, "denseformer": False}  # whether a source sums the outputs of a block
 MASK_FIELDS = {"attention_chunk_size", "layer_types", "sliding_window"}  # that masks are made by, if they are there
 
 KIMI_LINEAR_IS_ABSENT = f"it needs a transformers that has kimi_linear; installed is {transformers_version}"
@@ -116,7 +116,8 @@ class AttnResConfigMixin:
         """Runs when a configuration is built or saved, and when a model is built from it."""
         if self.attn_res_mode not in ATTN_RES_MODES:
             raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
-        most = self.num_hidden_layers if self.attn_res_mode == "block" else self.attn_res_block_size  # elsewhere unused
+        sums_blocks = ATTN_RES_MODES[self.attn_res_mode]
+        most = self.num_hidden_layers if sums_blocks else self.attn_res_block_size  # elsewhere unused
         if not 1 <= self.attn_res_block_size <= most:
             raise ValueError(
                 f"attn_res_block_size is {self.attn_res_block_size}; it counts decoder layers and must be an integer "
@@ -128,7 +129,7 @@ class AttnResConfigMixin:
     @property
     def attn_res_sublayers_per_block(self) -> int:
         """S in the paper: how many sublayer outputs one source sums."""
-        return 2 * self.attn_res_block_size if self.attn_res_mode == "block" else 1
+        return 2 * self.attn_res_block_size if ATTN_RES_MODES[self.attn_res_mode] else 1
 
     @property
     def num_depth_reads(self) -> int:

@@ -1,12 +1,18 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Depth attention: what a read of Attention Residuals computes (Kimi Team, arXiv 2603.15031), and how.
+"""Depth attention: what a read of Attention Residuals computes (Kimi Team, arXiv 2603.15031), and ways to compute it.
 
-Knows tensors and no model.
+Knows tensors and norms, and no model. In this order: the specification, the interface between a model and what runs its
+depth attention, the two phases of the paper in PyTorch, the norms that are fused with a read, reads of a single token,
+DenseFormer's mix, and the registry of all implementations.
+
+A *source* is the embedding, the sum of a block's outputs or, in full mode, one output. It is *closed* when nothing will
+be added to it; at most one is open. A *product* is what depth attention has learned for one read, its query times its
+key norm gain.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -14,7 +20,13 @@ from functools import cache, reduce
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils.generic import GeneralInterface
+
+
+Sources = tuple[torch.Tensor, ...]  # each (batch, seq, hidden)
 
 
 def eager_depth_attention(
@@ -46,56 +58,275 @@ def eager_depth_attention(
     return mixed.to(sources[0].dtype), weights
 
 
-def to_inverse_rms_(norms: torch.Tensor, hidden: int, eps: float) -> torch.Tensor:
-    """Turns the Euclidean norms of vectors of `hidden` numbers into one over their root mean squares, in place."""
-    return norms.square_().div_(hidden).add_(eps).rsqrt_()
+@dataclass(frozen=True)
+class DepthPlace:
+    """Where in a model a read is.
+
+    Args:
+        row: which of the model's reads it is.
+        num_closed_sources: how many of its sources are closed, the first ones.
+        num_sources: how many it has.
+        eps, scale: as in [`eager_depth_attention`].
+    """
+
+    row: int
+    num_closed_sources: int
+    num_sources: int
+    eps: float
+    scale: float
+
+    @classmethod
+    def of(cls, config, row: int) -> "DepthPlace":
+        num_sources = config.num_depth_sources(row)
+        scale = num_sources if config.attn_res_sum_scale else 1
+        return cls(row, config.num_closed_depth_sources(row), num_sources, config.attn_res_norm_eps, scale)
 
 
-def rms_norm_forward(
-    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, in_place: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Llama's RMSNorm in few passes over memory, and the inverse root mean squares that its backward pass takes."""
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
-    inverse_rms = to_inverse_rms_(norms, hidden_states.shape[-1], eps)
-    normed = hidden_states.mul_(inverse_rms) if in_place else (hidden_states * inverse_rms).to(hidden_states.dtype)
-    return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight, inverse_rms
+def joined(sources: Sources, num_sources: int) -> Sources:
+    """The `num_sources` sources of a read: where there is one tensor more, the last is an output that has yet to be
+    added to the open source before it."""
+    if len(sources) <= num_sources:
+        return tuple(sources)
+    # in the dtype of the embedding, as a residual stream under autocast
+    return *sources[:-2], sources[-2].to(sources[0].dtype) + sources[-1]
 
 
-def rms_norm_backward(
-    grad: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients by `hidden_states`, in the dtype of `inverse_rms`, and by `weight`."""
-    hidden, dtype = hidden_states.shape[-1], inverse_rms.dtype
-    grad = grad.to(dtype)
-    normed = hidden_states * inverse_rms
-    products = (grad * normed).view(-1, hidden)
-    weight_grad = products.sum(0).to(weight.dtype)
-    projection = torch.mv(products, weight.to(dtype)).view(inverse_rms.shape).div_(hidden)
-    return (grad * weight).addcmul_(normed, projection, value=-1).mul_(inverse_rms), weight_grad
+@dataclass
+class ClosedDepthRead:
+    """What phase 1 gives a read: its mix of the sources that are closed when its block opens, none of them in
+    [`NOTHING_READ`].
+
+    Not a tuple, so that wrappers which cast a layer's tensors, as FSDP does, leave it in float32.
+    """
+
+    mixed: torch.Tensor | None  # (batch, seq, hidden), not scaled
+    lse: torch.Tensor | None  # (batch, seq), log-sum-exp of the scores; None if that is left to who merges one source
+    weights: torch.Tensor | None  # (batch, num_sources, seq); None if nobody needs them
+    num_sources: int
+
+    def to(self, device, non_blocking: bool = False) -> "ClosedDepthRead":
+        tensors = (self.mixed, self.lse, self.weights)
+        moved = (None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
+        return ClosedDepthRead(*moved, self.num_sources)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """Llama's RMSNorm, which saves little besides its input."""
+NOTHING_READ = ClosedDepthRead(None, None, None, 0)
 
-    @staticmethod
-    def forward(ctx, hidden_states, weight, eps):
-        normed, inverse_rms = rms_norm_forward(hidden_states, weight, eps)
-        ctx.save_for_backward(hidden_states, weight, inverse_rms)
-        return normed
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden_states, *others = ctx.saved_tensors
-        input_grad, weight_grad = rms_norm_backward(grad, hidden_states, *others)
-        return input_grad.to(hidden_states.dtype), weight_grad, None
+class DepthAttentionImplementation:
+    """What runs a model's depth attention. A subclass has [`__call__`]; the other methods have plain defaults.
+
+    A forward: the embedding is the first source, for which the model calls [`begin`]. For each block it calls
+    [`open_block`], and for each of the block's sublayers [`read`], whose normed result goes into the donor's attention
+    or MLP. What that puts out becomes the last of the sources, and the next read adds it to the open block (unless it
+    is a source of its own: the block's first, or any in full mode). One more read comes before the final norm.
+
+    What [`begin`] and [`open_block`] return for reads to share is handed to [`read`] as it is.
+    """
+
+    def __call__(
+        self, sources: Sources, product: torch.Tensor, eps: float, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One read; arguments and result as those of [`eager_depth_attention`]. An implementation that can't tell the
+        weights returns None for them."""
+        raise NotImplementedError
+
+    def begin(self, embedding: torch.Tensor, products: torch.Tensor, eps: float, watched: bool) -> tuple:
+        """
+        Args:
+            embedding: `(batch, seq, hidden)`, the first source.
+            products: `(num_reads, hidden)`.
+            watched: whether reads and weights are needed themselves, not only what norms make of the reads.
+
+        Returns:
+            The first two as reads take them best, and what all reads of this forward share.
+        """
+        return embedding, products, NOTHING_READ
+
+    def open_block(
+        self, place: DepthPlace, products: torch.Tensor, sources: Sources, norms: Sequence, shared, watched: bool
+    ) -> tuple[Sources, list]:
+        """
+        Args:
+            place: of the block's first read.
+            products: `(num_reads, hidden)` of the block's reads.
+            sources: as they are when the block opens, of which the last may have to be [`joined`].
+            norms: those that follow the reads.
+            shared: what [`begin`] has returned for all reads.
+
+        Returns:
+            The sources, and for each read what it shares with others of the block.
+        """
+        return sources, len(products) * [shared]
+
+    def read(
+        self, place: DepthPlace, product: torch.Tensor, sources: Sources, norm: nn.Module, shared, watched: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, Sources]:
+        """Everything between two sublayers: the last output is [`joined`], the sources are read, the norm follows.
+
+        Returns:
+            The read `(batch, seq, hidden)` and its weights `(batch, num_sources, seq)`, which may be Nones if they
+            aren't `watched`; the read after the norm; the joined sources.
+        """
+        sources = joined(sources, place.num_sources)
+        mixed, weights = self(sources, product, place.eps, place.scale)
+        return mixed, weights, norm(mixed), sources
+
+
+class EachReadItself(DepthAttentionImplementation):
+    """A function with the signature of [`eager_depth_attention`] as an implementation."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, sources, product, eps, scale):
+        return self.function(sources, product, eps, scale)
+
+
+class TwoPhaseDepthAttention(DepthAttentionImplementation):
+    """The two phases of Attention Residuals (Kimi Team, arXiv 2603.15031), in PyTorch alone.
+
+    Phase 1: when a block opens, all of its reads take what they need from the sources that are closed by then, each of
+    which is fetched once. Phase 2: a read merges the sources that have come since by an online softmax. Called as any
+    other implementation, it reads all sources at once.
+    """
+
+    # below, each operation costs its launch, not its arithmetic, and a read is best done in few of them
+    few_tokens = 32
+
+    def __call__(self, sources, product, eps, scale):
+        """[`eager_depth_attention`], with its arguments and result."""
+        if is_transformed():
+            return eager_depth_attention(sources, product, eps, scale)
+        if sources[0].shape[:-1].numel() <= self.few_tokens:
+            return stacked_depth_attention(sources, product, eps, scale)
+        return self.merge(NOTHING_READ, sources, product, eps, scale)
+
+    def begin(self, embedding, products, eps, watched):
+        fits = not watched and TokenReads.fit(embedding, products)
+        return embedding, products, TokenScores(products, eps) if fits else NOTHING_READ
+
+    def open_block(self, place, products, sources, norms, shared, watched):
+        if shared is not NOTHING_READ or not self.pays_phase_1(sources, products):
+            return super().open_block(place, products, sources, norms, shared, watched)
+        sources = joined(sources, place.num_sources)
+        device = sources[-1].device  # earlier layers may lie on others
+        closed, products = [source.to(device) for source in sources], products.to(device)
+        rounded = not watched and all(map(can_fuse_norm, norms))
+        return sources, self.phase_1(closed, products, place.eps, watched, rounded)
+
+    def read(self, place, product, sources, norm, shared, watched):
+        if isinstance(shared, TokenReads):
+            if product.is_cpu and not watched and shared.takes(sources):  # layers may lie on several devices
+                return shared.read(place, product, sources, norm)
+            shared = NOTHING_READ
+        if watched and shared.weights is None:
+            shared = NOTHING_READ
+        return self.phase_2(place, product, sources, norm, shared, watched)
+
+    def pays_phase_1(self, sources: Sources, products: torch.Tensor) -> bool:
+        """Whether reads with these `products` had better read closed `sources` together."""
+        return len(sources) > 1 and not is_transformed() and sources[0].shape[:-1].numel() > self.few_tokens
+
+    def phase_1(
+        self, sources, products: torch.Tensor, eps: float, watched: bool = True, rounded: bool = False
+    ) -> list[ClosedDepthRead]:
+        """Phase 1, for reads with the products `(num_reads, hidden)`; with their weights only if they are `watched`.
+
+        Mixes may be `rounded` to the dtype of the sources where this saves memory. Eager depth attention rounds a read
+        before its norm; where both are one step, that is spared.
+        """
+        products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
+        arguments = (products, constant(eps, products), 1, None, None, None, 0)
+        lse, weights, *mixed = DepthAttentionFunction.apply(*arguments, *sources)
+        weights = [w.transpose(0, 1).contiguous() for w in weights] if watched else [None] * len(mixed)
+        return [ClosedDepthRead(*read, len(sources)) for read in zip(mixed, lse.unbind(), weights)]
+
+    def phase_2(self, place, product, sources, norm, closed_read: ClosedDepthRead, watched):
+        """[`read`] of what has come since `closed_read`."""
+        sources = joined(sources, place.num_sources)
+        arguments = (closed_read, sources, product, place.eps, place.scale)
+        if not self.fuses_norm(closed_read, sources, norm, watched):
+            mixed, weights = self.merge(*arguments) if closed_read.num_sources else self(*arguments[1:])
+            return mixed, weights, fused_rms_norm(norm, mixed), sources
+        if torch.is_grad_enabled():
+            normed, weights = self.merge(*arguments, norm)
+        else:
+            mixed, weights = self.merge(*arguments)
+            normed, _ = rms_norm_forward(mixed, norm.weight, norm.variance_epsilon, in_place=True)
+        return None, weights, normed, sources
+
+    def fuses_norm(self, closed_read: ClosedDepthRead, sources: Sources, norm: nn.Module, watched: bool) -> bool:
+        """Whether a read that nobody sees takes part of the memory or time of the norm after it."""
+        if watched or torch.compiler.is_compiling() or is_transformed():
+            return False
+        few_tokens = sources[0].shape[:-1].numel() <= self.few_tokens
+        if few_tokens or sources[0].dtype == torch.float64 or not can_fuse_norm(norm):
+            return False
+        merges = len(sources) - closed_read.num_sources + (closed_read.num_sources > 0) > 1
+        return merges or not torch.is_grad_enabled()
+
+    def merge(self, closed_read: ClosedDepthRead, sources, product, eps, scale, norm: nn.Module | None = None):
+        """A read of `sources`, of which the first may have been read before. The result is as without.
+
+        With a `norm`, one of Llama's, it is the normalised mix, and the mix is not kept for the backward pass.
+        """
+        with_gradients = torch.is_grad_enabled() or product.requires_grad  # or a forward of re-entrant checkpointing
+        product = product.to(torch.promote_types(sources[0].dtype, torch.float32))
+        new_sources = sources[closed_read.num_sources :]
+        if not new_sources:
+            mixed = closed_read.mixed if scale == 1 else closed_read.mixed * scale
+            return mixed.to(sources[0].dtype), closed_read.weights
+        if closed_read.num_sources and len(new_sources) == 1 and not with_gradients:
+            return self.merge_in_place(closed_read, new_sources[0], product, eps, scale)
+        norm = (None, 0) if norm is None else (norm.weight, norm.variance_epsilon)
+        arguments = (product[None], constant(eps, product), scale, closed_read.mixed, closed_read.lse, *norm)
+        _, weights, mixed = DepthAttentionFunction.apply(*arguments, *new_sources)
+        weights = weights[0].transpose(0, 1)
+        if not closed_read.num_sources:
+            weights = weights.contiguous()
+        elif closed_read.weights is None:
+            weights = None
+        else:
+            weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
+        return mixed if norm[0] is not None else mixed.to(sources[0].dtype), weights
+
+    def merge_in_place(self, closed_read: ClosedDepthRead, source, product, eps, scale):
+        """A read of one more source, without gradients, in the memory of what has been read before."""
+        values = source.to(closed_read.mixed.dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            score = values @ product
+        norms = torch.linalg.vector_norm(values, dim=-1)
+        score *= to_inverse_rms_(norms, values.shape[-1], eps)
+        weight = torch.sigmoid(score - closed_read.lse)
+        mixed = closed_read.mixed.lerp_(values, weight.unsqueeze(-1))
+        if scale != 1:
+            mixed *= scale
+        if closed_read.weights is None:
+            return mixed.to(source.dtype), None
+        weight = weight.unsqueeze(1)
+        return mixed.to(source.dtype), torch.cat([closed_read.weights * (1 - weight), weight], dim=1)
+
+
+def stacked_depth_attention(sources, product, eps, scale):
+    """[`eager_depth_attention`], with its arguments and result, in few operations on a copy of all sources."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    values = torch.stack(tuple(sources)).to(dtype)
+    scores = nn.functional.rms_norm(values, values.shape[-1:], product.to(dtype), eps).sum(-1)
+    weights = scores.softmax(0)  # (num_sources, batch, seq)
+    mixed = (values * (weights * scale).unsqueeze(-1)).sum(0)
+    return mixed.to(sources[0].dtype), weights.transpose(0, 1).contiguous()
 
 
 class DepthAttentionFunction(torch.autograd.Function):
     """Several reads of the same sources; each may start from what it has read of other sources before.
 
     Saves a few numbers per token, read and source, and computes everything else again in the backward pass.
+    For scores s_i and weights w = softmax(s) of sources v_i, a read h = c sum_i w_i v_i and l = log sum_i exp(s_i), a
+    loss L has by the weights G_i = dL/dw_i + c (dL/dh . v_i), where dL/dw_i is what it makes of them itself, and, as
+    dw_i/ds_j = w_i ([i = j] - w_j) and dl/ds_j = w_j, by the scores
+
+        dL/ds_j = w_j (G_j - sum_i w_i G_i) + w_j dL/dl
 
     Args of `apply`:
         products: `(num_reads, hidden)`.
@@ -196,6 +427,9 @@ def gradients_by_scores(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """What a loss's gradients by the scores, `grads`, add to those by what the scores are made of.
 
+    A score is s = r (p . v) with r = (v . v / d + eps)^-1/2 of a source v of d numbers and a product p. As
+    dr/dv = -r^3 v / d, ds/dp = r v and ds/dv = r p - r^2 s v / d.
+
     Args:
         grads, scores: `(num_reads, num_sources, batch, seq)`.
         inverse_rms: `(num_sources, batch, seq)`, of the sources, with the epsilon.
@@ -221,22 +455,50 @@ def gradients_by_scores(
     return product_grad, source_grads
 
 
-@dataclass
-class ClosedDepthRead:
-    """What a read gets from the sources that are closed when its block opens.
+def to_inverse_rms_(norms: torch.Tensor, hidden: int, eps: float) -> torch.Tensor:
+    """Turns the Euclidean norms of vectors of `hidden` numbers into one over their root mean squares, in place."""
+    return norms.square_().div_(hidden).add_(eps).rsqrt_()
 
-    Not a tuple, so that wrappers which cast a layer's tensors, as FSDP does, leave it in float32.
-    """
 
-    mixed: torch.Tensor  # (batch, seq, hidden)
-    lse: torch.Tensor | None  # (batch, seq); None for a single source whose score is left to what merges it
-    weights: torch.Tensor | None  # (batch, num_sources, seq)
-    num_sources: int
+def rms_norm_forward(
+    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Llama's RMSNorm in few passes over memory, and the inverse root mean squares that its backward pass takes."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
+    inverse_rms = to_inverse_rms_(norms, hidden_states.shape[-1], eps)
+    normed = hidden_states.mul_(inverse_rms) if in_place else (hidden_states * inverse_rms).to(hidden_states.dtype)
+    return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight, inverse_rms
 
-    def to(self, device, non_blocking: bool = False) -> "ClosedDepthRead":
-        tensors = (self.mixed, self.lse, self.weights)
-        moved = (None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
-        return ClosedDepthRead(*moved, self.num_sources)
+
+def rms_norm_backward(
+    grad: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients by `hidden_states`, in the dtype of `inverse_rms`, and by `weight`."""
+    hidden, dtype = hidden_states.shape[-1], inverse_rms.dtype
+    grad = grad.to(dtype)
+    normed = hidden_states * inverse_rms
+    products = (grad * normed).view(-1, hidden)
+    weight_grad = products.sum(0).to(weight.dtype)
+    projection = torch.mv(products, weight.to(dtype)).view(inverse_rms.shape).div_(hidden)
+    return (grad * weight).addcmul_(normed, projection, value=-1).mul_(inverse_rms), weight_grad
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Llama's RMSNorm, which saves little besides its input."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, eps):
+        normed, inverse_rms = rms_norm_forward(hidden_states, weight, eps)
+        ctx.save_for_backward(hidden_states, weight, inverse_rms)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden_states, *others = ctx.saved_tensors
+        input_grad, weight_grad = rms_norm_backward(grad, hidden_states, *others)
+        return input_grad.to(hidden_states.dtype), weight_grad, None
 
 
 def plain_rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -308,11 +570,6 @@ def is_plain_rms_norm(norm_class: type) -> bool:
     return computes_plain_rms_norm(norm_class, getattr(norm_class, "forward", None))
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees or changes what a module returns; so it is held where torch doesn't tell."""
-    return bool(getattr(module, "_forward_hooks", True))
-
-
 def can_fuse_norm(norm: nn.Module) -> bool:
     """Whether a norm computes what Llama's does and is neither replaced nor watched by hooks."""
     if "forward" in norm.__dict__ or getattr(norm, "_forward_hooks", True) or getattr(norm, "_forward_pre_hooks", True):
@@ -377,113 +634,6 @@ def is_transformed() -> bool:
     return in_functorch or level >= 0 or torch.jit.is_tracing()
 
 
-class TwoPhaseDepthAttention:
-    """The two phases of Attention Residuals (Kimi Team, arXiv 2603.15031), in PyTorch alone.
-
-    When a block opens, all of its reads take what they need from the sources that are closed by then, each of which is
-    fetched once. A read then merges the sources that have come since by an online softmax. Called as any other
-    implementation, it reads all sources at once.
-    """
-
-    # below, each operation costs its launch, not its arithmetic, and a read is best done in few of them
-    few_tokens = 32
-
-    def __call__(self, sources, product, eps, scale):
-        """[`eager_depth_attention`], with its arguments and result."""
-        if is_transformed():
-            return eager_depth_attention(sources, product, eps, scale)
-        if sources[0].shape[:-1].numel() <= self.few_tokens:
-            return stacked_depth_attention(sources, product, eps, scale)
-        return self.read(None, sources, product, eps, scale)
-
-    def batches(self, sources, products: torch.Tensor) -> bool:
-        """Whether it pays to read the closed `sources` for a whole block, with the `products` of its reads."""
-        return len(sources) > 1 and not is_transformed() and sources[0].shape[:-1].numel() > self.few_tokens
-
-    def closed_reads(
-        self, sources, products: torch.Tensor, eps: float, watched: bool = True, rounded: bool = False
-    ) -> list[ClosedDepthRead]:
-        """Phase 1, for reads with the products `(num_reads, hidden)`; with their weights only if they are `watched`.
-
-        Mixes may be `rounded` to the dtype of the sources where this saves memory. Eager depth attention rounds a read
-        before its norm; where both are one step, that is spared.
-        """
-        products = products.to(torch.promote_types(sources[0].dtype, torch.float32))
-        arguments = (products, constant(eps, products), 1, None, None, None, 0)
-        lse, weights, *mixed = DepthAttentionFunction.apply(*arguments, *sources)
-        weights = [w.transpose(0, 1).contiguous() for w in weights] if watched else [None] * len(mixed)
-        return [ClosedDepthRead(*read, len(sources)) for read in zip(mixed, lse.unbind(), weights)]
-
-    def prepare(self, hidden_states, products: torch.Tensor, eps: float, watched: bool) -> tuple:
-        """A model's first source and all products, in the form that its reads take best; and what does all reads of a
-        single token, if these are such a token's `hidden_states` and the reads aren't `watched`, else None."""
-        fits = not watched and TokenReads.fit(hidden_states, products)
-        return hidden_states, products, TokenScores(products, eps) if fits else None
-
-    def step(self, depth_read, product, sources, output, norm, closed_read, watched: bool):
-        """Everything that [`DepthRead`] does, with its arguments and result, at once; None if it can't be."""
-        if watched or torch.compiler.is_compiling() or is_transformed():
-            return None
-        num_closed = 0 if closed_read is None else closed_read.num_sources
-        num_sources = len(sources) + (output is not None and not depth_read.extends)
-        merges = num_sources - num_closed + (closed_read is not None) > 1
-        many = sources[0].shape[:-1].numel() > self.few_tokens and sources[0].dtype != torch.float64
-        with_gradients = torch.is_grad_enabled()
-        if not (many and can_fuse_norm(norm)) or (with_gradients and not merges):
-            return None
-        sources = write(sources, output, depth_read.extends)
-        arguments = (closed_read, sources, product, depth_read.eps, depth_read.scale)
-        if with_gradients:
-            normed, weights = self.read(*arguments, norm)
-        else:
-            mixed, weights = self.read(*arguments)
-            normed, _ = rms_norm_forward(mixed, norm.weight, norm.variance_epsilon, in_place=True)
-        return None, weights, normed, sources
-
-    def read(self, closed_read: ClosedDepthRead | None, sources, product, eps, scale, norm: nn.Module | None = None):
-        """Phase 2: a read of `sources`, of which the first may have been read before. The result is as without.
-
-        With a `norm`, one of Llama's, it is the normalised mix, and the mix is not kept for the backward pass.
-        """
-        with_gradients = torch.is_grad_enabled() or product.requires_grad  # or a forward of re-entrant checkpointing
-        product = product.to(torch.promote_types(sources[0].dtype, torch.float32))
-        before, new_sources = (None, None), sources
-        if closed_read is not None:
-            before, new_sources = (closed_read.mixed, closed_read.lse), sources[closed_read.num_sources :]
-            if not new_sources:
-                mixed = closed_read.mixed if scale == 1 else closed_read.mixed * scale
-                return mixed.to(sources[0].dtype), closed_read.weights
-            if len(new_sources) == 1 and not with_gradients:
-                return self.merge(closed_read, new_sources[0], product, eps, scale)
-        norm = (None, 0) if norm is None else (norm.weight, norm.variance_epsilon)
-        arguments = (product[None], constant(eps, product), scale, *before, *norm)
-        _, weights, mixed = DepthAttentionFunction.apply(*arguments, *new_sources)
-        weights = weights[0].transpose(0, 1)
-        if closed_read is None:
-            weights = weights.contiguous()
-        elif closed_read.weights is None:
-            weights = None
-        else:
-            weights = torch.cat([closed_read.weights * weights[:, :1], weights[:, 1:]], dim=1)
-        return mixed if norm[0] is not None else mixed.to(sources[0].dtype), weights
-
-    def merge(self, closed_read: ClosedDepthRead, source, product, eps, scale):
-        """A read of one more source, without gradients, in the memory of what has been read before."""
-        values = source.to(closed_read.mixed.dtype)
-        with torch.autocast(values.device.type, enabled=False):
-            score = values @ product
-        norms = torch.linalg.vector_norm(values, dim=-1)
-        score *= to_inverse_rms_(norms, values.shape[-1], eps)
-        weight = torch.sigmoid(score - closed_read.lse)
-        mixed = closed_read.mixed.lerp_(values, weight.unsqueeze(-1))
-        if scale != 1:
-            mixed *= scale
-        if closed_read.weights is None:
-            return mixed.to(source.dtype), None
-        weight = weight.unsqueeze(1)
-        return mixed.to(source.dtype), torch.cat([closed_read.weights * (1 - weight), weight], dim=1)
-
-
 # a tensor, as adding a number to one would make it one at every call; on a CPU also under a default device
 ZERO = torch.zeros((), device="cpu")
 
@@ -502,8 +652,15 @@ class TokenReads:
             return False
         return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or is_transformed())
 
-    def step(self, depth_read, product, sources, output, norm) -> tuple:
-        """Everything that [`DepthRead`] does, with its arguments and result."""
+    def takes(self, sources: Sources) -> bool:
+        """Whether these can be read here; called before [`read`]."""
+        return True
+
+    def to(self, device, non_blocking: bool = False) -> "TokenReads":
+        return self
+
+    def read(self, place: DepthPlace, product: torch.Tensor, sources: Sources, norm: nn.Module) -> tuple:
+        """[`DepthAttentionImplementation.read`], unwatched."""
         raise NotImplementedError
 
 
@@ -518,17 +675,17 @@ class TokenScores(TokenReads):
         self.values = []  # the closed sources (1, 1, hidden), in the dtype of the products
         self.scores = [[] for _ in range(products.shape[0])]  # for each read, those of these sources
 
-    def step(self, depth_read, product, sources, output, norm) -> tuple:
-        sources = write(sources, output, depth_read.extends)
-        dtype, scale = product.dtype, depth_read.scale
-        for source in sources[len(self.values) : depth_read.num_closed_sources]:
+    def read(self, place, product, sources, norm):
+        sources = joined(sources, place.num_sources)
+        dtype, scale = product.dtype, place.scale
+        for source in sources[len(self.values) : place.num_closed_sources]:
             source = source.to(dtype)
             vector = source.reshape(-1)
             factor = self.inverse_rms(vector, self.eps)
             self.values.append(source)
             for scores, score in zip(self.scores, torch.mv(self.products, vector).tolist()):
                 scores.append(score * factor)
-        values, scores = self.values, self.scores[depth_read.row]
+        values, scores = self.values, self.scores[place.row]
         if len(sources) > len(values):  # the open block
             source = sources[-1].to(dtype)
             vector = source.reshape(-1)
@@ -553,26 +710,6 @@ class TokenScores(TokenReads):
         return (scale * scale * torch.dot(vector, vector).item() / vector.numel() + eps) ** -0.5
 
 
-def write(sources: tuple[torch.Tensor, ...], output: torch.Tensor | None, extends: bool) -> tuple[torch.Tensor, ...]:
-    """The sources after a sublayer's `output` has joined them, which extends the open block or opens a new one."""
-    if output is None:
-        return sources
-    if extends:
-        # in the dtype of the embedding, as a residual stream under autocast
-        return *sources[:-1], sources[-1].to(sources[0].dtype) + output
-    return *sources, output
-
-
-def stacked_depth_attention(sources, product, eps, scale):
-    """[`eager_depth_attention`], with its arguments and result, in few operations on a copy of all sources."""
-    dtype = torch.promote_types(sources[0].dtype, torch.float32)
-    values = torch.stack(tuple(sources)).to(dtype)
-    scores = nn.functional.rms_norm(values, values.shape[-1:], product.to(dtype), eps).sum(-1)
-    weights = scores.softmax(0)  # (num_sources, batch, seq)
-    mixed = (values * (weights * scale).unsqueeze(-1)).sum(0)
-    return mixed.to(sources[0].dtype), weights.transpose(0, 1).contiguous()
-
-
 def fixed_depth_mix(
     sources: tuple[torch.Tensor, ...], weights: torch.Tensor, eps: float, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -590,18 +727,33 @@ def fixed_depth_mix(
     return mixed.to(sources[0].dtype), weights[None, :, None].expand(sources[0].shape[0], -1, sources[0].shape[1])
 
 
+FIXED_DEPTH_MIX = EachReadItself(fixed_depth_mix)
+
+
+def as_implementation(function: Callable) -> DepthAttentionImplementation:
+    return function if isinstance(function, DepthAttentionImplementation) else EachReadItself(function)
+
+
 class DepthAttentionInterface(GeneralInterface):
-    """Implementations of depth attention by name, each with the signature and result of [`eager_depth_attention`].
+    """Implementations of depth attention by name.
 
     Select one with `from_pretrained(..., attn_res_implementation=name)` or `model.set_attn_res_implementation(name)`;
-    add one with `DepthAttentionInterface.register(name, function)`.
+    add a [`DepthAttentionImplementation`], or a function with the signature and result of [`eager_depth_attention`],
+    with `DepthAttentionInterface.register(name, function)`.
     """
 
     default = "two_phase"
     absent: dict[str, str] = {}  # names that can't be had here, with the reason
-    _global_mapping = {"eager": eager_depth_attention, "two_phase": TwoPhaseDepthAttention()}
+    _global_mapping = {"eager": EachReadItself(eager_depth_attention), "two_phase": TwoPhaseDepthAttention()}
 
-    def get_interface(self, name: str) -> Callable:
+    @classmethod
+    def register(cls, key: str, value: Callable):
+        super().register(key, as_implementation(value))
+
+    def __setitem__(self, key: str, value: Callable):
+        super().__setitem__(key, as_implementation(value))
+
+    def get_interface(self, name: str) -> DepthAttentionImplementation:
         if name not in self:
             if name in self.absent:
                 raise ValueError(
@@ -617,10 +769,177 @@ class DepthAttentionInterface(GeneralInterface):
 ALL_DEPTH_ATTENTION_FUNCTIONS = DepthAttentionInterface()
 
 
+class DepthMixer(nn.Module):
+    """What a mode has learned for all reads of a model, and what mixes the sources with it.
+
+    Parameters stay in float32: `model.to(torch.bfloat16)` and the like move them but don't round them. [`forward`]
+    makes of them what each read takes, `(num_depth_reads, ...)`: fresh float32 tensors, as a sharded parameter may be
+    freed after this module's forward.
+
+    As a group of torch's `fully_shard` has one dtype, it gets one of its own in a model of another dtype:
+
+    ```python
+    fully_shard(model.model.depth_attention)
+    fully_shard(model)
+    ```
+    """
+
+    def reset_parameters(self):
+        """Gives the parameters their initial values."""
+        raise NotImplementedError
+
+    @staticmethod
+    def implementation(config) -> DepthAttentionImplementation:
+        """What mixes the sources."""
+        return ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
+
+    @staticmethod
+    def rows_of(parameter: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """A copy of what belongs to the reads with these `rows`, two of each layer that stays, and to the last read."""
+        return parameter[[*rows, -1]]
+
+    def keep_rows(self, rows: Sequence[int]):
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            kept = nn.Parameter(self.rows_of(parameter.detach(), rows), parameter.requires_grad)
+            kept._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)
+            setattr(self, name, kept)
+
+    def _apply(self, fn, recurse=True):
+        def move(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(move, recurse)
+
+
+class DepthQueries(DepthMixer):
+    """The queries and key norm gains of Attention Residuals. Zero queries, the initial ones, weight sources equally."""
+
+    def __init__(self, config):
+        super().__init__()
+        shape = (config.num_depth_reads, config.hidden_size)
+        self.query = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        self.key_norm = nn.Parameter(torch.ones(shape, dtype=torch.float32))
+
+    def reset_parameters(self):
+        init.zeros_(self.query)
+        init.ones_(self.key_norm)
+
+    def forward(self) -> torch.Tensor:
+        """The products `query * key_norm`, `(num_depth_reads, hidden)`."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        return self.query.to(dtype) * self.key_norm.to(dtype)
+
+
+class DenseFormerWeights(DepthMixer):
+    """The weight of each source in each read, which doesn't depend on the input; 1 at first, the plain sum."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.num_depth_reads, config.num_depth_reads, dtype=torch.float32))
+
+    def reset_parameters(self):
+        init.ones_(self.weight)
+
+    @staticmethod
+    def implementation(config) -> DepthAttentionImplementation:
+        return FIXED_DEPTH_MIX
+
+    @staticmethod
+    def rows_of(parameter: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        return DepthMixer.rows_of(parameter, rows)[:, [0, *(row + 1 for row in rows)]]  # each is a source too
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()
+
+
+DEPTH_MIXERS = {"block": DepthQueries, "full": DepthQueries, "denseformer": DenseFormerWeights}
+
+
+class NormOfRead:
+    """A norm as an argument of a read: what wraps the read, as accelerate does, moves modules that it sees to a device,
+    which it can't do to one that lies elsewhere or on disk."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what a module returns; so it is held where torch doesn't tell."""
+    return bool(getattr(module, "_forward_hooks", True))
+
+
+class DepthRead(nn.Module):
+    """Everything between two sublayers: the read of a `row`, in the place that it has in a model. Has no parameters."""
+
+    def __init__(self, config, row: int):
+        super().__init__()
+        self.set_place(config, row)
+        self.set_implementation(config)
+
+    def set_place(self, config, row: int):
+        self.place = DepthPlace.of(config, row)
+
+    def set_implementation(self, config):
+        self.implementation = DEPTH_MIXERS[config.attn_res_mode].implementation(config)
+
+    def forward(
+        self, product: torch.Tensor, sources: Sources, norm: NormOfRead, shared=NOTHING_READ, watched: bool = False
+    ) -> tuple:
+        """Arguments and result are those of [`DepthAttentionImplementation.read`]."""
+        watched = watched or has_forward_hooks(self)
+        return self.implementation.read(self.place, product, sources, norm.module, shared, watched)
+
+
+class RowsOfLayers(ConversionOps):
+    """Loads and saves the rows of depth attention that belong to the layers of a model, the checkpoint's first ones,
+    and the last row, that of the output."""
+
+    @torch.no_grad
+    def convert(self, input_dict: dict, source_patterns, target_patterns, *, model, config, full_layer_name, **kwargs):
+        (values,) = input_dict.values()
+        parameter = values[0] if isinstance(values, list) else values
+        if hasattr(model.get_parameter_or_buffer(full_layer_name), "device_mesh"):  # comes in pieces
+            return {target_patterns[0]: parameter}
+        num_reads = config.num_depth_reads
+        if len(parameter) < num_reads:
+            raise ValueError(
+                f"{full_layer_name} has {len(parameter)} rows, those of {len(parameter) // 2} layers, and "
+                f"num_hidden_layers is {config.num_hidden_layers}: there is nothing from which the others could get "
+                "theirs. Set num_hidden_layers to the number of layers, or fewer."
+            )
+        if len(parameter) > num_reads:
+            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            parameter = module.rows_of(parameter, range(num_reads - 1))
+        return {target_patterns[0]: parameter}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def register_checkpoint_names(config_class: type):
+    """Checkpoints keep the donor's tensor names, which for some families (experts) are not those of the modules; and
+    may have more layers than are loaded."""
+    mapping = get_checkpoint_conversion_mapping(config_class.donor_config_class().model_type) or []
+    mapping = [*mapping, WeightConverter("depth_attention.", "depth_attention.", [RowsOfLayers()])]
+    register_checkpoint_conversion_mapping(config_class.model_type, mapping, overwrite=True)
+
+
 __all__ = [
     "ALL_DEPTH_ATTENTION_FUNCTIONS",
+    "DEPTH_MIXERS",
+    "NOTHING_READ",
     "ClosedDepthRead",
+    "DepthAttentionImplementation",
     "DepthAttentionInterface",
+    "DepthMixer",
+    "DepthRead",
+    "NormOfRead",
+    "Sources",
     "TwoPhaseDepthAttention",
     "eager_depth_attention",
+    "has_forward_hooks",
+    "joined",
+    "register_checkpoint_names",
 ]

@@ -43,26 +43,24 @@ try:
     from .configuration_attnres import *  # noqa: F403
     from .configuration_attnres import __all__ as CONFIG_CLASSES
     from .configuration_attnres import __getattr__  # noqa: F401
-    from .modeling_attnres import (
-        AttnResDecoderLayerMixin,
-        AttnResForCausalLMMixin,
-        AttnResModelMixin,
-        AttnResMoeForCausalLMMixin,
-        register_checkpoint_names,
-    )
+    from .depth_attention_attnres import register_checkpoint_names
+    from .modeling_attnres import AttnResDecoderLayerMixin, AttnResForCausalLMMixin, AttnResModelMixin
 except ImportError:
     if __package__:  # loaded from the Hub: the relative import must work, so the error is real
         raise
     from configuration_attnres import *  # noqa: F403
     from configuration_attnres import __all__ as CONFIG_CLASSES
     from configuration_attnres import __getattr__  # noqa: F401
-    from modeling_attnres import (
-        AttnResDecoderLayerMixin,
-        AttnResForCausalLMMixin,
-        AttnResModelMixin,
-        AttnResMoeForCausalLMMixin,
-        register_checkpoint_names,
-    )
+    from depth_attention_attnres import register_checkpoint_names
+    from modeling_attnres import AttnResDecoderLayerMixin, AttnResForCausalLMMixin, AttnResModelMixin
+
+
+class AttnResMoeForCausalLMMixin(AttnResForCausalLMMixin):
+    def add_head(self, config):
+        super().add_head(config)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
 
 
 class AttnResMistralDecoderLayer(AttnResDecoderLayerMixin, MistralDecoderLayer):
@@ -250,9 +248,7 @@ class AttnResGraniteForCausalLM(AttnResForCausalLMMixin, GraniteForCausalLM):
 
 
 class AttnResGemma2DecoderLayerMixin(AttnResDecoderLayerMixin):
-    @property
-    def mlp_norm(self) -> nn.Module:
-        return self.pre_feedforward_layernorm
+    mlp_norm = property(lambda self: self.pre_feedforward_layernorm)
 
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.post_attention_layernorm(super().attend(hidden_states, **kwargs))

@@ -269,33 +269,26 @@ class CppTokenReads(TokenReads):
         fields = hidden_states.shape[-1], DTYPES[hidden_states.dtype], self.products.data_ptr(), eps
         self.token = Token(*fields, ctypes.addressof(self.addresses))
         self.arguments = ctypes.addressof(self.token)
-        self.read = library().token_read
+        self.kernel = library().token_read
         self.is_uniform = True
 
-    def address(self, source: torch.Tensor) -> int:
-        if source.dtype != self.like.dtype or not source.is_contiguous():
-            self.is_uniform = False  # from now on, other code reads this token
-        return source.data_ptr()
-
-    def step(self, depth_read, product, sources, output, norm) -> tuple:
-        like, addresses, num_sources = self.like, self.addresses, len(sources)
+    def takes(self, sources):
         for index, source in enumerate(sources):
             if index == len(self.kept):
                 self.kept.append(None)
             if self.kept[index] is not source:
-                addresses[index], self.kept[index] = self.address(source), source
-        address = None if output is None else self.address(output)
-        if not self.is_uniform:
-            return depth_read.forward(product, sources, output, norm)
+                self.addresses[index], self.kept[index] = source.data_ptr(), source
+                # once one isn't, other code reads this token
+                self.is_uniform &= source.dtype == self.like.dtype and source.is_contiguous()
+        return self.is_uniform
+
+    def read(self, place, product, sources, norm):
+        like, num_sources = self.like, min(len(sources), place.num_sources)
         added = new_partial = None
-        if output is not None and depth_read.extends:
+        if len(sources) > num_sources:
             partial = torch.empty_like(like)
-            added, new_partial = address, partial.data_ptr()
-            sources = (*sources[:-1], partial)
-        elif output is not None:
-            addresses[num_sources] = address
-            num_sources += 1
-            sources = (*sources, output)
+            added, new_partial = self.addresses[num_sources], partial.data_ptr()
+            sources = (*sources[:-2], partial)
         gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
         fits = can_fuse_norm(norm) and norm.weight.dtype in DTYPES and is_plain(norm.weight)
         if fits := fits and norm.weight.shape == like.shape[-1:]:
@@ -304,11 +297,11 @@ class CppTokenReads(TokenReads):
             if weight.dtype != dtype:
                 dtype = torch.float32
         result = torch.empty_like(like, dtype=dtype)
-        self.read(
+        self.kernel(
             self.arguments,
-            depth_read.row,
+            place.row,
             num_sources,
-            depth_read.scale,
+            place.scale,
             added,
             new_partial,
             gain,
@@ -325,8 +318,8 @@ class CppKernels(DepthKernels):
     few_tokens = 0
     compiled_steps = False
 
-    def token_reads(self, hidden_states, products, eps):
-        return CppTokenReads(hidden_states, products, eps)
+    def token_reads(self, embedding, products, eps):
+        return CppTokenReads(embedding, products, eps)
 
     def closed_forward(self, sources, products, eps, mixed, lse, scores, inverse_rms):
         (num_reads, width), (num_sources, num_tokens) = products.shape, inverse_rms.shape

@@ -32,13 +32,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from depth_attention_attnres import (
+    NOTHING_READ,
     ClosedDepthRead,
     TokenReads,
     TwoPhaseDepthAttention,
     can_fuse_norm,
     eager_depth_attention,
     is_transformed,
-    write,
+    joined,
 )
 
 
@@ -117,9 +118,9 @@ class DepthKernels:
         """
         raise NotImplementedError
 
-    def token_reads(self, hidden_states, products, eps) -> TokenReads | None:
-        """What is best for a single token on a CPU, if there is something better than `read_forward`."""
-        return None
+    def token_reads(self, embedding, products, eps) -> TokenReads | ClosedDepthRead:
+        """What reads a single token on a CPU better than `read_forward`, if there is such a thing."""
+        return NOTHING_READ
 
 
 KERNELS: dict[str, DepthKernels] = {}  # by type of device
@@ -858,73 +859,74 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         # with a gradient, they come from the first forward of re-entrant checkpointing, to which the second is equal
         return not (torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors))
 
-    def batches(self, sources, products) -> bool:
+    def pays_phase_1(self, sources, products):
         # what the cache holds may be fetched again, rather than take memory for the results of a first phase
         at_once = self.reads_at_once(products, *sources) and self.runs(sources)
         if at_once and sum(source.numel() * source.element_size() for source in sources) <= CACHE_BYTES:
             return False
-        return super().batches(sources, products)
+        return super().pays_phase_1(sources, products)
 
-    def prepare(self, hidden_states, products, eps, watched):
-        if not self.runs([hidden_states]):
-            return super().prepare(hidden_states, products, eps, watched)
-        token_reads = None
+    def begin(self, embedding, products, eps, watched):
+        if not self.runs([embedding]):
+            return super().begin(embedding, products, eps, watched)
+        shared = NOTHING_READ
         if is_untraced():
-            if not watched and TokenReads.fit(hidden_states, products):
-                token_reads = self.kernels.token_reads(hidden_states, products, eps)
-        elif self.reads_at_once(hidden_states, products):
-            hidden_states, products = _stored(hidden_states), _stored(products)
-        return hidden_states, products, token_reads
+            if not watched and TokenReads.fit(embedding, products):
+                shared = self.kernels.token_reads(embedding, products, eps)
+        elif self.reads_at_once(embedding, products):
+            embedding, products = _stored(embedding), _stored(products)
+        return embedding, products, shared
 
-    def closed_reads(self, sources, products, eps, watched=True, rounded=False):
+    def phase_1(self, sources, products, eps, watched=True, rounded=False):
         if not self.runs(sources):
-            return super().closed_reads(sources, products, eps, watched, rounded)
+            return super().phase_1(sources, products, eps, watched, rounded)
         dtype = sources[0].dtype if rounded else torch.float32
         mixed, lse, *weights = closed_reads(sources, products.float(), eps, dtype, return_weights=watched)
         weights = [w.transpose(0, 1).contiguous() for w in weights[0]] if watched else [None] * len(mixed)
         return [ClosedDepthRead(*read, len(sources)) for read in zip(mixed, lse.unbind(), weights)]
 
     def mix(self, sources, product, eps, watched, rounded) -> ClosedDepthRead:
-        """One read of the sources. A single one is not copied, and its score is left to [`depth_step`]."""
+        """Phase 1 of one read. A single source is not copied, and its score is left to [`depth_step`]."""
         if len(sources) > 1:
-            return self.closed_reads(sources, product.unsqueeze(0), eps, watched, rounded)[0]
+            return self.phase_1(sources, product.unsqueeze(0), eps, watched, rounded)[0]
         weights = torch.ones_like(sources[0][..., 0], dtype=torch.float32).unsqueeze(1) if watched else None
         return ClosedDepthRead(sources[0], None, weights, 1)
 
-    def step(self, depth_read, product, sources, output, norm, closed_read, watched):
-        tensors = sources if output is None else (*sources, output)
-        if not self.runs(tensors):
-            return super().step(depth_read, product, sources, output, norm, closed_read, watched)
-        place = (closed_read, sources, output, depth_read.extends, product, depth_read.eps, depth_read.scale)
+    def phase_2(self, place, product, sources, norm, closed_read, watched):
+        if not self.runs(sources):
+            return super().phase_2(place, product, sources, norm, closed_read, watched)
+        num_sources = min(len(sources), place.num_sources)  # there are fewer after fewer layers
+        arguments = (closed_read, sources, num_sources, product, place.eps, place.scale)
         if can_fuse_norm(norm) and norm.weight.dtype in self.kernels.dtypes and is_plain(norm.weight):
-            return self.fused(*place, norm, watched)
-        hidden, weights, _, sources = self.fused(*place, None, watched)
+            return self.fused(*arguments, norm, watched)
+        hidden, weights, _, sources = self.fused(*arguments, None, watched)
         return hidden, weights, norm(hidden), sources
 
-    def read(self, closed_read, sources, product, eps, scale, norm=None):
+    def merge(self, closed_read, sources, product, eps, scale, norm=None):
         if not self.runs(sources):
-            return super().read(closed_read, sources, product, eps, scale, norm)
-        watched = closed_read is None or closed_read.weights is not None
-        hidden, weights, normed, _ = self.fused(closed_read, sources, None, False, product, eps, scale, norm, watched)
+            return super().merge(closed_read, sources, product, eps, scale, norm)
+        watched = closed_read.num_sources == 0 or closed_read.weights is not None
+        if closed_read.num_sources == 0 and not self.reads_at_once(product, *sources):
+            closed_read = self.mix(sources, product, eps, watched, False)
+        hidden, weights, normed, _ = self.fused(closed_read, sources, len(sources), product, eps, scale, norm, watched)
         return hidden if norm is None else normed, weights
 
-    def fused(self, closed_read, sources, output, extends, product, eps, scale, norm, watched):
-        """A read, the output that joins its sources before and the norm after it; the result is [`DepthRead`]'s."""
-        if closed_read is None and self.reads_at_once(product, *sources):
-            return self.whole_read(sources, output, extends, product, eps, scale, norm, watched)
-        dtype, extends = sources[0].dtype, extends and output is not None
+    def fused(self, closed_read, sources, num_sources, product, eps, scale, norm, watched):
+        """A read with the norm after it, if there is one; the result is that of [`read`]."""
+        if closed_read.num_sources == 0 and self.reads_at_once(product, *sources):
+            return self.whole_read(sources, num_sources, product, eps, scale, norm, watched)
         rounded = norm is not None and not watched
-        if closed_read is None:
-            closed_read = self.mix(sources[: len(sources) - extends], product, eps, watched, rounded)
+        if closed_read.num_sources == 0:  # the last source is merged on the way
+            closed_read = self.mix(sources[: max(num_sources - 1, 1)], product, eps, watched, rounded)
         num_closed = closed_read.num_sources
-        partial, score, new_weights = None, None, 1
-        if output is not None and len(sources) - num_closed == extends:
-            partial = sources[-1].to(dtype) if extends else None
-        else:  # several sources have come since, or the output is among them
-            sources, output = write(sources, output, extends), None
-            if len(sources) > num_closed:
-                new_read = self.mix(sources[num_closed:], product, eps, watched, rounded)
-                output, score, new_weights = new_read.mixed, new_read.lse, new_read.weights
+        partial = output = score = None
+        if num_sources - num_closed > 1:
+            sources = joined(sources, num_sources)
+            new_read = self.mix(sources[num_closed:], product, eps, watched, rounded)
+            output, score = new_read.mixed, new_read.lse
+        elif num_sources > num_closed:
+            *partials, output = sources[num_closed:]
+            partial = partials[0].to(sources[0].dtype) if partials else None
         step = depth_step(
             partial,
             output,
@@ -936,31 +938,30 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
             None if norm is None else norm.weight,
             0.0 if norm is None else norm.variance_epsilon,
             return_hidden=watched,
-            dtype=dtype,
+            dtype=sources[0].dtype,
             score=score,
         )
         weights = closed_read.weights if watched else None
         if watched and output is not None:
             weight = step.weight.unsqueeze(1)
+            new_weights = 1 if score is None else new_read.weights
             weights = torch.cat([weights * (1 - weight), new_weights * weight], dim=1)
-        if score is None and output is not None:
+        if partial is not None:
             sources = (*sources[:num_closed], step.partial)
         return step.hidden, weights, step.normed, sources
 
-    def whole_read(self, sources, output, extends, product, eps, scale, norm, watched):
-        """[`fused`] without a `closed_read` and without gradients, in one kernel."""
+    def whole_read(self, sources, num_sources, product, eps, scale, norm, watched):
+        """[`fused`] of all sources without gradients, in one kernel."""
         shape, product = sources[0].shape, product.float()
         gain, norm_eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
-        tensors = sources if output is None else (*sources, output)
-        if product.shape != shape[-1:] or any(tensor.shape != shape for tensor in tensors):
-            shapes = [tuple(tensor.shape) for tensor in tensors]
+        if product.shape != shape[-1:] or any(source.shape != shape for source in sources):
+            shapes = [tuple(source.shape) for source in sources]
             raise ValueError(f"Sources {shapes} don't go with a product {tuple(product.shape)}.")
-        extends, return_hidden = extends and output is not None, watched or norm is None
+        extends = len(sources) > num_sources
+        *others, output = sources if len(sources) > 1 else (*sources, None)
         partial, normed, hidden, weights = (_depth_read_kernel if is_untraced() else _depth_read)(
-            list(sources), output, extends, product, eps, float(scale), gain, norm_eps, return_hidden, watched
+            others, output, extends, product, eps, float(scale), gain, norm_eps, watched or norm is None, watched
         )
         if extends:
-            sources = (*sources[:-1], partial)
-        elif output is not None:
-            sources = (*sources, output)
-        return hidden if return_hidden else None, weights if watched else None, normed if norm else None, sources
+            sources = (*others[:-1], partial)
+        return None if norm and not watched else hidden, weights if watched else None, normed if norm else None, sources

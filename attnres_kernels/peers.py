@@ -46,10 +46,10 @@ class FlashAttnRes(TwoPhaseDepthAttention):
     """The two phases of flash-attn-res; arguments as those of [`TwoPhaseDepthAttention`], without weights."""
 
     def __call__(self, sources, product, eps, scale):
-        (closed_read,) = self.closed_reads(sources, product.unsqueeze(0), eps)
+        (closed_read,) = self.phase_1(sources, product.unsqueeze(0), eps)
         return scaled(closed_read.mixed, scale).to(sources[0].dtype), None
 
-    def closed_reads(self, sources, products, eps, watched=True, rounded=False):
+    def phase_1(self, sources, products, eps, watched=True, rounded=False):
         hidden_size = products.shape[-1]
         if hidden_size & (hidden_size - 1):
             raise ValueError(
@@ -61,10 +61,10 @@ class FlashAttnRes(TwoPhaseDepthAttention):
         mixed, lse = phase_1_batched_attention_triton_op(torch.stack(tuple(sources)), products, eps)
         return [ClosedDepthRead(m, s, None, len(sources)) for m, s in zip(mixed, lse)]
 
-    def step(self, *args):
-        return None  # the norm is left to the model
+    def fuses_norm(self, *arguments):
+        return False
 
-    def read(self, closed_read, sources, product, eps, scale):
+    def merge(self, closed_read, sources, product, eps, scale, norm=None):
         from flash_attn_res import phase_2_online_softmax_merge_triton_op
 
         new_sources = sources[closed_read.num_sources :]

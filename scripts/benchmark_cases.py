@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,10 +19,14 @@ from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from attnres import AttnResConfig
 from configuration_attnres import attn_res_config_class
-from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, ClosedDepthRead, TwoPhaseDepthAttention
-from modeling_attnres import DepthRead
+from depth_attention_attnres import (
+    ALL_DEPTH_ATTENTION_FUNCTIONS,
+    NOTHING_READ,
+    ClosedDepthRead,
+    DepthPlace,
+    TwoPhaseDepthAttention,
+)
 
 
 CASES = ("training", "forward", "prefill", "decoding")
@@ -361,35 +364,31 @@ def block_of_reads(implementation: str, mode: str, sources, outputs, products) -
     """What the sublayers of a block read: the closed sources and, of what the block has written so far, the sum
     (Block) or everything (Full)."""
     read = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(implementation)
-    closed_reads = None
-    if isinstance(read, TwoPhaseDepthAttention) and read.batches(sources, products):
-        closed_reads = read.closed_reads(sources, products, 1e-6)
+    closed_reads = []
+    if isinstance(read, TwoPhaseDepthAttention) and read.pays_phase_1(sources, products):
+        closed_reads = read.phase_1(sources, products, 1e-6)
     mixed, written = [], ()
     for sublayer, output in enumerate(outputs):
-        if closed_reads is None:
+        if not closed_reads:
             mixed.append(read((*sources, *written), products[sublayer], 1e-6, 1)[0])
         else:
-            mixed.append(read.read(closed_reads[sublayer], (*sources, *written), products[sublayer], 1e-6, 1)[0])
+            mixed.append(read.merge(closed_reads[sublayer], (*sources, *written), products[sublayer], 1e-6, 1)[0])
         written = (written[0] + output,) if mode == "block" and written else (*written, output)
     return tuple(mixed)
 
 
 def closed_reads(implementation: TwoPhaseDepthAttention, sources, products) -> list[ClosedDepthRead]:
     """Phase 1 as a model does it whose norms are fused and that nobody looks into."""
-    return implementation.closed_reads(sources, products, 1e-6, watched=False, rounded=True)
+    return implementation.phase_1(sources, products, 1e-6, watched=False, rounded=True)
 
 
-@cache
-def read_inside_block(implementation: str) -> DepthRead:
-    config = AttnResConfig(num_hidden_layers=2, attn_res_block_size=2, attn_res_implementation=implementation)
-    return DepthRead(config, 2)
-
-
-def step(implementation: str, sources, outputs, product, norm, closed_read: ClosedDepthRead | None = None):
+def step(implementation: str, sources, outputs, product, norm, closed_read: ClosedDepthRead = NOTHING_READ):
     """What a model does between two sublayers inside a block: the last output joins the open sum, which is merged into
     the read, which is normalised. Returns the normalised read and the sum."""
-    read = read_inside_block(implementation)
-    _, _, normed, (*_, total) = read(product, (*sources, outputs[0]), outputs[1], norm, closed_read)
+    depth_attention = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(implementation)
+    place = DepthPlace(row=2, num_closed_sources=len(sources), num_sources=len(sources) + 1, eps=1e-6, scale=1)
+    results = depth_attention.read(place, product, (*sources, *outputs[:2]), norm, closed_read, watched=False)
+    _, _, normed, (*_, total) = results
     return normed, total
 
 
@@ -461,7 +460,7 @@ def check_operators(args, not_timed: dict[str, str]) -> dict[str, float]:
         is_exact = products.dtype == torch.float64  # in which Llama's norm rounds
         norm_class = torch.nn.RMSNorm if is_exact else LlamaRMSNorm
         norm = norm_class(args.hidden_size, eps=1e-6).to(args.device, sources[0].dtype)
-        implementation, closed_read = ALL_DEPTH_ATTENTION_FUNCTIONS[name], None
+        implementation, closed_read = ALL_DEPTH_ATTENTION_FUNCTIONS[name], NOTHING_READ
         if isinstance(implementation, TwoPhaseDepthAttention):
             closed_read = closed_reads(implementation, sources, products)[0]
         results = step(name, sources, outputs, products[0], norm, closed_read)

@@ -16,7 +16,7 @@ from gpu_worker import SCRIPTS, Gate, first_line, settings, waiting_compile
 
 import attnres  # noqa: F401  registers the classes
 from attnres_kernels.fused import MOST_READS, closed_reads, depth_step
-from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, eager_depth_attention, write
+from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, eager_depth_attention, joined
 
 
 sys.path.insert(0, str(SCRIPTS.parent / "tests"))
@@ -189,7 +189,7 @@ def check_whole_read(hidden_size, tokens, dtype, num_sources, joins):
         wide, _ = eager_depth_attention(exact_sources, product, KEY_EPS, SCALE)
         return [normalised(wide, gain, sources[0].dtype), hidden, weights]
 
-    sources_after = write(tuple(sources), output, bool(joins))
+    sources_after = tuple(sources) if joins is None else joined((*sources, output), num_sources + (not joins))
     exact = formula(tuple(doubles(sources_after)), product.double(), gain.double())
     partial, *found = torch.ops.attnres.depth_read(
         sources, output, bool(joins), product, KEY_EPS, SCALE, gain, NORM_EPS, True, True

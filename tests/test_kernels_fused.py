@@ -371,24 +371,25 @@ def test_error(run, dtype, with_norm, compiled):
 
 
 def check_error_of_read(device, num_closed, num_open, extends):
-    from depth_attention_attnres import eager_depth_attention, write
+    from depth_attention_attnres import NOTHING_READ, eager_depth_attention, joined
 
     (product64,), (product,) = leaves(device, torch.float32, (512,), std=0.1, seed=2)
     tensors64, tensors = leaves(device, torch.bfloat16, *[(3, 11, 512)] * (num_closed + num_open + 1))
 
-    def eager(sources, output, product):
-        return eager_depth_attention(write(sources, output, extends), product, KEY_EPS, 3)
+    num_sources = num_closed + num_open + (not extends)
 
-    def fused(sources, output, product):
+    def eager(sources, product):
+        return eager_depth_attention(joined(sources, num_sources), product, KEY_EPS, 3)
+
+    def fused(sources, product):
         attention = FusedDepthAttention(kernels_on(device))
-        closed_read = None
+        closed_read = NOTHING_READ
         if num_open > extends:
-            (closed_read,) = attention.closed_reads(sources[:num_closed], product[None], KEY_EPS)
-        return attention.fused(closed_read, sources, output, extends, product, KEY_EPS, 3, None, True)[:2]
+            (closed_read,) = attention.phase_1(sources[:num_closed], product[None], KEY_EPS)
+        return attention.fused(closed_read, sources, num_sources, product, KEY_EPS, 3, None, True)[:2]
 
     def results(function, tensors, product):
-        *sources, output = tensors
-        mixed, weights = function(tuple(sources), output, product)
+        mixed, weights = function(tuple(tensors), product)
         return [mixed, weights, *gradients([mixed, 100 * weights], [*tensors, product])]
 
     references = results(eager, tensors64, product64)
@@ -418,7 +419,7 @@ def check_whole_read(device, num_sources, joins, tokens, hidden_size, dtype):
     """`joins`: whether an output extends the last source (True), is one more (False), or there is none (None)."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from depth_attention_attnres import eager_depth_attention, write
+    from depth_attention_attnres import NOTHING_READ, eager_depth_attention, joined
 
     attention = FusedDepthAttention(kernels_on(device))
     shape = (*tokens, hidden_size)
@@ -427,20 +428,21 @@ def check_whole_read(device, num_sources, joins, tokens, hidden_size, dtype):
     norm = LlamaRMSNorm(hidden_size, NORM_EPS).to(device, dtype)
     torch.nn.init.normal_(norm.weight, generator=torch.Generator(device).manual_seed(3))
     *sources, output = (tensor.detach() for tensor in tensors)
-    output, product = None if joins is None else output, product.detach()
+    sources, product = tuple(sources) if joins is None else (*sources, output), product.detach()
+    num_sources += joins is False
 
     def eager(sources, norm):
         hidden, weights = eager_depth_attention(sources, product, KEY_EPS, 3.0)
         return hidden, weights, norm(hidden)
 
     with torch.no_grad():
-        written = write(tuple(sources), output, joins)
+        written = joined(sources, num_sources)
         exact_norm = copy.deepcopy(norm).double()
         exact_norm.forward = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], exact_norm.weight, NORM_EPS)
         exact, readable = eager([v.double() for v in written], exact_norm), eager(written, norm)
 
         def read(norm, watched):
-            return attention.fused(None, tuple(sources), output, bool(joins), product, KEY_EPS, 3.0, norm, watched)
+            return attention.fused(NOTHING_READ, sources, num_sources, product, KEY_EPS, 3.0, norm, watched)
 
         *found, sources_after = read(norm, True)
         assert len(sources_after) == len(written)
@@ -476,19 +478,21 @@ def test_whole_read(run, num_sources, joins, tokens, hidden_size, dtype):
 
 
 def check_strides_of_whole_read(device):
+    from depth_attention_attnres import NOTHING_READ
+
     attention = FusedDepthAttention(kernels_on(device))
     wide = torch.randn(3, 4, 2 * 33, generator=torch.Generator().manual_seed(0)).to(device)
     strided = [wide[..., ::2], wide[..., 1::2], wide[:1, ..., :33].expand(3, 4, 33), wide[..., 33:]]
     product = torch.randn(33, 2, generator=torch.Generator().manual_seed(1)).to(device).T[1]
 
-    def read(sources, output):
-        return attention.fused(None, sources, output, True, product, KEY_EPS, 1, None, True)
+    def read(sources):
+        return attention.fused(NOTHING_READ, tuple(sources), 3, product, KEY_EPS, 1, None, True)
 
     with torch.no_grad():
-        results = [read(tuple(tensors[:3]), tensors[3]) for tensors in (strided, [t.contiguous() for t in strided])]
+        results = [read(tensors) for tensors in (strided, [t.contiguous() for t in strided])]
         assert all(torch.equal(results[0][i], results[1][i]) for i in (0, 1))
         none = strided[0][:0]
-        assert read((none, none, none), none)[0].shape == none.shape
+        assert read((none, none, none, none))[0].shape == none.shape
 
 
 def test_strides_of_whole_read(run):
@@ -820,7 +824,7 @@ def test_model(run, mode, block_size, dtype):
 def check_rounded_mixes(device):
     model, tokens = tiny_model(device, "block", 1)
     model.bfloat16().set_attn_res_implementation(kernels_on(device).name)
-    attention, found = model.model.output_read.depth_attention, set()
+    attention, found = model.model.output_read.implementation, set()
 
     def mixes(**options):
         found.clear()
@@ -828,13 +832,13 @@ def check_rounded_mixes(device):
         return set(found)
 
     def spy(*args):
-        reads = closed_reads(*args)
+        reads = phase_1(*args)
         found.update(read.mixed.dtype for read in reads)
         return reads
 
-    closed_reads = attention.closed_reads
+    phase_1 = attention.phase_1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "closed_reads", spy)
+        patch.setattr(attention, "phase_1", spy)
         assert mixes() == {torch.bfloat16}
         assert mixes(output_depth_attentions=True) == {torch.float32}
         model.model.layers[1].mlp_norm.register_forward_hook(lambda *args: None)

@@ -26,12 +26,12 @@ def check_peer(implementation, device):
         closed, outputs, reads = tuple(tensors[:2]), tensors[2:], []
         closed_reads = None
         if isinstance(implementation, TwoPhaseDepthAttention):
-            closed_reads = implementation.closed_reads(closed, rows, EPS)
+            closed_reads = implementation.phase_1(closed, rows, EPS)
         for row, sources in enumerate((closed, (*closed, outputs[0]), (*closed, outputs[0] + outputs[1]))):
             if closed_reads is None:
                 mixed, _ = implementation(sources, rows[row], EPS, SCALE)
             else:
-                mixed, _ = implementation.read(closed_reads[row], sources, rows[row], EPS, SCALE)
+                mixed, _ = implementation.merge(closed_reads[row], sources, rows[row], EPS, SCALE)
             reads.append(mixed)
         total = sum((read * weight.to(read)).sum() for read, weight in zip(reads, weights))
         return [*reads, *torch.autograd.grad(total, [*tensors, rows])]
@@ -55,4 +55,4 @@ def test_peer(name):
 def test_flash_attn_res_refuses_widths():
     """It is said which hidden sizes its kernels take."""
     with pytest.raises(ValueError, match="powers of two, not 48"):
-        FlashAttnRes().closed_reads([torch.zeros(1, 2, 48)], torch.zeros(1, 48), EPS)
+        FlashAttnRes().phase_1([torch.zeros(1, 2, 48)], torch.zeros(1, 48), EPS)

@@ -35,18 +35,29 @@ from transformers import (
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import attnres
 from attnres import (
     ALL_DEPTH_ATTENTION_FUNCTIONS,
     AttnResConfig,
     AttnResForCausalLM,
     AttnResModel,
+    DepthAttentionImplementation,
     DepthAttentionInterface,
+    DepthMixer,
     TwoPhaseDepthAttention,
     eager_depth_attention,
 )
 from attnres_kernels.cpu import CppTokenReads, compiler
-from depth_attention_attnres import TokenScores, fixed_depth_mix, fused_rms_norm, stacked_depth_attention
-from modeling_attnres import DepthRead
+from depth_attention_attnres import (
+    NOTHING_READ,
+    DepthPlace,
+    DepthRead,
+    TokenScores,
+    fixed_depth_mix,
+    fused_rms_norm,
+    joined,
+    stacked_depth_attention,
+)
 
 
 FLOAT64 = 1e-12  # two ways to write the same sums in float64
@@ -81,14 +92,14 @@ def random_sources(num_sources: int, shape=(3, 5, 13), dtype=torch.float64) -> t
 
 
 def one_phase(sources, product, eps, scale):
-    return TwoPhaseDepthAttention().read(None, sources, product, eps, scale)
+    return TwoPhaseDepthAttention().merge(NOTHING_READ, sources, product, eps, scale)
 
 
 def two_phases(sources, product, eps, scale):
     """The first half of the sources in phase 1, with the read of another query."""
     attention, closed = TwoPhaseDepthAttention(), sources[: (len(sources) + 1) // 2]
-    closed_read = attention.closed_reads(closed, torch.stack([product.flip(0), product]), eps)[1]
-    return attention.read(closed_read, sources, product, eps, scale)
+    closed_read = attention.phase_1(closed, torch.stack([product.flip(0), product]), eps)[1]
+    return attention.merge(closed_read, sources, product, eps, scale)
 
 
 reads = pytest.mark.parametrize(
@@ -342,8 +353,8 @@ def test_norm_fused_with_a_read(num_closed, num_sources):
     attention = TwoPhaseDepthAttention()
 
     def fused():
-        closed = attention.closed_reads(sources[:num_closed], products, 1e-5)[1] if num_closed else None
-        return attention.read(closed, sources, products[1], 1e-5, 3.0, norm)
+        closed = attention.phase_1(sources[:num_closed], products, 1e-5)[1] if num_closed else NOTHING_READ
+        return attention.merge(closed, sources, products[1], 1e-5, 3.0, norm)
 
     def plain():
         mixed, weights = eager_depth_attention(tuple(sources), products[1], 1e-5, 3.0)
@@ -366,8 +377,8 @@ def test_reads_without_gradients(dtype):
     products = torch.randn(2, 13, dtype=torch.promote_types(dtype, torch.float32))
     attention, found = TwoPhaseDepthAttention(), []
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
-        for closed_read, product in zip(attention.closed_reads(sources[:2], products, 1e-5), products):
-            found.append(attention.read(closed_read, sources, product, 1e-5, 3.0))
+        for closed_read, product in zip(attention.phase_1(sources[:2], products, 1e-5), products):
+            found.append(attention.merge(closed_read, sources, product, 1e-5, 3.0))
     # rounded once to bfloat16, by at most 2^-8, the rest in float32
     rounding_error = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.bfloat16: 2**-8 + FLOAT32}[dtype]
     for (mixed, weights), product in zip(found, products, strict=True):
@@ -632,8 +643,8 @@ READ_TOKENS = pytest.mark.parametrize(
 
 def counted_steps(monkeypatch, token_reads) -> list:
     """Grows by one with each read of a single token by `token_reads`."""
-    steps, step = [], token_reads.step
-    monkeypatch.setattr(token_reads, "step", lambda *args: steps.append(1) or step(*args))
+    steps, step = [], token_reads.read
+    monkeypatch.setattr(token_reads, "read", lambda *args: steps.append(1) or step(*args))
     return steps
 
 
@@ -710,12 +721,12 @@ def test_early_exit(mode, num_layers, seq_len):
 def test_one_token_of_extreme_scores(score, expected):
     """Weights that underflow are zero, and what is no number stays none."""
     config = tiny_config(attn_res_implementation="two_phase", attn_res_block_size=1)
-    depth_read, norm = DepthRead(config, 5), torch.nn.Identity()
-    *sources, output = torch.randn(4, 1, 1, config.hidden_size).unbind(0)
+    sources = torch.randn(4, 1, 1, config.hidden_size).unbind(0)
     token_scores = TokenScores(torch.zeros(config.num_depth_reads, config.hidden_size), 1e-5)
-    token_scores.values, token_scores.scores[5] = list(sources), [-1600.0, -1600.0, score]
-    _, _, mixed, _ = token_scores.step(depth_read, token_scores.products[5], sources, output, norm)
-    torch.testing.assert_close(mixed, expected * sources[2] + (1 - expected) * output, equal_nan=True)
+    token_scores.values, token_scores.scores[5] = list(sources[:3]), [-1600.0, -1600.0, score]
+    place, norm = DepthPlace.of(config, 5), torch.nn.Identity()
+    _, _, mixed, _ = token_scores.read(place, token_scores.products[5], sources, norm)
+    torch.testing.assert_close(mixed, expected * sources[2] + (1 - expected) * sources[3], equal_nan=True)
 
 
 @torch.no_grad()
@@ -1284,3 +1295,93 @@ def test_denseformer_reads_are_weighted_sums(tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16 and loaded.model.depth_attention.weight.equal(weight)
+
+
+# --- The interface of implementations and modes
+
+
+def test_functions_are_wrapped_once(monkeypatch):
+    """A function becomes an implementation where it is registered, in either way; an implementation stays itself."""
+    monkeypatch.setattr(DepthAttentionInterface, "_global_mapping", dict(DepthAttentionInterface._global_mapping))
+    two_phase, registry = TwoPhaseDepthAttention(), DepthAttentionInterface()
+    DepthAttentionInterface.register("function", eager_depth_attention)
+    DepthAttentionInterface.register("object", two_phase)
+    registry["local"] = eager_depth_attention
+    assert registry["object"] is two_phase and "local" not in ALL_DEPTH_ATTENTION_FUNCTIONS
+    assert all(isinstance(registry[name], DepthAttentionImplementation) for name in registry)
+    DepthAttentionInterface.register("again", registry["function"])
+    assert registry["again"] is registry["function"]
+
+
+def test_a_single_method_is_enough():
+    """An implementation that has nothing but its call runs all reads of a model, as eager does."""
+    calls = []
+
+    class Single(DepthAttentionImplementation):
+        def __call__(self, *args):
+            calls.append(args)
+            return eager_depth_attention(*args)
+
+    model = tiny_model(attn_res_implementation="eager")
+    expected = model(tokens(), output_depth_attentions=True)
+    for module in model.modules():
+        if isinstance(module, DepthRead):
+            module.implementation = Single()
+    outputs = model(tokens(), output_depth_attentions=True)
+    assert torch.equal(outputs.logits, expected.logits) and len(calls) == model.config.num_depth_reads
+    assert all(torch.equal(*pair) for pair in zip(outputs.depth_attentions, expected.depth_attentions))
+
+
+def test_joined_sources():
+    """One tensor more than there are sources is added to the one before; else all stay as they are."""
+    sources = random_sources(4)
+    assert all(a is b for a, b in zip(joined(list(sources), 4), sources, strict=True))
+    first, second, total = joined(sources, 3)
+    assert first is sources[0] and second is sources[1] and torch.equal(total, sources[2] + sources[3])
+    mixed = joined((sources[0].bfloat16(), sources[1], sources[2].bfloat16()), 2)
+    assert mixed[1].dtype == torch.bfloat16  # as under autocast
+
+
+class TanhMixer(DepthMixer):
+    """Blocks, mixed by tanh of one number for each read."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.empty(config.num_depth_reads, 1))
+
+    def reset_parameters(self):
+        torch.nn.init.constant_(self.number, 0.5)
+
+    @staticmethod
+    def implementation(config):
+        return TanhMix()
+
+    def forward(self):
+        return self.number.float().clone()
+
+
+class TanhMix(DepthAttentionImplementation):
+    def __call__(self, sources, number, eps, scale):
+        weights = number.tanh() ** torch.arange(len(sources), device=number.device)
+        mixed = sum(weight * source.float() for weight, source in zip(weights, sources))
+        return mixed.to(sources[0].dtype), weights[None, :, None].expand(len(mixed), -1, mixed.shape[1])
+
+
+@pytest.mark.parametrize("sums_blocks", [True, False])
+def test_another_mixer(sums_blocks, tmp_path, monkeypatch):
+    """A mixer that is registered under a mode brings parameters and operator: it trains, is saved and is loaded."""
+    for modes in (attnres.ATTN_RES_MODES, attnres.DEPTH_MIXERS):
+        monkeypatch.setitem(modes, "tanh", None)  # removed afterwards
+    attnres.register_depth_mixer("tanh", TanhMixer, sums_blocks)
+    model = tiny_model(attn_res_mode="tanh")
+    assert isinstance(model.model.depth_attention, TanhMixer)
+    outputs = model(tokens(), labels=tokens(), output_depth_attentions=True)
+    assert len(outputs.depth_attentions[-1][0]) == model.config.num_depth_sources(2 * model.config.num_hidden_layers)
+    outputs.loss.backward()
+    number = model.model.depth_attention.number
+    assert number.grad[1:].count_nonzero() == len(number) - 1  # the first read has one source
+    model.bfloat16().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.depth_attention.number, number) and number.dtype == torch.float32
+    model.model.layers = model.model.layers[1:]
+    assert len(model.model.depth_attention.number) == model.config.num_depth_reads - 2

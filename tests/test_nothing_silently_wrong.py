@@ -24,7 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 import depth_attention_attnres
 from attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, TwoPhaseDepthAttention, eager_depth_attention
 from attnres_kernels.fused import depth_step
-from depth_attention_attnres import can_fuse_norm, fused_rms_norm
+from depth_attention_attnres import NOTHING_READ, can_fuse_norm, fused_rms_norm
 
 
 IMPLEMENTATIONS = sorted({"two_phase", "cpp"} & set(ALL_DEPTH_ATTENTION_FUNCTIONS))
@@ -377,14 +377,14 @@ SIZES = [1e-18, 1e-12, 1e-6, 1.0, 1e6, 1e12, 1e15, 1e16, 1e18]
 
 def two_phases(attention):
     def read(sources, product, eps, scale):
-        closed_read = attention.closed_reads(sources[:2], torch.stack([product.flip(0), product]), eps)[1]
-        return attention.read(closed_read, sources, product, eps, scale)[0]
+        closed_read = attention.phase_1(sources[:2], torch.stack([product.flip(0), product]), eps)[1]
+        return attention.merge(closed_read, sources, product, eps, scale)[0]
 
     return read
 
 
 def one_phase(attention):
-    return lambda sources, *args: attention.read(None, sources, *args)[0]
+    return lambda sources, *args: attention.merge(NOTHING_READ, sources, *args)[0]
 
 
 def plain_sum(sources, product, eps, scale):
@@ -492,7 +492,7 @@ def test_beyond_the_range(implementation):
     sources = [torch.full((2, 40, 64), 1e20), torch.ones(2, 40, 64)]
     product = torch.linspace(-1, 2, 64)
     expected, expected_weights = eager_depth_attention(sources, product, 1e-6, 1)
-    found, weights = TwoPhaseDepthAttention().read(None, sources, product, 1e-6, 1)
+    found, weights = TwoPhaseDepthAttention().merge(NOTHING_READ, sources, product, 1e-6, 1)
     if implementation == "cpp":
         found, weights = ALL_DEPTH_ATTENTION_FUNCTIONS["cpp"](sources, product, 1e-6, 1)
     assert_close(weights, expected_weights)
