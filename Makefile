@@ -12,7 +12,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
 .PHONY: help setup quickstart test test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
-	gpu gpu-evidence conformance clean
+	gpu gpu-evidence conformance architecture clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -80,6 +80,9 @@ gpu: ## check and measure everything on a GPU in MINUTES, with PYTHON itself; AR
 
 conformance: $(READY) ## run the model tests of transformers on every family
 	$(BIN)/python scripts/conformance.py $(ARGS)
+
+architecture: $(READY) ## draw the pictures of ARCHITECTURE.md from the code; writes docs
+	$(BIN)/python scripts/architecture.py $(ARGS)
 
 clean: ## remove environments and caches
 	rm -rf .venv $(OLDEST) .cache .hypothesis build dist *.egg-info .pytest_cache .ruff_cache
