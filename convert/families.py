@@ -66,6 +66,7 @@ def supported_families() -> dict[str, Family]:
     return families
 
 
+@cache
 def code_files(model_type: str | None = None) -> dict[str, Path]:
     """This project's code files by name: those of a repository of `model_type`, or of all families."""
     classes = [family.config_class for family in supported_families().values()]

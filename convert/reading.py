@@ -439,19 +439,30 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder} can't be read: {error.strerror}.") from None
 
 
+def is_own_code(path: Path) -> bool:
+    """Whether a link stands for a code file of this project, byte for byte and under its name, as in `model_cards`."""
+    if not path.is_symlink():
+        return False
+    from .families import code_files  # takes seconds, and needs this module
+
+    own = code_files().get(path.name)
+    return own is not None and is_regular(path) and sha256(path) == sha256(own)
+
+
 def check_inside(folder: Path, path: Path) -> None:
     """Whether a file of `folder` may be copied or published as its own.
 
     Raises:
-        InputError: it is a link to nothing, or to a file outside the folder that isn't in the cache of the Hub, where
-            the files of a repository lie in `blobs/` beside it.
+        InputError: it is a link to nothing, or to a file outside the folder that is neither this project's code nor in
+            the cache of the Hub, where the files of a repository lie in `blobs/` beside it.
     """
     try:
         home, target = folder.resolve(), path.resolve(strict=True)
     except (OSError, RuntimeError):  # a loop is the second, until Python 3.13
-        raise InputError(f"{path} is a link to nothing; remove it.") from None
+        raise InputError(f"{path} is a link to nothing; put the file itself there (cp -L), or remove it.") from None
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if not target.is_relative_to(home) and not (blobs is not None and target.is_relative_to(blobs)):
+    is_inside = target.is_relative_to(home) or blobs is not None and target.is_relative_to(blobs)
+    if not is_inside and not is_own_code(path):
         raise InputError(f"{path} is a link that leaves the folder; put the file itself there, or remove it.")
 
 

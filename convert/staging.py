@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, ConversionError
-from .reading import TEMPLATE_FOLDER, InputError, is_regular, read_json, typed
+from .reading import TEMPLATE_FOLDER, InputError, is_own_code, is_regular, read_json, typed
 
 
 try:
@@ -78,8 +78,8 @@ def set_aside(path: Path, kind: str = "kept") -> Path:
 
 
 def entries(folder: Path) -> dict[str, Path] | None:
-    """The files of a folder by relative name, or `None` if it has anything that is no file in a folder of files, such
-    as an empty folder in it."""
+    """The files of a folder by relative name, links to this project's code among them, or `None` if it has anything
+    else that is no file in a folder of files, such as an empty folder in it."""
     found = {}
     if folder.is_symlink() or not folder.is_dir():
         return None
@@ -90,7 +90,7 @@ def entries(folder: Path) -> dict[str, Path] | None:
             return None
         for name in files:
             path = Path(parent, name)
-            if not stat.S_ISREG(path.lstat().st_mode):
+            if not stat.S_ISREG(path.lstat().st_mode) and not is_own_code(path):
                 return None
             found[path.relative_to(folder).as_posix()] = path
     return found

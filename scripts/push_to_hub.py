@@ -1,7 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """python scripts/push_to_hub.py outputs/run/model my-name/my-model --dry-run
 
-Publishes a model folder as a repository of the Hub: weights, configuration, both code files, tokenizer, card, results.
+Publishes a model folder as a repository of the Hub: weights, configuration, code files, tokenizer, card, results.
 A card is made from the folder's files if it has none. One that this project's scripts wrote gets the repository's name.
 
 Before anything is uploaded, the files that would go up are loaded in a process of their own as a stranger would load
@@ -37,6 +37,7 @@ from attnres_convert.reading import (
     MAX_CONFIG,
     check_config,
     check_inside,
+    is_own_code,
     is_regular,
     one_line,
     parse_metadata,
@@ -250,7 +251,8 @@ def check_origin(name):
 
 
 def check_link(folder: Path, name: str, path: Path):
-    """A link leads to what would be published, or into the cache of the Hub that the folder is in."""
+    """A link leads to what would be published, to this project's code, or into the cache of the Hub that the folder is
+    in."""
     check_inside(folder, path)
     target = path.resolve()
     if not target.is_relative_to(folder):
@@ -300,6 +302,7 @@ def _collect(folder: Path, token: str | None) -> Package:
         reason = reason_to_stay(name, path.is_dir())
         if reason is None and path.is_symlink():
             check_link(folder, name, path)
+            path = code_files()[path.name] if is_own_code(path) else path  # wherever the link leads from now on
         if reason is None and path.is_dir():
             reason = "a link to a folder"
         if reason is None:

@@ -6,7 +6,8 @@ safe to publish, code and card those of this project, loads offline with the pro
 it, generates, and has the held-out loss of its card. Exits with an error if there is a problem.
 
 `--build NAME` makes a folder from its recipe: trains, where no finished run is found in --runs, saves the weights in
-bfloat16, measures, writes the card. `--update` brings code files and cards up to date in all folders.
+bfloat16, measures, writes the card. The code files in a folder are links to the project's; what is
+pushed is their content. `--update` brings these links, the auto_map of config.json and cards up to date in all folders.
 """
 
 import argparse
@@ -39,11 +40,12 @@ from attnres_convert.card import (
     read_metadata,
     renamed,
 )
+from attnres_convert.families import code_files, supported_families
 from attnres_convert.reading import first_line
 from evaluate_model import evaluate_texts
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from push_to_hub import WEIGHTS, PushError, check_content, code_files, collect, load_as_stranger, walk
+from push_to_hub import WEIGHTS, PushError, check_content, collect, load_as_stranger, walk
 from readme import fill, section
 from reports import table, write_json, write_text
 from safetensors import SafetensorError, safe_open
@@ -227,7 +229,6 @@ def build(name: str, runs: Path):
     staging.recover(folder)
     with staging.staged(folder, check=staging.check_only_replaces) as partial:
         save_in_bf16(run / "model", partial, recipe.needs and ZOO / recipe.needs)
-        copy_code(partial)
         results = published(read_json(partial / RESULTS_NAME))
         results |= {"output": str(RUNS / name), "command": recipe_command(name)}
         own = [entry for entry in results.get("evaluation", []) if entry["dataset"] != str(ZOO / HELD_OUT)]
@@ -238,32 +239,52 @@ def build(name: str, runs: Path):
         ]
         write_json(partial / RESULTS_NAME, results)
         write_text(partial / CARD_NAME, card_text(partial, name))
+    update_code(folder)
 
 
-def outdated_code(folder: Path) -> list[str]:
-    """The code files that a folder should have and hasn't as they are in the project."""
-    config = read_json(folder / "config.json")
-    files = code_files(config["model_type"]) if config.get("auto_map") else ()
-    return [
-        file
-        for file in files
-        if not (folder / file).is_file() or (folder / file).read_bytes() != (ROOT / file).read_bytes()
-    ]
+def needed_code(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The links to the project's code that a folder should have, by name, and the `auto_map` of its configuration."""
+    model_type = read_json(folder / "config.json").get("model_type")
+    for family in supported_families().values():
+        if family.config_class.model_type == model_type:
+            return {name: f"../../{name}" for name in code_files(model_type)}, family.config_class.hub_classes()
+    return {}, {}
 
 
-def copy_code(folder: Path) -> bool:
-    """Brings the code files of a folder that has any up to date; returns whether one has changed."""
-    outdated = outdated_code(folder)
-    for file in outdated:
-        shutil.copyfile(ROOT / file, folder / file)
-    return bool(outdated)
+def code_problems(folder: Path) -> dict[str, str]:
+    """What is wrong with files of a folder that decide on its code."""
+    (links, auto_map), problems = needed_code(folder), {}
+    for name in code_files():
+        path = folder / name
+        if name not in links and os.path.lexists(path):
+            problems[name] = "is code that the model doesn't need"
+        elif name in links and not (path.is_symlink() and os.readlink(path) == links[name]):
+            problems[name] = "isn't a link to the project's"
+    if read_json(folder / "config.json").get("auto_map", {}) != auto_map:
+        problems["config.json"] = "has another auto_map than the code"
+    return problems
+
+
+def update_code(folder: Path) -> bool:
+    """Makes right what is wrong with the code of a folder; returns whether something was."""
+    (links, auto_map), problems = needed_code(folder), code_problems(folder)
+    for name in problems:
+        path = folder / name
+        if name == "config.json":
+            config = {**read_json(path), "auto_map": auto_map}
+            write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as save_pretrained
+            continue
+        path.unlink(missing_ok=True)
+        if name in links:
+            path.symlink_to(links[name])
+    return bool(problems)
 
 
 def update(folder: Path) -> bool:
     """Brings the code files and the card of a folder up to date; returns whether one has changed."""
     if not folder.is_dir():
         return False
-    changed, card, text = copy_code(folder), folder / CARD_NAME, card_text(folder, folder.name)
+    changed, card, text = update_code(folder), folder / CARD_NAME, card_text(folder, folder.name)
     if card.is_file() and card.read_text(encoding="utf-8") == text:
         return changed
     write_text(card, text)
@@ -274,9 +295,13 @@ def update(folder: Path) -> bool:
 
 
 def check_files(folder: Path):
-    """Complete, no pickles, no half files."""
+    """Complete, no pickles, no half files, no links but those to the project's code."""
     if not folder.is_dir():
         raise ZooError(f"is missing; make it with: python scripts/zoo.py --build {folder.name}.")
+    if others := [path.name for path in folder.rglob("*") if path.is_symlink() and path.name not in code_files()]:
+        raise ZooError(f"{others[0]} is a link; put the file itself there.")
+    if any((folder / name).is_symlink() or not (folder / name).exists() for name in code_problems(folder)):
+        check_code(folder)  # what is said of them below would be right for a folder that isn't of the zoo
     if (folder / "adapter_config.json").is_file():
         files = dict(walk(folder, folder))
         for name, path in files.items():
@@ -293,8 +318,8 @@ def check_files(folder: Path):
 
 
 def check_code(folder: Path):
-    if outdated := outdated_code(folder):
-        raise ZooError(f"{outdated[0]} isn't the project's; run: python scripts/zoo.py --update.")
+    for name, problem in code_problems(folder).items():
+        raise ZooError(f"{name} {problem}; run: python scripts/zoo.py --update.")
 
 
 def check_card(folder: Path):
@@ -380,7 +405,7 @@ def zoo_table(names: list[str]) -> str:
     for name in names:
         results, measured = read_json(ZOO / name / RESULTS_NAME), recorded(ZOO / name)
         parameters, trained = results.get("parameters"), results.get("trained_parameters")
-        size = sum(path.stat().st_size for path in (ZOO / name).rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in (ZOO / name).rglob("*") if path.is_file() and not path.is_symlink())
         rows.append((
             f"[{name}]({ZOO}/{name}): {RECIPES[name].summary}",
             f"{parameters:,}" if parameters else f"{trained:,} trained" if trained else "-",
@@ -402,14 +427,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("names", nargs="*", metavar="NAME", help=f"models to check, of {', '.join(RECIPES)}; default: all")
     add("--build", nargs="+", default=[], metavar="NAME", help="models to make, in this order, before checking")
     add("--runs", type=Path, help=f"folder of the runs that they are made from; default: {RUNS}")
-    add("--update", action="store_true", help="bring code files and cards up to date without training, and stop")
+    add("--update", action="store_true", help="bring code and cards up to date without training, and stop")
     add("--commands", action="store_true", help="print the commands that train the models, and stop")
-    add("--root", type=Path, default=ROOT, help=f"folder with {ZOO} and README.md; default: the project's")
+    add("--root", type=Path, default=ROOT, help=f"folder with {ZOO}, README.md and code; default: the project's")
     args = parser.parse_args(argv)
     if unknown := [name for name in (*args.names, *args.build) if name not in RECIPES]:
         parser.error(f"there is no model {unknown[0]}; choose from {', '.join(RECIPES)}")
-    if not (args.root / ZOO / HELD_OUT).is_file():
-        parser.error(f"{args.root / ZOO / HELD_OUT} is missing")
+    for name in (f"{ZOO}/{HELD_OUT}", *code_files()):
+        if not (args.root / name).is_file():
+            parser.error(f"{args.root / name} is missing")
     return args
 
 

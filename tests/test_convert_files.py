@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -15,6 +16,7 @@ from attnres_convert import convert_checkpoint, convert_to_donor
 from attnres_convert.cli import main
 from attnres_convert.files import write_all
 from convert_models import edit_json, save_donor, tensor_bytes, tree, write_sparse_donor
+from families import tiny_donor
 from huggingface_hub import metadata_load
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,6 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 
+ROOT = Path(__file__).parents[1]
 CARD = """---
 license: llama3
 language: [en, de]
@@ -76,7 +79,7 @@ def test_what_comes_along(full_donor, tmp_path):
     }
     assert {name: after.get(name) for name in expected} == {name: before[name] for name in expected}
     own = {"README.md", "DONOR_README.md", "results.json", "config.json", "model.safetensors.index.json"}
-    own |= {"modeling_attnres.py", "configuration_attnres.py"}
+    own |= {"modeling_attnres.py", "depth_attention_attnres.py", "configuration_attnres.py"}
     own |= {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     assert after.keys() == expected | own
     assert tree(full_donor) == before
@@ -84,6 +87,18 @@ def test_what_comes_along(full_donor, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dst")
     assert tokenizer("hello world")["input_ids"] == [3, 4]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+
+
+@pytest.mark.parametrize("family, others", [("llama", set()), ("mistral", {"families_attnres.py"})])
+def test_code_that_comes_along(tmp_path, family, others):
+    """Three files of a Llama and four of other families, also where the donor has a file of that name."""
+    tiny_donor(family).save_pretrained(tmp_path / "src")
+    for name in ("families_attnres.py", "modeling_attnres.py"):
+        (tmp_path / "src" / name).write_text("raise ValueError")
+    convert_checkpoint(tmp_path / "src", tmp_path / "dst", verify=False)
+    after = {name: content for name, content in tree(tmp_path / "dst").items() if name.endswith(".py")}
+    assert after.keys() == {"configuration_attnres.py", "depth_attention_attnres.py", "modeling_attnres.py"} | others
+    assert all(content == (ROOT / name).read_bytes() for name, content in after.items())
 
 
 def test_the_card(full_donor, tmp_path):

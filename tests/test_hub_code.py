@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 from attnres import AttnResForCausalLM
 
 
+ROOT = Path(__file__).parents[1]
 CODE_FILES = ("configuration_attnres.py", "depth_attention_attnres.py", "modeling_attnres.py")
 WITHOUT_PROJECT = """
 import json, sys
@@ -149,7 +151,7 @@ def test_two_versions_of_the_code(python, tmp_path):
     model = tiny_model(attn_res_implementation="eager")
     model.save_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "second")
-    with open(tmp_path / "second" / "modeling_attnres.py", "a") as code_file:
+    with open(tmp_path / "second" / "depth_attention_attnres.py", "a") as code_file:
         code_file.write(
             "\n\nDepthAttentionInterface._global_mapping['eager'] = lambda sources, product, eps, scale: "
             "eager_depth_attention(sources, 0 * product, eps, scale)\n"
@@ -171,8 +173,8 @@ for model, folder in zip(models, folders):
         results = torch.load(tmp_path / "logits.pt")
         assert torch.equal(results[0], logits[0]) and torch.equal(results[1], logits[1])
         for folder in order:  # each saves the code it runs
-            code = (tmp_path / f"{folder}-again" / "modeling_attnres.py").read_bytes()
-            assert code == (tmp_path / folder / "modeling_attnres.py").read_bytes()
+            for name in CODE_FILES:
+                assert (tmp_path / f"{folder}-again" / name).read_bytes() == (tmp_path / folder / name).read_bytes()
 
 
 def test_training_and_implementations_in_remote_code(python, tmp_path):
@@ -216,16 +218,20 @@ def test_installed_project_comes_first(tmp_path):
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)) is AttnResForCausalLM
 
 
-def test_saved_files(tmp_path):
-    """A folder holds the weights, two configurations and the two code files; a file in the way stays as it is."""
+@pytest.mark.parametrize("family, code", [("llama", CODE_FILES), ("mistral", (*CODE_FILES, "families_attnres.py"))])
+def test_saved_files(tmp_path, family, code):
+    """A folder holds the weights, two configurations and the code files: three of a Llama, four of other families."""
+    tiny_model(family).save_pretrained(tmp_path)
+    data = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == data | set(code)
+    assert all((tmp_path / name).read_bytes() == (ROOT / name).read_bytes() for name in code)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"] == tiny_model(family).config.hub_classes()
+
+
+def test_ways_to_save(tmp_path):
+    """The configuration names the classes; weights may be in shards; a file in the way stays as it is."""
     tiny_model().save_pretrained(tmp_path / "model")
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "configuration_attnres.py",
-        "modeling_attnres.py",
-    }
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["auto_map"] == tiny_model().config.hub_classes()
     assert config["architectures"] == ["AttnResForCausalLM"]

@@ -2,6 +2,7 @@
 """transformers' own push_to_hub, and loading from a Hub over HTTP, with the project and without."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -136,6 +137,36 @@ def test_push_and_pull(hub, tmp_path):
         assert "not a valid model identifier" in results[name][1]
 
 
+PULL_TWICE = """
+from transformers import AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)
+base = AutoModel.from_pretrained(sys.argv[3], trust_remote_code=True)
+assert {type(x).__module__.split(".")[0] for x in (model, base)} == {"transformers_modules"}
+torch.save([model(input_ids).logits, base(input_ids).last_hidden_state], sys.argv[2])
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, code", [("llama", CODE_FILES), ("mistral", (*CODE_FILES, "families_attnres.py"))])
+def test_families(hub, tmp_path, family, code):
+    """push_to_hub.py sends the code files that the family needs, and a stranger loads the repository with them."""
+    model = save(tmp_path / "model", family=family, vocab_size=320)
+    shutil.copy(SCRIPTS.parent / "families_attnres.py", tmp_path / "model")  # which a Llama doesn't need
+    command = [sys.executable, SCRIPTS / "push_to_hub.py", tmp_path / "model", "me/model"]
+    (tmp_path / "push").mkdir()
+    environment = hub.environment(tmp_path / "push", TOKEN)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["me/model"].files()
+    assert {name for name in files if name.endswith(".py")} == set(code)
+    assert all(files[name] == (SCRIPTS.parent / name).read_bytes() for name in code)
+    assert ("families_attnres.py (code that this model doesn't need)" in done.stdout) == (family == "llama")
+    python(hub, tmp_path / "stranger", PULL_TWICE, tmp_path / "results.pt", "me/model")
+    logits_there, hidden = torch.load(tmp_path / "results.pt")
+    assert_close(logits_there, logits(model))
+    assert_close(hidden, model.base_model(tokens()).last_hidden_state)
+
+
 def test_versions_of_the_code(hub, tmp_path):
     """Repositories with different code in one process each run their own, as do revisions of one repository."""
     model = tiny_model(attn_res_implementation="eager")
@@ -153,7 +184,8 @@ def test_versions_of_the_code(hub, tmp_path):
             "\n\nDepthAttentionInterface._global_mapping['eager'] = lambda sources, product, eps, scale: "
             f"eager_depth_attention(sources, {factor} * product, eps, scale)\n"
         )
-        return {**files, "modeling_attnres.py": files["modeling_attnres.py"] + code.encode()}
+        name = "depth_attention_attnres.py"
+        return {**files, name: files[name] + code.encode()}
 
     hub.add("me/first", files)
     repository = hub.add("other/second", version(0))

@@ -19,6 +19,7 @@ from families import tiny_model
 from hub_server import Fault, serve_hub
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
+from test_hub_code import CODE_FILES
 from transformers import AutoModelForCausalLM
 
 
@@ -26,7 +27,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import push_to_hub  # noqa: E402
-from push_to_hub import CODE_FILES, PushError, add_card, collect, load_as_stranger, parse_arguments, publish  # noqa: E402
+from push_to_hub import PushError, add_card, collect, load_as_stranger, parse_arguments, publish  # noqa: E402
 from training_data import train_tokenizer  # noqa: E402
 
 
@@ -357,6 +358,14 @@ def test_what_stays(folder):
     package = collect(folder)
     assert set(package.files) == complete | {"figures/depth.png"}
     assert {name.split("/")[0] for name in stay.split()} - {"a", "sub"} <= set(package.left)
+
+
+def test_code_of_another_family_stays(folder):
+    """A repository gets the code files that its model needs, whatever an earlier model has left in the folder."""
+    shutil.copy(SCRIPTS.parent / "families_attnres.py", folder)
+    package = collect(folder)
+    assert {name for name in package.files if name.endswith(".py")} == set(CODE_FILES)
+    assert package.left == {"families_attnres.py": "code that this model doesn't need"}
 
 
 def test_headers_that_look_like_pickles(folder):

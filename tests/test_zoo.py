@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import zoo  # noqa: E402
+from attnres_convert.families import code_files  # noqa: E402
 from readme import section  # noqa: E402
 from training_data import is_held_out, stdlib_files, text_hash  # noqa: E402
 
@@ -64,6 +65,8 @@ def built(tmp_path_factory) -> Path:
     (root / "model_cards").mkdir()
     (root / "model_cards" / "held_out.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in pieces[:3]))
     (root / "README.md").write_text("before\n<!-- zoo -->\n\n<!-- /zoo -->\nafter\n")
+    for file in code_files().values():
+        shutil.copy(file, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zoo, "RECIPES", RECIPES)
         patch.chdir(root)
@@ -74,7 +77,7 @@ def built(tmp_path_factory) -> Path:
 @pytest.fixture
 def root(built, tmp_path, monkeypatch) -> Path:
     """A copy to spoil, in which the test runs."""
-    shutil.copytree(built, tmp_path / "root", ignore=shutil.ignore_patterns("checkpoint-*", "text"))
+    shutil.copytree(built, tmp_path / "root", symlinks=True, ignore=shutil.ignore_patterns("checkpoint-*", "text"))
     monkeypatch.chdir(tmp_path / "root")
     return tmp_path / "root"
 
@@ -133,6 +136,7 @@ def test_check_finds_nothing_then_everything(root, capsys):
     tensors = load_file(weights)
     tensors["model.norm.weight"] *= 2
     save_file(tensors, weights, metadata={"format": "pt"})
+    (root / "model_cards" / "block" / "modeling_attnres.py").unlink()
     (root / "model_cards" / "block" / "modeling_attnres.py").write_text("raise ValueError('no code')")
     adapter = root / "model_cards" / "adapter" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-100])
@@ -141,7 +145,7 @@ def test_check_finds_nothing_then_everything(root, capsys):
         zoo.main(["--root", str(root)])
     assert exit.value.code == 1
     code, loss, stranger, cut, table = capsys.readouterr().err.splitlines()
-    assert code == "block: modeling_attnres.py isn't the project's; run: python scripts/zoo.py --update"
+    assert code == "block: modeling_attnres.py isn't a link to the project's; run: python scripts/zoo.py --update"
     assert re.fullmatch(r"block: held-out loss \(nats per token\) is \d\.\d{4}, by its card it is \d\.\d{4}", loss)
     assert stranger.startswith("block: modeling_attnres.py in ") and "--trust-remote-code" in stranger
     assert cut == "adapter: adapter_model.safetensors is no complete safetensors file; save the model again"
@@ -171,13 +175,60 @@ def without_results(folder):
 
 def without_code(folder):
     (folder / "configuration_attnres.py").unlink()
-    return "configuration_attnres.py is missing"
+    return "configuration_attnres.py isn't a link to the project's; run: python scripts/zoo.py --update"
 
 
 def other_code(folder):
-    with open(folder / "configuration_attnres.py", "a") as file:
+    code = (folder / "configuration_attnres.py").read_text()
+    (folder / "configuration_attnres.py").unlink()
+    (folder / "configuration_attnres.py").write_text(code + "\n")
+    return "configuration_attnres.py isn't a link to the project's; run: python scripts/zoo.py --update"
+
+
+def copied_code(folder):
+    (folder / "modeling_attnres.py").unlink()
+    shutil.copy(code_files()["modeling_attnres.py"], folder)
+    return "modeling_attnres.py isn't a link to the project's; run: python scripts/zoo.py --update"
+
+
+def link_to_nothing(folder):
+    (folder / "modeling_attnres.py").unlink()
+    (folder / "modeling_attnres.py").symlink_to("../modeling_attnres.py")
+    return "modeling_attnres.py isn't a link to the project's; run: python scripts/zoo.py --update"
+
+
+def link_to_other_code(folder):
+    (folder / "modeling_attnres.py").unlink()
+    (folder / "modeling_attnres.py").symlink_to("../../configuration_attnres.py")
+    return "modeling_attnres.py isn't a link to the project's; run: python scripts/zoo.py --update"
+
+
+def link_to_code_that_changed(folder):
+    with open(folder / "modeling_attnres.py", "a") as file:  # of the root, which isn't the project that runs
         file.write("\n")
-    return "configuration_attnres.py isn't the project's"
+    return "modeling_attnres.py is a link that leaves the folder"
+
+
+def link_that_is_not_needed(folder):
+    (folder / "families_attnres.py").symlink_to("../../families_attnres.py")
+    return "families_attnres.py is code that the model doesn't need; run: python scripts/zoo.py --update"
+
+
+def code_that_is_not_needed(folder):
+    shutil.copy(code_files()["families_attnres.py"], folder)
+    return "families_attnres.py is code that the model doesn't need; run: python scripts/zoo.py --update"
+
+
+def other_link(folder):
+    (folder / "notes.md").symlink_to("README.md")
+    return "notes.md is a link"
+
+
+def other_auto_map(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]["AutoModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return "config.json has another auto_map than the code; run: python scripts/zoo.py --update"
 
 
 def number_on_the_card(folder):
@@ -213,6 +264,14 @@ def other_recipe(folder):
         without_results,
         without_code,
         other_code,
+        copied_code,
+        link_to_nothing,
+        link_to_other_code,
+        link_to_code_that_changed,
+        link_that_is_not_needed,
+        code_that_is_not_needed,
+        other_link,
+        other_auto_map,
         number_on_the_card,
         number_in_the_metadata,
         other_license,
@@ -246,10 +305,20 @@ def test_weights_in_float32_are_found(root):
 
 def test_code_and_cards_are_brought_up_to_date(root, capsys):
     """In one quick command, which names what it has changed."""
+    before = (root / "model_cards" / "block" / "config.json").read_bytes()
+    repairs = (other_code, without_code, copied_code, link_to_nothing, link_to_other_code, link_that_is_not_needed)
+    for spoil in (*repairs, code_that_is_not_needed, other_auto_map):
+        spoil(root / "model_cards" / "block")
+        zoo.main(["--root", str(root), "--update"])
+        assert capsys.readouterr().out == "block\n"
+        zoo.check_code(Path("model_cards/block"))
+        assert (root / "model_cards" / "block" / "config.json").read_bytes() == before
     other_code(root / "model_cards" / "block")
     number_on_the_card(root / "model_cards" / "adapter")
     zoo.main(["--root", str(root), "--update"])
     assert capsys.readouterr().out == "block\nadapter\n"
+    for name, file in code_files().items():
+        assert (root / name).read_bytes() == file.read_bytes()
     for name in RECIPES:
         zoo.check_code(Path("model_cards") / name)
         zoo.check_card(Path("model_cards") / name)
