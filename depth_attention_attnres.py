@@ -144,14 +144,14 @@ class DepthAttentionImplementation:
         return embedding, products, NOTHING_READ
 
     def open_block(
-        self, place: DepthPlace, products: torch.Tensor, sources: Sources, norms: Sequence, shared, watched: bool
+        self, place: DepthPlace, products: torch.Tensor, sources: Sources, norms: Callable, shared, watched: bool
     ) -> tuple[Sources, list]:
         """
         Args:
             place: of the block's first read.
             products: `(num_reads, hidden)` of the block's reads.
             sources: as they are when the block opens, of which the last may have to be [`joined`].
-            norms: those that follow the reads.
+            norms: returns those that follow the reads.
             shared: what [`begin`] has returned for all reads.
 
         Returns:
@@ -212,7 +212,7 @@ class TwoPhaseDepthAttention(DepthAttentionImplementation):
         sources = joined(sources, place.num_sources)
         device = sources[-1].device  # earlier layers may lie on others
         closed, products = [source.to(device) for source in sources], products.to(device)
-        rounded = not watched and all(map(can_fuse_norm, norms))
+        rounded = not watched and all(map(can_fuse_norm, norms()))
         return sources, self.phase_1(closed, products, place.eps, watched, rounded)
 
     def read(self, place, product, sources, norm, shared, watched):

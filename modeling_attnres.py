@@ -322,7 +322,10 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             sources = joined(sources, place.num_sources)
         if self.training and any(layer.gradient_checkpointing for layer in block):
             return sources, len(products) * [shared]  # what reads share would be kept for the backward pass
-        norms = (self.norm, *(norm for layer in block for norm in (layer.attention_norm, layer.mlp_norm)))
+
+        def norms() -> tuple:
+            return self.norm, *(norm for layer in block for norm in (layer.attention_norm, layer.mlp_norm))
+
         return self.output_read.implementation.open_block(place, products, sources, norms, shared, watched)
 
     def read_over_depth(self, embedding: torch.Tensor, with_weights: bool, layer_kwargs: Callable) -> tuple:
