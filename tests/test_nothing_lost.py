@@ -581,11 +581,11 @@ def test_empty_mark(tmp_path):
     assert not work.exists()
 
 
-def test_other_model_under_a_run(server, command, tmp_path):
+def test_other_model_under_a_run(server, command, killed, tmp_path):
     """A run doesn't go on as another model."""
     folder = server.folder / "as-another"
     save_donor(tmp_path / "donor", num_hidden_layers=2)
-    options = ["--model", tmp_path / "donor", "--tokenizer", server.folder / "killed" / "checkpoint-2"]
+    options = ["--model", tmp_path / "donor", "--tokenizer", killed / "checkpoint-2"]
     options += ["--mode", "full", "--seq-len", 32, "--batch-size", 4, "--save-steps", 2, "--eval-steps", 2]
     options += ["--depth-every", 0, "--steps", 4, "--data", command[-1], "--output", folder.name]
     options += ["--resize-embeddings"]

@@ -326,6 +326,15 @@ def test_code_and_cards_are_brought_up_to_date(root, capsys):
     assert capsys.readouterr().out == "code files and cards are up to date\n"
 
 
+def test_build_again(root):
+    """Over a folder that is there, whose links don't keep it from being replaced."""
+    before = {path.name: path.read_bytes() for path in Path("model_cards/block").iterdir()}
+    (root / "model_cards" / "block" / "model.safetensors").write_bytes(b"")
+    zoo.main(["--root", str(root), "--build", "block"])
+    assert {path.name: path.read_bytes() for path in Path("model_cards/block").iterdir()} == before
+    assert all(path.is_symlink() == (path.suffix == ".py") for path in Path("model_cards/block").iterdir())
+
+
 def test_build_refuses(root, monkeypatch, capsys):
     """A run of other options, a missing base, a failing run: one line, and the folders stay as they are."""
     before = sorted(root.glob("model_cards/**/*"))
