@@ -162,10 +162,8 @@ class AttnResPreTrainedModelMixin:
     def prepare_config(cls, config, attn_res_implementation: str | None):
         if config.model_type != cls.config_class.model_type:  # the class differs in remote code
             cls.config_class.check_model_type(config.model_type)
-            raise ValueError(
-                f"{cls.__name__} needs an {cls.config_class.__name__}; make it of a donor's with "
-                f"{cls.config_class.__name__}(**config.to_dict())."
-            )
+            name = cls.config_class.__name__
+            raise ValueError(f"{cls.__name__} needs an {name}; make it of a donor's with {name}(**config.to_dict()).")
         config.validate_attn_res()
         name = attn_res_implementation or config._attn_res_implementation or DepthAttentionInterface.default
         ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(name)
@@ -227,7 +225,10 @@ class AttnResPreTrainedModelMixin:
         if is_main_process and not Path(save_directory).is_file():
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             for code_file in self.config_class.hub_files():
-                shutil.copyfile(code_file, Path(save_directory) / code_file.name)
+                target = Path(save_directory) / code_file.name
+                if target.is_symlink():  # through which copying would write
+                    target.unlink()
+                shutil.copyfile(code_file, target)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
@@ -335,9 +336,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         layers = list(self.layers)[: self.config.num_hidden_layers]  # of which the last may be left out
         block_size, output_read = self.config.attn_res_block_size, self.output_read
         watched = with_weights or any(has_forward_hooks(layer) for layer in layers)
-        embedding, products, shared = output_read.implementation.begin(
-            embedding, self.depth_attention(), output_read.place.eps, watched
-        )
+        eps, products = output_read.place.eps, self.depth_attention()
+        embedding, products, shared = output_read.implementation.begin(embedding, products, eps, watched)
         sources, product_of_read, all_weights = (embedding,), products.unbind(0), []
         for first in range(0, len(layers), block_size):
             block = layers[first : first + block_size]
@@ -453,9 +453,8 @@ def with_depth_attentions(forward: Callable, output_class: type[donor_outputs.Mo
         """
     parameters = dict(inspect.signature(forward).parameters)
     rest = parameters.pop("kwargs")
-    option = inspect.Parameter(
-        "output_depth_attentions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None
-    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    option = inspect.Parameter("output_depth_attentions", kind, default=None, annotation=bool | None)
     head_forward.__signature__ = inspect.Signature([*parameters.values(), option, rest], return_annotation=output_class)
     return head_forward
 

@@ -21,7 +21,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from attnres import AttnResForCausalLM
+from attnres import AttnResConfig, AttnResForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -216,6 +216,20 @@ def test_installed_project_comes_first(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     for trust in (False, True):
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)) is AttnResForCausalLM
+
+
+def test_links_to_code_are_replaced(tmp_path):
+    """Where a folder has links, as those of the zoo have, what they point to stays as it is."""
+    model, elsewhere = tiny_model(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in CODE_FILES:
+        (elsewhere / name).write_text("theirs")
+        (tmp_path / name).symlink_to(f"elsewhere/{name}")
+    model.save_pretrained(tmp_path)
+    for path in AttnResConfig.hub_files():
+        saved = tmp_path / path.name
+        assert saved.read_bytes() == path.read_bytes() and not saved.is_symlink()
+        assert (elsewhere / path.name).read_text() == "theirs"
 
 
 @pytest.mark.parametrize("family, code", [("llama", CODE_FILES), ("mistral", (*CODE_FILES, "families_attnres.py"))])
