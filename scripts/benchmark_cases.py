@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import attnres  # noqa: F401  registers the classes
 from configuration_attnres import attn_res_config_class
 from depth_attention_attnres import (
     ALL_DEPTH_ATTENTION_FUNCTIONS,
