@@ -153,8 +153,8 @@ def test_two_versions_of_the_code(python, tmp_path):
     model.save_pretrained(tmp_path / "second")
     with open(tmp_path / "second" / "depth_attention_attnres.py", "a") as code_file:
         code_file.write(
-            "\n\nDepthAttentionInterface._global_mapping['eager'] = lambda sources, product, eps, scale: "
-            "eager_depth_attention(sources, 0 * product, eps, scale)\n"
+            "\n\nDepthAttentionInterface.register('eager', lambda sources, product, eps, scale: "
+            "eager_depth_attention(sources, 0 * product, eps, scale))\n"
         )
     expected = model(tokens()).logits
     model.model.depth_attention.query.zero_()

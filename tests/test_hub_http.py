@@ -181,8 +181,8 @@ def test_versions_of_the_code(hub, tmp_path):
 
     def version(factor: int) -> dict[str, bytes]:
         code = (
-            "\n\nDepthAttentionInterface._global_mapping['eager'] = lambda sources, product, eps, scale: "
-            f"eager_depth_attention(sources, {factor} * product, eps, scale)\n"
+            "\n\nDepthAttentionInterface.register('eager', lambda sources, product, eps, scale: "
+            f"eager_depth_attention(sources, {factor} * product, eps, scale))\n"
         )
         name = "depth_attention_attnres.py"
         return {**files, name: files[name] + code.encode()}
