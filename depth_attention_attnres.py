@@ -1,9 +1,9 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Depth attention: what a read of Attention Residuals computes (Kimi Team, arXiv 2603.15031), and ways to compute it.
 
-Knows tensors and norms, and no model. In this order: the specification, the interface between a model and what runs its
-depth attention, the two phases of the paper in PyTorch, the norms that are fused with a read, reads of a single token,
-DenseFormer's mix, and the registry of all implementations.
+Knows no model. In this order: the specification, the interface between a model and what runs its depth attention, the
+two phases of the paper in PyTorch, the norms that are fused with a read, reads of a single token, DenseFormer's mix,
+the registry of all implementations, what each mode learns (mixers), the module of a read, and the rows of checkpoints.
 
 A *source* is the embedding, the sum of a block's outputs or, in full mode, one output. It is *closed* when nothing will
 be added to it; at most one is open. A *product* is what depth attention has learned for one read, its query times its

@@ -410,9 +410,9 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         kwargs.update(position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
 
         def layer_kwargs(layer_idx: int) -> dict:
-            masks_and_positions = (causal_mask, position_embeddings)
-            types = (v[self.config.layer_types[layer_idx]] if isinstance(v, dict) else v for v in masks_and_positions)
-            return dict(zip(("attention_mask", "position_embeddings"), types), **kwargs)
+            own = causal_mask, position_embeddings
+            mask, positions = (v[self.config.layer_types[layer_idx]] if isinstance(v, dict) else v for v in own)
+            return {"attention_mask": mask, "position_embeddings": positions, **kwargs}
 
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions

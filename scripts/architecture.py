@@ -57,11 +57,7 @@ FORWARD = [
             (
                 "for each layer",
                 [
-                    (
-                        f"{INTERFACE}.read",
-                        "depth_attention_attnres.DepthRead.forward",
-                        "joined, phase 2, attention_norm",
-                    ),
+                    (f"{INTERFACE}.read", READ, "joined, phase 2, attention_norm"),
                     (f"{LAYER}.attend", f"{LAYER}.forward", "its output waits as the last source"),
                     (f"{INTERFACE}.read", READ, "joined, phase 2, mlp_norm"),
                     (f"{LAYER}.transform", f"{LAYER}.forward", "its output waits as the last source"),
