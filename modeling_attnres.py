@@ -75,13 +75,13 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
             self.mlp_read = DepthRead(config, self.depth_row + 1)
         self.attention_read.set_place(config, self.depth_row)
         self.mlp_read.set_place(config, self.depth_row + 1)
+        self.place = self.attention_read.place
         self.num_sources_after = config.num_depth_sources(self.depth_row + 2)
 
     def num_unchanged(self, sources: Sources) -> int:
         """How many of the `sources` that the layer gets stay as they are; the last may have to be joined."""
-        place = self.attention_read.place
-        num_pending = len(sources) - place.num_sources
-        return min(place.num_closed_sources, place.num_sources - num_pending)
+        num_pending = len(sources) - self.place.num_sources
+        return min(self.place.num_closed_sources, self.place.num_sources - num_pending)
 
     def forward(
         self,
@@ -318,7 +318,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
 
     def open_block(self, block: list, products: torch.Tensor, sources: Sources, shared, watched: bool) -> tuple:
         """The sources as the first layer of a `block` takes them, and what its reads, with `products`, share."""
-        place = block[0].attention_read.place
+        place = block[0].place
         if torch.is_grad_enabled():  # what layers hand on is kept, and the sum is one source for all that read it
             sources = joined(sources, place.num_sources)
         if self.training and any(layer.gradient_checkpointing for layer in block):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from attnres_convert import InputError, convert_to_donor, reading
+from command_process import CommandServer
 from convert_models import edit_json
 from families import tokens
 from hub_server import serve_hub
@@ -113,16 +114,26 @@ def place(request) -> Path:
     return ROOT if request.param == "repository" else request.getfixturevalue("clone")
 
 
-def run(place: Path, *command, fails: bool = False) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=place, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert (done.returncode != 0) == fails, done.stderr
-    return done.stderr if fails else done.stdout
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = CommandServer(tmp_path_factory.mktemp("logs"))
+    yield server
+    server.stop()
 
 
-def test_commands_that_read(place, data):
+@pytest.fixture
+def run(server):
+    """Runs a command in a place; what it has written to standard output, or to standard error if it has to fail."""
+
+    def run(place: Path, *command, fails: bool = False) -> str:
+        code, output, errors = server.run(place, *command)
+        assert (code != 0) == fails, errors
+        return errors if fails else output
+
+    return run
+
+
+def test_commands_that_read(run, place, data):
     """On a folder of the zoo they do what they do on any other model folder."""
     assert run(place, "scripts/generate.py", BLOCK, "--prompt", "import", "--max-new-tokens", 4)
     options = [BLOCK, KIMI, "--data", data / "text", "--seq-len", 32, "--output", data / "evaluation"]
@@ -135,7 +146,7 @@ def test_commands_that_read(place, data):
     assert not any(path.is_symlink() for path in data.rglob("*"))
 
 
-def test_training(place, data):
+def test_training(run, place, data):
     """What comes out has the code files themselves."""
     options = ["--data", data / "text", "--output", data / "pretrained", *TRAINING.split()]
     run(place, "scripts/pretrain.py", "--model", BLOCK, *options)
@@ -146,7 +157,7 @@ def test_training(place, data):
     assert not any(path.is_symlink() for path in data.rglob("*"))
 
 
-def test_commands_that_convert(place, tmp_path):
+def test_commands_that_convert(run, place, tmp_path):
     """They say what they say of any trained AttnRes model."""
     convert = ["-m", "attnres_convert.cli"]
     to_donor = run(place, *convert, "--to-donor", BLOCK, tmp_path / "donor", fails=True)
@@ -190,7 +201,7 @@ def test_push(place, tmp_path, name):
     assert {file: content for file, content in published.items() if file.endswith(".py")} == code
 
 
-def test_zoo_in_a_clone(clone):
+def test_zoo_in_a_clone(run, clone):
     """`make zoo` finds nothing wrong there, and `--update` nothing to do."""
     run(clone, "scripts/zoo.py", "attnres-1.3m-block", "kimi-linear-block")
     assert run(clone, "scripts/zoo.py", "--update") == "code files and cards are up to date\n"

@@ -1,0 +1,51 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Commands of a clone as its user runs them, in processes forked from one that has imported the libraries.
+
+The scripts themselves are imported in the fork: they are those of the clone.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+
+def command(place: Path, arguments: list[str], outputs: tuple[Path, Path]):
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(place)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(place / Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+class CommandServer:
+    """Runs commands; logs lie in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+        self.stop()  # another test's fork server has other modules
+        self.context = multiprocessing.get_context("forkserver")
+        libraries = ["attnres", "datasets", "evaluate", "matplotlib.pyplot", "transformers.trainer", "command_process"]
+        self.context.set_forkserver_preload(libraries)
+
+    @staticmethod
+    def stop():
+        forkserver._forkserver._stop()
+
+    def run(self, place: Path, *arguments, seconds: float = 200) -> tuple[int, str, str]:
+        """The exit code of `python ARGUMENTS` in the folder `place`, and what it has written to both outputs."""
+        outputs = self.folder / "stdout", self.folder / "stderr"
+        process = self.context.Process(target=command, args=(place, list(map(str, arguments)), outputs))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode, *(path.read_text(encoding="utf-8") for path in outputs)
