@@ -30,7 +30,7 @@ quickstart: $(READY) ## convert, train on, adapt and compare a small model; writ
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 fuzz: $(READY) ## damage folders in made-up ways for MINUTES, and see that the commands hold
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES) $(ARGS)
