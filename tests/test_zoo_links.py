@@ -108,12 +108,6 @@ def data(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=["repository", "clone"])
-def place(request) -> Path:
-    """Where the commands run, with the scripts that are there."""
-    return ROOT if request.param == "repository" else request.getfixturevalue("clone")
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     server = CommandServer(tmp_path_factory.mktemp("logs"))
@@ -122,55 +116,58 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def run(server):
-    """Runs a command in a place; what it has written to standard output, or to standard error if it has to fail."""
+def run(server, clone):
+    """Runs a command in the clone, with the scripts that are there; what it has written to standard output, or to
+    standard error if it has to fail."""
 
-    def run(place: Path, *command, fails: bool = False) -> str:
-        code, output, errors = server.run(place, *command)
+    def run(*command, fails: bool = False) -> str:
+        code, output, errors = server.run(clone, *command)
         assert (code != 0) == fails, errors
         return errors if fails else output
 
     return run
 
 
-def test_commands_that_read(run, place, data):
+def test_commands_that_read(run, data):
     """On a folder of the zoo they do what they do on any other model folder."""
-    assert run(place, "scripts/generate.py", BLOCK, "--prompt", "import", "--max-new-tokens", 4)
+    assert run("scripts/generate.py", BLOCK, "--prompt", "import", "--max-new-tokens", 4)
     options = [BLOCK, KIMI, "--data", data / "text", "--seq-len", 32, "--output", data / "evaluation"]
-    assert run(place, "scripts/evaluate_model.py", *options)
+    assert run("scripts/evaluate_model.py", *options)
     options = [BLOCK, "--text", data / "text", "--seq-len", 32, "--output", data / "figures"]
-    assert run(place, "scripts/plot_depth_attention.py", *options)
-    files = json.loads(run(place, "scripts/push_to_hub.py", KIMI, "me/model", "--dry-run").splitlines()[-1])["files"]
+    assert run("scripts/plot_depth_attention.py", *options)
+    files = json.loads(run("scripts/push_to_hub.py", KIMI, "me/model", "--dry-run").splitlines()[-1])["files"]
     sizes = {name: (ROOT / name).stat().st_size for name in CODE[KIMI]}
     assert {name: size for name, size in files.items() if name.endswith(".py")} == sizes
     assert not any(path.is_symlink() for path in data.rglob("*"))
 
 
-def test_training(run, place, data):
+def test_training(run, data):
     """What comes out has the code files themselves."""
     options = ["--data", data / "text", "--output", data / "pretrained", *TRAINING.split()]
-    run(place, "scripts/pretrain.py", "--model", BLOCK, *options)
+    run("scripts/pretrain.py", "--model", BLOCK, *options)
     check_real_files(data / "pretrained" / "model", CODE[BLOCK])
     options = ["--data", data / "sums.jsonl", "--output", data / "finetuned", *TRAINING.split()]
-    run(place, "scripts/finetune.py", "--model", KIMI, *options, "--method", "depth")
+    run("scripts/finetune.py", "--model", KIMI, *options, "--method", "depth")
     check_real_files(data / "finetuned" / "model", CODE[KIMI])
     assert not any(path.is_symlink() for path in data.rglob("*"))
 
 
-def test_commands_that_convert(run, place, tmp_path):
+def test_commands_that_convert(run, tmp_path):
     """They say what they say of any trained AttnRes model."""
     convert = ["-m", "attnres_convert.cli"]
-    to_donor = run(place, *convert, "--to-donor", BLOCK, tmp_path / "donor", fails=True)
+    to_donor = run(*convert, "--to-donor", BLOCK, tmp_path / "donor", fails=True)
     assert "the queries are trained" in to_donor
-    assert "has Attention Residuals already" in run(place, *convert, BLOCK, tmp_path / "again", fails=True)
-    quickstart = run(place, "scripts/quickstart.py", "--model", BLOCK, "--output", tmp_path / "out", fails=True)
+    assert "has Attention Residuals already" in run(*convert, BLOCK, tmp_path / "again", fails=True)
+    quickstart = run("scripts/quickstart.py", "--model", BLOCK, "--output", tmp_path / "out", fails=True)
     assert "link" not in quickstart and len(quickstart.strip().splitlines()) == 1
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_to_donor(place, tmp_path, name):
+@pytest.mark.parametrize("is_clone", [False, True])
+def test_to_donor(clone, tmp_path, name, is_clone):
     """From a folder whose queries are zero; it has the code files as the zoo has them."""
+    place = clone if is_clone else ROOT
     folder = shutil.copytree(place / name, tmp_path / "model_cards" / "zero", symlinks=True)
     for file in CODE[name]:
         shutil.copy(place / file, tmp_path)
@@ -183,28 +180,28 @@ def test_to_donor(place, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_push(place, tmp_path, name):
+def test_push(clone, tmp_path, name):
     """The repository is whole, with the code as files."""
     code = {file: (ROOT / file).read_bytes() for file in CODE[name]}
     with serve_hub() as hub:
         hub.users = {TOKEN: "me"}
         done = subprocess.run(
             [sys.executable, "scripts/push_to_hub.py", name, "me/model"],
-            cwd=place,
+            cwd=clone,
             env=hub.environment(tmp_path, TOKEN),
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
         published = hub.repositories["me/model"].files()
-    assert published.keys() - {".gitattributes"} == {path.name for path in (place / name).iterdir()}
+    assert published.keys() - {".gitattributes"} == {path.name for path in (clone / name).iterdir()}
     assert {file: content for file, content in published.items() if file.endswith(".py")} == code
 
 
 def test_zoo_in_a_clone(run, clone):
     """`make zoo` finds nothing wrong there, and `--update` nothing to do."""
-    run(clone, "scripts/zoo.py", "attnres-1.3m-block", "kimi-linear-block")
-    assert run(clone, "scripts/zoo.py", "--update") == "code files and cards are up to date\n"
+    run("scripts/zoo.py", "attnres-1.3m-block", "kimi-linear-block")
+    assert run("scripts/zoo.py", "--update") == "code files and cards are up to date\n"
     status = ["git", "status", "--short", "--untracked-files=no"]
     assert not subprocess.run(status, cwd=clone, capture_output=True, text=True, check=True).stdout
 
