@@ -46,6 +46,8 @@ class CommandServer:
         process = self.context.Process(target=command, args=(place, list(map(str, arguments)), outputs))
         process.start()
         process.join(seconds)
+        timed_out = process.exitcode is None
         process.kill()
         process.join()
+        assert not timed_out, arguments
         return process.exitcode, *(path.read_text(encoding="utf-8") for path in outputs)

@@ -115,13 +115,18 @@ def server(tmp_path_factory):
     server.stop()
 
 
+@pytest.fixture(params=["repository", "clone"])
+def place(request) -> Path:
+    return ROOT if request.param == "repository" else request.getfixturevalue("clone")
+
+
 @pytest.fixture
-def run(server, clone):
-    """Runs a command in the clone, with the scripts that are there; what it has written to standard output, or to
+def run(server, place):
+    """Runs a command in a place, with the scripts that are there; what it has written to standard output, or to
     standard error if it has to fail."""
 
     def run(*command, fails: bool = False) -> str:
-        code, output, errors = server.run(clone, *command)
+        code, output, errors = server.run(place, *command)
         assert (code != 0) == fails, errors
         return errors if fails else output
 
@@ -164,10 +169,8 @@ def test_commands_that_convert(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", CODE)
-@pytest.mark.parametrize("is_clone", [False, True])
-def test_to_donor(clone, tmp_path, name, is_clone):
+def test_to_donor(place, tmp_path, name):
     """From a folder whose queries are zero; it has the code files as the zoo has them."""
-    place = clone if is_clone else ROOT
     folder = shutil.copytree(place / name, tmp_path / "model_cards" / "zero", symlinks=True)
     for file in CODE[name]:
         shutil.copy(place / file, tmp_path)
@@ -180,24 +183,25 @@ def test_to_donor(clone, tmp_path, name, is_clone):
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_push(clone, tmp_path, name):
+def test_push(place, tmp_path, name):
     """The repository is whole, with the code as files."""
     code = {file: (ROOT / file).read_bytes() for file in CODE[name]}
     with serve_hub() as hub:
         hub.users = {TOKEN: "me"}
         done = subprocess.run(
             [sys.executable, "scripts/push_to_hub.py", name, "me/model"],
-            cwd=clone,
+            cwd=place,
             env=hub.environment(tmp_path, TOKEN),
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
         published = hub.repositories["me/model"].files()
-    assert published.keys() - {".gitattributes"} == {path.name for path in (clone / name).iterdir()}
+    assert published.keys() - {".gitattributes"} == {path.name for path in (place / name).iterdir()}
     assert {file: content for file, content in published.items() if file.endswith(".py")} == code
 
 
+@pytest.mark.parametrize("place", ["clone"], indirect=True)
 def test_zoo_in_a_clone(run, clone):
     """`make zoo` finds nothing wrong there, and `--update` nothing to do."""
     run("scripts/zoo.py", "attnres-1.3m-block", "kimi-linear-block")
