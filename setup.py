@@ -27,8 +27,8 @@ setup(
         "families_attnres",
         "modeling_attnres",
     ],
-    packages=["attnres_convert", "attnres_kernels"],
-    package_dir={"attnres_convert": "convert"},
+    packages=["attnres_convert", "attnres_kernels", "attnres_recipes"],
+    package_dir={"attnres_convert": "convert", "attnres_recipes": "scripts/recipes"},
     package_data={"attnres_kernels": ["*.cpp"]},
     install_requires=[
         "torch>=2.6",

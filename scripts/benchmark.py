@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from attnres_recipes.files import table, write_json, write_text
 from benchmark_cases import (
     CASES,
     MODEL_SHAPE,
@@ -46,7 +47,6 @@ from benchmark_cases import (
     operator_rows,
 )
 from output_folder import output_folder
-from reports import table, write_json, write_text
 from training_run import RunError, plt, versions
 from transformers import CONFIG_MAPPING
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from reports import cpu_name
+from recipes.files import cpu_name
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

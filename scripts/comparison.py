@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 from attnres_convert import InputError, reading
 from attnres_convert.reading import sha256
-from reports import json_text, table
+from attnres_recipes.files import json_text, table
 from training_options import run_arguments
 from training_run import (
     FAILURE_FILE,

@@ -38,9 +38,9 @@ import torch
 import transformers
 from attnres_convert import InputError, reading
 from attnres_convert.reading import first_line
+from attnres_recipes.files import table, write_json, write_text
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from output_folder import output_folder
-from reports import table, write_json, write_text
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from training_data import (

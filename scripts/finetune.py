@@ -38,6 +38,7 @@ from adapters import (
     untie_adapted,
 )
 from attnres_convert import reading
+from attnres_recipes.files import write_json
 from comparison import check_variants, compare, open_comparison
 from depth_callback import decoder
 from finetuning_data import (
@@ -50,7 +51,6 @@ from finetuning_data import (
 )
 from model_loading import check_context, check_trainable, read_config
 from pretrain import check_same_data, depth_callbacks, get_tokenizer, load_model, starting_point
-from reports import write_json
 from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import ShuffledSequences, check_tokens, data_name
 from training_optim import is_depth_attention, new_optimizer

@@ -38,7 +38,7 @@ from typing import NamedTuple
 SCRIPTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(SCRIPTS))
 from gpu_worker import SETTINGS  # noqa: E402
-from reports import table, write_json, write_text  # noqa: E402
+from recipes.files import table, write_json, write_text  # noqa: E402
 
 
 # seconds that a stage may take, and its lane: those of a lane run one after the other, in this order. There are only

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from gpu_evidence_data import EvidenceError, prepare, read_data, unpack
 from gpu_evidence_report import write_report
-from reports import write_text
+from recipes.files import write_text
 
 
 # torch and transformers are imported by the workers alone, all at once: a minute has few seconds

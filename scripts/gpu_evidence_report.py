@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from reports import table, write_text
+from recipes.files import table, write_text
 
 
 NAMES = {"donor": "donor: plain sum", "block": "Block", "full": "Full"}

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 import transformers
 from attnres_convert import InputError, reading
+from attnres_recipes.files import write_json
 from depth_callback import check_can_be_watched, decoder, gradient_norms, look
 from matplotlib import colors, font_manager, ft2font, ticker
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from model_loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from output_folder import output_folder
-from reports import write_json
 from tqdm import tqdm
 from training_data import STDLIB, PackedDocuments, collate, is_held_out, load_documents, tokenized
 from training_options import positive

@@ -24,6 +24,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from attnres_convert import InputError, convert_checkpoint, convert_to_donor, reading
+from attnres_recipes.files import write_json
 from comparison import check_variants, compare, open_comparison
 from depth_callback import DEPTH_FILE, DepthCallback, check_can_be_watched, decoder
 from model_loading import (
@@ -35,7 +36,6 @@ from model_loading import (
     read_config,
 )
 from packed_documents import mixes_documents
-from reports import write_json
 from training_card import mean_depth_weights, model_results, write_training_card
 from training_data import (
     ShuffledSequences,

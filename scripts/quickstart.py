@@ -24,6 +24,7 @@ from attnres_convert import InputError, convert_checkpoint, reading, staging
 from attnres_convert.card import read_json
 from attnres_convert.reading import sha256
 from attnres_convert.report import report
+from attnres_recipes.files import table, write_json
 from evaluate_model import evaluate_checkpoints, notes, report_table, write_report
 from evaluate_model import parse_arguments as evaluation_arguments
 from finetune import finetune
@@ -34,7 +35,6 @@ from plot_depth_attention import parse_arguments as plot_arguments
 from plot_depth_attention import plot_depth_attention
 from pretrain import check_context, pretrain
 from pretrain import parse_arguments as pretraining_arguments
-from reports import table, write_json
 from training_data import load_documents
 from training_optim import DEPTH_LR_SCALE
 from training_options import above_zero, batch, non_negative, number, positive, rank, share, start_process

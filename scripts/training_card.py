@@ -21,7 +21,7 @@ from attnres_convert.card import (
     write_card,
 )
 from attnres_convert.reading import first_line
-from reports import write_json
+from attnres_recipes.files import write_json
 from training_data import STDLIB
 from training_run import LICENCE_FILES, launched
 from transformers.utils import cached_file

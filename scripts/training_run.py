@@ -41,9 +41,9 @@ from attnres_convert import InputError, reading, staging
 from attnres_convert.checkpoint import read_checkpoint, read_shard
 from attnres_convert.loading import check_tensors, empty_model
 from attnres_convert.reading import first_line, sha256, understood
+from attnres_recipes.files import cpu_name, write_bytes, write_json, write_text
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from reports import cpu_name, write_bytes, write_json, write_text
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm

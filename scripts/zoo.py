@@ -42,12 +42,12 @@ from attnres_convert.card import (
 )
 from attnres_convert.families import code_files, supported_families
 from attnres_convert.reading import first_line
+from attnres_recipes.files import table, write_json, write_text
 from evaluate_model import evaluate_texts
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from push_to_hub import WEIGHTS, PushError, check_content, collect, load_as_stranger, walk
 from readme import fill, section
-from reports import table, write_json, write_text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from training_data import DataError, load_documents
