@@ -49,10 +49,10 @@ lint: $(READY) ## check style and format
 	$(BIN)/ruff format --check .
 
 exactness: $(READY) ## measure how exact conversion is, the numbers in the README
-	$(BIN)/python scripts/exactness.py --output results/exactness.json $(ARGS)
+	$(BIN)/python benchmarks/exactness.py --output results/exactness.json $(ARGS)
 
 support: $(READY) ## measure every family and fill the table of supported families in the README
-	$(BIN)/python scripts/support_table.py $(ARGS)
+	$(BIN)/python benchmarks/support_table.py $(ARGS)
 
 zoo: $(READY) ## list the models of the zoo with their numbers and check their folders
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/zoo.py $(ARGS)
@@ -70,16 +70,16 @@ plot-depth: $(READY) ## draw what happens over depth; ARGS="--help" lists the op
 	$(BIN)/python scripts/plot_depth_attention.py $(ARGS)
 
 bench: $(READY) ## measure speed and memory against stock models, and growth; writes outputs/benchmark (15 minutes)
-	$(BIN)/python scripts/benchmark.py --output outputs/benchmark $(ARGS)
+	$(BIN)/python benchmarks/benchmark.py --output outputs/benchmark $(ARGS)
 
 gpu-evidence: ## train donor, Block and Full alike on a GPU in MINUTES, with PYTHON itself; ARGS="--help" lists options
-	$(PYTHON) scripts/gpu_evidence.py --minutes $(MINUTES) --data outputs/gpu_evidence_data $(ARGS)
+	$(PYTHON) benchmarks/gpu_evidence.py --minutes $(MINUTES) --data outputs/gpu_evidence_data $(ARGS)
 
 gpu: ## check and measure everything on a GPU in MINUTES, with PYTHON itself; ARGS="--help" lists options
-	$(PYTHON) scripts/gpu.py --minutes $(MINUTES) --output outputs/gpu $(ARGS)
+	$(PYTHON) benchmarks/gpu.py --minutes $(MINUTES) --output outputs/gpu $(ARGS)
 
 conformance: $(READY) ## run the model tests of transformers on every family
-	$(BIN)/python scripts/conformance.py $(ARGS)
+	$(BIN)/python benchmarks/conformance.py $(ARGS)
 
 architecture: $(READY) ## draw the pictures of ARCHITECTURE.md from the code; writes docs
 	$(BIN)/python scripts/architecture.py $(ARGS)

@@ -1017,7 +1017,7 @@ def _alignment(tensors: Sequence[torch.Tensor], hidden_size: int) -> int:
     return 2
 
 
-# What programs hold and how they go through it; found by scripts/gpu_tuning.py
+# What programs hold and how they go through it; found by benchmarks/gpu_tuning.py
 TUNED = {
     # rows (source, token) at a time, what the sources of the programs that run at one time may take of the cache
     # divided by their number, columns that a warp multiplies and mixes at a time, cache hints

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"attnres_convert": "convert", "scripts": "scripts"}  # packages that are one box each
+FOLDERS = {"attnres_convert": "convert", "scripts": "scripts", "benchmarks": "benchmarks"}  # that are one box each
 KERNELS = "attnres_kernels"
 
 INK, LINE, PAPER = "#24292f", "#8c959f", "#ffffff"
@@ -27,7 +27,8 @@ WIDTH = 10  # inches, of 100 pixels where GitHub shows them
 
 # file or folder: (x, y) of its middle, width, what it has
 PLACES = {
-    "scripts": (5.0, 8.05, 9.6, "training, evaluation, publishing, measuring, figures"),
+    "benchmarks": (5.0, 9.15, 9.6, "speed and memory, exactness, conformance, checks on GPUs"),
+    "scripts": (3.9, 8.05, 3.2, "training, evaluation, publishing, figures"),
     "attnres_convert": (1.75, 6.65, 3.1, ""),
     "attnres": (7.05, 6.85, 5.5, "registers all of it with transformers and by name"),
     "families_attnres": (3.9, 4.15, 2.6, "the other families"),
@@ -220,7 +221,7 @@ def draw_files(shown: dict):
     graph = shown["imports"]
     if unplaced := graph.keys() ^ PLACES.keys():
         raise SystemExit(f"error: {', '.join(sorted(unplaced))}: give it a place in {Path(__file__).name}, or take it.")
-    figure, axes = new_axes(8.6)
+    figure, axes = new_axes(9.7)
     draw_box(axes, 0.2, 0.15, 7.65, 3.05, PAPER, z=0)
     draw_box(axes, 2.35, 3.2, 3.0, 1.95, PAPER, z=0)
     draw_box(axes, 5.6, 3.4, 4.3, 2.4, PAPER, z=0)

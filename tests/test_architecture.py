@@ -119,6 +119,7 @@ def test_imports_are_found(monkeypatch, tmp_path):
         "convert/files.py": "from .reading import a\nfrom b_attnres import x\n",
         "convert/reading.py": "",
         "scripts/run.py": "import reading\nfrom attnres_convert.reading import a\n",
+        "benchmarks/time.py": "import attnres\n",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -132,6 +133,7 @@ def test_imports_are_found(monkeypatch, tmp_path):
         "attnres_kernels.fused": ["attnres_kernels.cpu"],
         "attnres_convert": ["b_attnres"],
         "scripts": ["attnres_convert"],
+        "benchmarks": ["attnres"],
     }
     with pytest.raises(SystemExit, match="give it a place"):
         architecture.draw_files({"imports": architecture.import_graph()})

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""scripts/benchmark.py, on tiny shapes. Times are not tested, only that they are measured and of what."""
+"""benchmarks/benchmark.py, on tiny shapes. Times are not tested, only that they are measured and of what."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from PIL import Image
 from attnres import DepthAttentionInterface, eager_depth_attention
 
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 import benchmark  # noqa: E402
 
 
@@ -207,9 +207,9 @@ def test_minutes(tmp_path):
 
 def test_interrupted(tmp_path):
     """An interruption leaves the rows of the shapes before it, and ends with one line."""
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *SHAPE.split(), "--rounds", "50", "--output", tmp_path]
+    command = [sys.executable, str(BENCHMARKS / "benchmark.py"), *SHAPE.split(), "--rounds", "50", "--output", tmp_path]
     command += ["--parts", "models", "--modes", "block", "--cases", "training", "forward"]
-    path = os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(BENCHMARKS.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [str(argument) for argument in command],
         stdout=subprocess.PIPE,

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""scripts/gpu.py, rehearsed on the CPU: that stages run, are named when they fail or hang, and end in time."""
+"""benchmarks/gpu.py, rehearsed on the CPU: that stages run, are named when they fail or hang, and end in time."""
 
 import fcntl
 import json
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_tuning  # noqa: E402
 from gpu_worker import SETTINGS, Gate, Pool, Worker, WorkerError  # noqa: E402
@@ -26,7 +26,7 @@ from gpu_worker import SETTINGS, Gate, Pool, Worker, WorkerError  # noqa: E402
 
 def rehearse(output: Path, *arguments) -> tuple[int, dict, dict]:
     """Exit code, last line and what gpu.json holds."""
-    command = [sys.executable, str(SCRIPTS / "gpu.py"), "--device", "cpu", "--tiny", "--output", str(output)]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--tiny", "--output", str(output)]
     done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True)
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), json.loads((output / "gpu.json").read_text())
 

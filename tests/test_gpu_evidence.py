@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_evidence  # noqa: E402
 import gpu_evidence_data  # noqa: E402
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
     """A small data folder, of a package made up for it."""
     root, folder = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("data")
     source = Path(json.__file__).parent
-    for number, file in enumerate(sorted(SCRIPTS.glob("*.py")) + sorted(source.glob("*.py"))):
+    for number, file in enumerate(sorted(BENCHMARKS.glob("*.py")) + sorted(source.glob("*.py"))):
         (root / f"module{number}.py").write_bytes(file.read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_evidence_data.sysconfig, "get_paths", lambda: {"stdlib": str(source)})
@@ -75,7 +75,7 @@ def test_data_are_what_data_json_says(data, tmp_path):
     ends = np.flatnonzero(tokens == tokenizer.token_to_id(gpu_evidence_data.END_OF_TEXT))
     held_out = [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends)[: about["held_out_documents"]]]
     assert ends[about["held_out_documents"] - 1] == about["held_out_tokens"] - 1
-    files = [file.read_text() for file in [*SCRIPTS.glob("*.py"), *Path(json.__file__).parent.glob("*.py")]]
+    files = [file.read_text() for file in [*BENCHMARKS.glob("*.py"), *Path(json.__file__).parent.glob("*.py")]]
     assert held_out and all(document in files for document in held_out)
     (data / "broken").mkdir()
     (data / "broken" / "tokens.xz").write_bytes((data / "tokens.xz").read_bytes())
@@ -148,7 +148,7 @@ def test_interval_holds_the_mean():
 
 def test_an_interrupted_command_goes_on(data, tmp_path):
     output = tmp_path / "output"
-    command = [sys.executable, str(SCRIPTS / "gpu_evidence.py"), *options(data, output)]
+    command = [sys.executable, str(BENCHMARKS / "gpu_evidence.py"), *options(data, output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(
         [*command, "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment

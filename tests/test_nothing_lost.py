@@ -15,7 +15,7 @@ from convert_models import save_donor, tree
 from pretrain_process import SCRIPTS, TINY, Server
 
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent / "benchmarks")]
 
 import benchmark  # noqa: E402
 import evaluate_model  # noqa: E402

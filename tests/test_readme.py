@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 from exactness import markdown  # noqa: E402
 
@@ -150,17 +150,19 @@ def test_make_commands_exist():
 def test_long_commands_parse():
     """Commands that take too long to run here have options that the scripts know and files that exist."""
     text = "".join(code_blocks("console")).replace("\\\n", " ")
-    commands = [shlex.split(line.removeprefix("$ ")) for line in text.splitlines() if " scripts/" in line]
+    folders = ("scripts/", "benchmarks/")
+    commands = [shlex.split(line.removeprefix("$ ")) for line in text.splitlines()]
+    commands = [command for command in commands if any(word.startswith(folders) for word in command)]
     assert len(commands) >= 3
     for command in commands:
-        script = next(index for index, word in enumerate(command) if word.startswith("scripts/") and word[-3:] == ".py")
+        script = next(index for index, word in enumerate(command) if word.startswith(folders) and word[-3:] == ".py")
         importlib.import_module(Path(command[script]).stem).parse_arguments(command[script + 1 :])
-        assert all((ROOT / word).is_file() for word in command if word.startswith("scripts/"))
+        assert all((ROOT / word).is_file() for word in command if word.startswith(folders))
 
 
 def test_links_exist():
     """Files of this repository that the README names are there."""
     names = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    names += re.findall(r"`((?:scripts|results|tests)/[^` ]+|constraints\.txt)`", README)
+    names += re.findall(r"`((?:scripts|benchmarks|results|tests)/[^` ]+|constraints\.txt)`", README)
     assert names
     assert [name for name in names if not (ROOT / name).exists()] == []

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The scripts, run as users run them: as processes, on real text, at the smallest sizes."""
+"""Commands in scripts/ and benchmarks/, run as users run them: as processes, on real text, at the smallest sizes."""
 
 import argparse
 import hashlib
@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import attnres
 
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+ROOT = Path(__file__).parents[1]
+SCRIPTS, BENCHMARKS = ROOT / "scripts", ROOT / "benchmarks"
+sys.path[:0] = [str(SCRIPTS), str(BENCHMARKS)]
 
 import quickstart  # noqa: E402
 from training_data import stdlib_files  # noqa: E402
@@ -35,7 +36,7 @@ TINY_DONOR = ["--train-donor", *(f"--{name}={value}" for name, value in DONOR_SI
 RUNS = {"donor", "donor-continued", "attnres-continued", "attnres-lora"}
 
 
-def run_script(script: str, *arguments, folder: Path, exit_code: int = 0) -> subprocess.CompletedProcess:
+def run_script(script: str | Path, *arguments, folder: Path, exit_code: int = 0) -> subprocess.CompletedProcess:
     cache = str(folder / ".cache")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": cache}
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
@@ -73,13 +74,14 @@ def finished(own, tmp_path_factory) -> tuple[Path, str]:
     return folder / "out", run.stdout
 
 
-@pytest.mark.parametrize("script", ["quickstart.py", "exactness.py"])
+@pytest.mark.parametrize("script", ["quickstart.py", BENCHMARKS / "exactness.py"], ids=["quickstart", "exactness"])
 def test_help(script, tmp_path):
     """Every script explains its options."""
     assert "--output" in run_script(script, "--help", folder=tmp_path).stdout
 
 
-COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8"))
+FILES = sorted([*SCRIPTS.glob("*.py"), *BENCHMARKS.glob("*.py")])
+COMMANDS = {path.stem: path for path in FILES if "\ndef main(" in path.read_text(encoding="utf-8")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -97,7 +99,7 @@ def test_every_option_is_explained(name, monkeypatch):
         script.main([])
     assert [option for option, text in options.items() if not text] == []
     program, path, *arguments = shlex.split(script.__doc__.split("\n\n")[0])
-    assert (program, path) == ("python", f"scripts/{name}.py")
+    assert (program, path) == ("python", COMMANDS[name].relative_to(ROOT).as_posix())
     assert {word for word in arguments if word.startswith("--")} <= options.keys()
 
 
@@ -333,7 +335,7 @@ def test_quickstart_checks_options(arguments, capsys):
 def test_exactness_measures(tmp_path):
     """The recorded rows are those of the conversions asked for, and the scale is what makes them exact."""
     sizes = ["--layers", 3, "--hidden-size", 32, "--block-sizes", 2, "--tokens", 16]
-    run = run_script("exactness.py", *sizes, "--output", "rows.json", folder=tmp_path)
+    run = run_script(BENCHMARKS / "exactness.py", *sizes, "--output", "rows.json", folder=tmp_path)
     results = json.loads((tmp_path / "rows.json").read_text())
     assert json.loads(run.stdout.splitlines()[-1]) == results
     assert [(row["mode"], row["block_size"]) for row in results["rows"]] == [("full", None), ("block", 2)]

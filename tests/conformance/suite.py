@@ -1,7 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The model tests of transformers on each donor and on its AttnRes family, one test class each.
 
-Run by `scripts/conformance.py`, which puts the tests of the installed transformers on the path as the package
+Run by `benchmarks/conformance.py`, which puts the tests of the installed transformers on the path as the package
 `transformers_tests`. The name of this file keeps it out of a plain `pytest`.
 """
 

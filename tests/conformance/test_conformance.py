@@ -13,7 +13,7 @@ import pytest
 
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "scripts")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "benchmarks")]
 
 import conformance  # noqa: E402
 import support_table  # noqa: E402

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/gpu.py --minutes 9 --output outputs/gpu
+"""python benchmarks/gpu.py --minutes 9 --output outputs/gpu
 
 Checks and measures Attention Residuals on a GPU, in as few minutes as there are. --stages says what:
 
@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-SCRIPTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(SCRIPTS))
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]  # of the modules imported here
+sys.path[:0] = FOLDERS
 from gpu_worker import SETTINGS  # noqa: E402
 from recipes.files import table, write_json, write_text  # noqa: E402
 
@@ -330,9 +331,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""examples:
   {__doc__.split(chr(10), 1)[0]}
-  python scripts/gpu.py --minutes 4 --stages correctness models --shapes large --output outputs/gpu
-  python scripts/gpu.py --minutes 5 --stages peers --site outputs/site --output outputs/peers
-  python scripts/gpu.py --device cpu --tiny --minutes 5 --output outputs/rehearsal""",
+  python benchmarks/gpu.py --minutes 4 --stages correctness models --shapes large --output outputs/gpu
+  python benchmarks/gpu.py --minutes 5 --stages peers --site outputs/site --output outputs/peers
+  python benchmarks/gpu.py --device cpu --tiny --minutes 5 --output outputs/rehearsal""",
     )
     add = parser.add_argument
     add("--minutes", type=float, default=9, help="the command ends within so many; default: 9")
@@ -362,10 +363,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def stages_of(args: argparse.Namespace) -> list[Stage]:
     chosen = [name for name in LIMITS if name in (args.stages or LIMITS)]
-    command = [sys.executable, "-u", str(SCRIPTS / "gpu_stages.py")]
+    command = [sys.executable, "-u", str(ROOT / "benchmarks" / "gpu_stages.py")]
     chosen = [Stage(name, [*command, name], args.limits[name], LANES[name]) for name in chosen]
     if args.site is not None:
-        command = ["env", f"PYTHONPATH={args.site.resolve()}:{SCRIPTS}:{SCRIPTS.parent}", *command]
+        command = ["env", f"PYTHONPATH={':'.join([str(args.site.resolve()), *FOLDERS, str(ROOT)])}", *command]
         chosen = [s._replace(command=[*command, "peers"]) if s.name == "peers" else s for s in chosen]
     return chosen
 
@@ -377,7 +378,7 @@ def environment_of(args: argparse.Namespace, folder: Path, deadline: float) -> d
     environment = {
         **os.environ,
         SETTINGS: json.dumps(settings),
-        "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)]),
+        "PYTHONPATH": os.pathsep.join([*FOLDERS, str(ROOT)]),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1" if args.device == "cpu" else "4",

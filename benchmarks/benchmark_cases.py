@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What scripts/benchmark.py measures: models and blocks of reads, each checked before it is timed."""
+"""What benchmarks/benchmark.py measures: models and blocks of reads, each checked before it is timed."""
 
 import copy
 import gc

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The stage `tuning` of scripts/gpu.py: for each Triton kernel, other values of `TUNED` in triton_kernels.py.
+"""The stage `tuning` of benchmarks/gpu.py: for each Triton kernel, other values of `TUNED` in triton_kernels.py.
 
 Each value is tried by itself, then the best ones together. Nothing is changed: the table says what would be faster.
 """

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What the workers of the stage `peers` of scripts/gpu.py do.
+"""What the workers of the stage `peers` of benchmarks/gpu.py do.
 
 Other projects' kernels choose among variants as they run, each of which takes about a second to compile. Processes side
 by side compile a share of them each, which all find in Triton's cache; the one that times them then chooses anew.

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/exactness.py --output results/exactness.json
+"""python benchmarks/exactness.py --output results/exactness.json
 
 Measures how exact conversion is: converts a Llama with random weights in several ways and compares the logits of the
 results with the donor's, in float32. Each conversion is measured twice: as it is, and with plain means for reads
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None):
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     rows = exactness(args.layers, args.hidden_size, args.block_sizes, args.tokens, args.seed)
     results = {
-        "command": "python scripts/exactness.py",
+        "command": "python benchmarks/exactness.py",
         "settings": settings,
         "hardware": f"CPU, {platform.machine()}",
         "versions": {"python": platform.python_version()}

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/support_table.py
+"""python benchmarks/support_table.py
 
 Fills the table of supported families in the README. Every cell is measured or read from a result: a tiny model of each
 family, every tensor away from its initial value, is converted, generates, and is trained for a few steps; the last
@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 import transformers
 from attnres_convert import convert_checkpoint
-from readme import fill
 from transformers import AutoModelForCausalLM
 
 import attnres
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from families import FAMILIES, config_class, relative_error, tiny_config, tiny_donor, tokens  # noqa: E402
+from readme import fill  # noqa: E402
 
 
 SHAPES = [{"mode": "full"}, *({"block_size": size} for size in (1, 2, 3, 5))]
@@ -74,7 +74,7 @@ def train(family: str) -> list[float]:
 
 
 def measure(family: str, conformance: dict | None) -> dict:
-    """The results of a family; `conformance` is its row in the results of `scripts/conformance.py`."""
+    """The results of a family; `conformance` is its row in the results of `benchmarks/conformance.py`."""
     bound = ERROR_BOUNDS.get(family, ERROR_BOUND)
     comparison = compare_with_donor(family)
     losses = train(family)
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None):
     conformance = json.loads(args.conformance.read_text())["rows"] if args.conformance.is_file() else {}
     rows = [measure(family, conformance.get(family)) for family in FAMILIES]
     results = {
-        "command": "python scripts/support_table.py",
+        "command": "python benchmarks/support_table.py",
         "hardware": f"CPU, {platform.machine()}",
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (attnres, torch, transformers)},

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What the workers of the stage `tuning` of scripts/gpu.py do: a kernel of triton_kernels.py with other values of
+"""What the workers of the stage `tuning` of benchmarks/gpu.py do: a kernel of triton_kernels.py with other values of
 `TUNED`. What one has compiled, all find in Triton's cache."""
 
 import copy

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The processes of scripts/gpu.py: workers that obey commands, and how all share one device.
+"""The processes of benchmarks/gpu.py: workers that obey commands, and how all share one device.
 
 Run as `python gpu_worker.py MODULE`, it calls functions of the module as it is told, one line of JSON after the other.
 """
@@ -22,12 +22,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
-SCRIPTS = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parent
 SETTINGS = "ATTNRES_GPU"  # environment variable of every process
 
 
 def settings() -> SimpleNamespace:
-    """What scripts/gpu.py was told: device, tiny, folder (of results and locks), deadline."""
+    """What benchmarks/gpu.py was told: device, tiny, folder (of results and locks), deadline."""
     return SimpleNamespace(**json.loads(os.environ[SETTINGS]))
 
 
@@ -95,7 +95,7 @@ class Worker:
 
     def __init__(self, module: str, environment: dict[str, str] | None = None):
         self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPTS / "gpu_worker.py"), module],
+            [sys.executable, str(BENCHMARKS / "gpu_worker.py"), module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -275,5 +275,5 @@ def seconds_left() -> float:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(SCRIPTS.parent), str(SCRIPTS)]
+    sys.path[:0] = [str(BENCHMARKS.parent), str(BENCHMARKS), str(BENCHMARKS.parent / "scripts")]
     serve(sys.argv[1])

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Runs a stage of scripts/gpu.py, as `python gpu_stages.py STAGE`; the stages `kernels` and `peers`.
+"""Runs a stage of benchmarks/gpu.py, as `python gpu_stages.py STAGE`; the stages `kernels` and `peers`.
 
 What stages do is done by workers, which begin to import PyTorch at once: most of the stages don't.
 """

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/conformance.py --families llama,gemma2
+"""python benchmarks/conformance.py --families llama,gemma2
 
 Runs the model tests of transformers on every donor and on its AttnRes family, and compares them test by test.
 
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None):
     rows = run_conformance(args.families, args.cache, args.processes)
     known = json.loads(args.output.read_text())["rows"] if args.output.is_file() else {}
     results = {
-        "command": "python scripts/conformance.py",
+        "command": "python benchmarks/conformance.py",
         "rows": {family: (known | rows)[family] for family in FAMILIES if family in known | rows},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

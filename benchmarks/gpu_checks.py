@@ -1,6 +1,6 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What the workers of the stages `correctness` and `checks` of scripts/gpu.py do: every kernel against float64, models
-against themselves, and the tests that need a GPU."""
+"""What the workers of the stages `correctness` and `checks` of benchmarks/gpu.py do: every kernel against float64,
+models against themselves, and the tests that need a GPU."""
 
 import copy
 import importlib.util
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 import torch
 import transformers
 from benchmark_cases import as_graph
-from gpu_worker import SCRIPTS, Gate, first_line, settings, waiting_compile
+from gpu_worker import BENCHMARKS, Gate, first_line, settings, waiting_compile
 
 import attnres  # noqa: F401  registers the classes
 from attnres_kernels.fused import MOST_READS, closed_reads, depth_step
 from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS, eager_depth_attention, joined
 
 
-sys.path.insert(0, str(SCRIPTS.parent / "tests"))
+sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
 
 MOST_NUMBERS = 1 << 24  # of all sources
 KEY_EPS, NORM_EPS, SCALE = 1e-2, 1e-1, 3.0  # both eps far from what rounding could hide
@@ -397,11 +397,11 @@ def check_tests() -> list[dict]:
     chosen = ["-m", "gpu"] if settings().device == "cuda" else ["-k", "interpreter and test_step and all"]
     command = [sys.executable, "-m", "pytest", "-p", "gpu_pytest", "-p", "no:cacheprovider", "-q", "-rf", *chosen]
     command += ["-n", "6"] if not settings().tiny and importlib.util.find_spec("xdist") else []
-    paths = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    paths = [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         [*command, *files],
-        cwd=SCRIPTS.parent,
+        cwd=BENCHMARKS.parent,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/gpu_evidence.py --minutes 9 --data outputs/gpu_evidence_data --output outputs/gpu_evidence
+"""python benchmarks/gpu_evidence.py --minutes 9 --data outputs/gpu_evidence_data --output outputs/gpu_evidence
 
 Trains a stock Llama (the donor, with a plain residual stream), Block and Full Attention Residuals on real text, with
 the same batches and the same initial weights for all variants of a seed, and compares their held-out losses. First,
@@ -32,6 +32,9 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
 from gpu_evidence_data import EvidenceError, prepare, read_data, unpack
 from gpu_evidence_report import write_report
 from recipes.files import write_text
@@ -42,9 +45,9 @@ STARTED = time.time()
 VARIANTS = ("full", "block", "donor")  # those that take longest first
 RESULTS_FILE = "evidence.json"
 EXAMPLES = """examples:
-  python scripts/gpu_evidence.py --prepare --data outputs/gpu_evidence_data
-  python scripts/gpu_evidence.py --minutes 3 --data outputs/gpu_evidence_data --output outputs/gpu_evidence
-  python scripts/gpu_evidence.py --tiny --device cpu --minutes 2 --data outputs/gpu_evidence_data"""
+  python benchmarks/gpu_evidence.py --prepare --data outputs/gpu_evidence_data
+  python benchmarks/gpu_evidence.py --minutes 3 --data outputs/gpu_evidence_data --output outputs/gpu_evidence
+  python benchmarks/gpu_evidence.py --tiny --device cpu --minutes 2 --data outputs/gpu_evidence_data"""
 
 SIZES = {  # of a run, by whether it is --tiny
     False: {"layers": 18, "hidden_size": 256, "head_size": 64, "block_size": 3, "seq_len": 512, "batch_size": 32}

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What the stages `card` and `kernels` of scripts/gpu.py measure, and what others need for it."""
+"""What the stages `card` and `kernels` of benchmarks/gpu.py measure, and what others need for it."""
 
 import importlib.util
 import statistics

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/benchmark.py --output outputs/benchmark
+"""python benchmarks/benchmark.py --output outputs/benchmark
 
 Measures what Attention Residuals cost: a stock model of transformers against AttnRes models of the same shape, with
 each implementation of depth attention. --parts says what is measured:
@@ -33,6 +33,9 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import torch
 import transformers
@@ -371,9 +374,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""examples:
   {__doc__.split(chr(10), 1)[0]}
-  python scripts/benchmark.py --parts compiled --cases training
-  python scripts/benchmark.py --parts model_growth --vary layers=4,8,16 --modes block --output outputs/depth
-  python scripts/benchmark.py --everything --minutes 9 --output outputs/gpu      (on a GPU)""",
+  python benchmarks/benchmark.py --parts compiled --cases training
+  python benchmarks/benchmark.py --parts model_growth --vary layers=4,8,16 --modes block --output outputs/depth
+  python benchmarks/benchmark.py --everything --minutes 9 --output outputs/gpu      (on a GPU)""",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument

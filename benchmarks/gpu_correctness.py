@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The stages `correctness` and `checks` of scripts/gpu.py: what is checked, in processes side by side."""
+"""The stages `correctness` and `checks` of benchmarks/gpu.py: what is checked, in processes side by side."""
 
 import itertools
 import os

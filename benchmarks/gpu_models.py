@@ -1,6 +1,6 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The stages `models` and `profile` of scripts/gpu.py, and what their workers do: one process for each variant, so that
-all compile at the same time; then they take turns."""
+"""The stages `models` and `profile` of benchmarks/gpu.py, and what their workers do: one process for each variant, so
+that all compile at the same time; then they take turns."""
 
 import random
 import threading
