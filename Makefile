@@ -5,10 +5,10 @@ READY := .venv/.ready
 MINUTES ?= 9
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
-# What proves the code files. Compilation and gradients in double precision depend on torch, which is the same. Left out
+# What proves the code files, and that runs go on. Compilation and gradients in double precision depend on torch, which is the same. Left out
 # too is what those versions can't do themselves: select hidden states, and tell true from 1 in a configuration.
 OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests/test_convert_exact.py \
-	tests/test_modeling_attnres.py \
+	tests/test_modeling_attnres.py tests/test_trainer.py \
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
 .PHONY: help setup quickstart test test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
@@ -23,7 +23,7 @@ setup: $(READY) ## create .venv with the pinned packages and this project
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,trl,lm-eval,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,plot,trl,lm-eval,test,lint]'
 	@touch $@
 
 quickstart: $(READY) ## convert, train on, adapt and compare a small model; writes outputs/quickstart

@@ -60,6 +60,11 @@ REFUSED = {
 }
 
 
+def donor_class(cls: type) -> type:
+    """The class of transformers that a configuration or model with Attention Residuals extends."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+
+
 @dataclass(kw_only=True, repr=False, eq=False)
 class AttnResConfigMixin:
     """The configuration fields that Attention Residuals add to those of a donor family.
@@ -151,7 +156,7 @@ class AttnResConfigMixin:
     @classmethod
     def donor_config_class(cls) -> type:
         """The configuration class of transformers that this one extends."""
-        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return donor_class(cls)
 
     @classmethod
     def check_model_type(cls, model_type: str | None):

@@ -30,12 +30,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 
 try:
-    from .configuration_attnres import AttnResConfig
+    from .configuration_attnres import AttnResConfig, donor_class
     from .depth_attention_attnres import *  # noqa: F403
 except ImportError:
     if __package__:  # loaded from the Hub: the relative import must work, so the error is real
         raise
-    from configuration_attnres import AttnResConfig
+    from configuration_attnres import AttnResConfig, donor_class
     from depth_attention_attnres import *  # noqa: F403
 
 
@@ -190,11 +190,11 @@ class AttnResPreTrainedModelMixin:
     # transformers looks for these two abilities in the source file of a class, here that of the donor
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return _donor_class(cls)._can_set_attn_implementation()
+        return donor_class(cls)._can_set_attn_implementation()
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return _donor_class(cls)._can_set_experts_implementation()
+        return donor_class(cls)._can_set_experts_implementation()
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
@@ -230,10 +230,6 @@ class AttnResPreTrainedModelMixin:
                     target.unlink()
                 shutil.copyfile(code_file, target)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-
-
-def _donor_class(cls: type) -> type:
-    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 class ReceivedWeights:

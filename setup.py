@@ -10,6 +10,20 @@ version = next(
     for line in (root / "attnres.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
+MODELS_AND_DATA = [
+    "accelerate>=1.6",
+    "datasets>=3.0",
+    "peft>=0.20",  # before, a module in `modules_to_save` had to take an argument
+]
+# The file in `scripts` by the name of the command
+COMMANDS = {
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "evaluate": "evaluate_model",
+    "generate": "generate",
+    "plot": "plot_depth_attention",
+    "push": "push_to_hub",
+}
 
 setup(
     name="attnres",
@@ -26,10 +40,11 @@ setup(
         "depth_attention_attnres",
         "families_attnres",
         "modeling_attnres",
+        *(f"attnres_commands.{module}" for module in ("__init__", *COMMANDS.values())),
     ],
     packages=["attnres_convert", "attnres_kernels", "attnres_recipes"],
-    package_dir={"attnres_convert": "convert", "attnres_recipes": "scripts/recipes"},
-    package_data={"attnres_kernels": ["*.cpp"]},
+    package_dir={"attnres_commands": "scripts", "attnres_convert": "convert", "attnres_recipes": "scripts/recipes"},
+    package_data={"attnres_kernels": ["*.cpp"], "attnres_recipes": ["evaluation_modules/*/*.py"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17,<6",
@@ -38,17 +53,13 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "train": [
-            "accelerate>=1.6",
-            "datasets>=3.0",
-            "evaluate>=0.4",
-            "peft>=0.20",  # before, a module in `modules_to_save` had to take an argument
-            "matplotlib>=3.8",
-            "tensorboard>=2.15",
-        ],
+        "train": [*MODELS_AND_DATA, "matplotlib>=3.8", "tensorboard>=2.15"],  # attnres-pretrain, attnres-finetune
+        "evaluate": [*MODELS_AND_DATA, "evaluate>=0.4"],
+        "generate": MODELS_AND_DATA,
+        "plot": [*MODELS_AND_DATA, "matplotlib>=3.8"],
         "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
         "trl": ["trl>=1.0"],
-        "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for scripts/evaluate_model.py --lm-eval
+        "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for attnres-evaluate --lm-eval
         "test": [
             "hypothesis>=6.100",
             "onnxruntime>=1.20; python_version >= '3.11'",
@@ -62,6 +73,11 @@ setup(
         ],
         "lint": ["ruff"],
     },
-    entry_points={"console_scripts": ["attnres-convert = attnres_convert.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "attnres-convert = attnres_convert.cli:main",
+            *(f"attnres-{name} = attnres_commands.{module}:main" for name, module in COMMANDS.items()),
+        ]
+    },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

@@ -34,12 +34,17 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import from_clone  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+# isort: split
 import torch
 import transformers
-from attnres_recipes.files import table, write_json, write_text
+from attnres_convert import InputError
+from attnres_convert.writing import table, write_bytes, write_json, write_text
+from attnres_recipes.figures import new_figure, png
+from attnres_recipes.folders import output_folder
+from attnres_recipes.process import versions
 from benchmark_cases import (
     CASES,
     MODEL_SHAPE,
@@ -49,8 +54,6 @@ from benchmark_cases import (
     model_rows,
     operator_rows,
 )
-from output_folder import output_folder
-from training_run import RunError, plt, versions
 from transformers import CONFIG_MAPPING
 
 from attnres import DepthAttentionInterface
@@ -107,29 +110,31 @@ def model_shape(args, varied: dict[str, int]) -> argparse.Namespace:
     """The arguments with the values of `varied`, and what follows of them.
 
     Raises:
-        RunError: there is no such model.
+        InputError: there is no such model.
     """
     shape = argparse.Namespace(**{**vars(args), **varied})
     of = f"{shape.layers} layers, {shape.blocks} blocks, hidden size {shape.hidden_size}"
     shape.heads = shape.heads or max(1, shape.hidden_size // DEFAULTS[args.device]["head_size"])
     if shape.hidden_size % shape.heads or shape.hidden_size // shape.heads % 2:
-        raise RunError(f"{of}: {shape.heads} heads don't divide the hidden size into even parts.")
+        raise InputError(f"{of}: {shape.heads} heads don't divide the hidden size into even parts.")
     if "layers" in varied and "blocks" not in varied:
         shape.blocks = min(shape.blocks, shape.layers)
     elif shape.blocks > shape.layers:
-        raise RunError(f"{of}: there can't be more blocks than layers.")
+        raise InputError(f"{of}: there can't be more blocks than layers.")
     blocks = -(-shape.layers // -(-shape.layers // shape.blocks))  # as all but the last have the same size
     if blocks != shape.blocks and "layers" not in varied:
         possible = sorted({-(-shape.layers // size) for size in range(1, shape.layers + 1)})
-        raise RunError(f"{of}: blocks of one size, the last of which may be shorter, are {possible}.")
+        raise InputError(f"{of}: blocks of one size, the last of which may be shorter, are {possible}.")
     shape.blocks = blocks
     if shape.new_tokens >= shape.seq_len:
-        raise RunError(f"--new-tokens {shape.new_tokens} must be less than --seq-len, the rest of which is the prompt.")
+        raise InputError(
+            f"--new-tokens {shape.new_tokens} must be less than --seq-len, the rest of which is the prompt."
+        )
     for mode in (None, *shape.modes):
         try:
             model_config(shape, mode, "eager")
         except Exception as error:  # of the family
-            raise RunError(f"{of}: {next(iter(str(error).splitlines()), error)}") from None
+            raise InputError(f"{of}: {next(iter(str(error).splitlines()), error)}") from None
     return shape
 
 
@@ -137,7 +142,7 @@ def varied_values(args, part: str, names: tuple[str, ...]) -> list[tuple[list[st
     """Each shape of a growth part once: the names of which it is a value, and the values that aren't the default."""
     values = {name: v for name, v in (args.vary or GROWTH[args.device][part]).items() if name in names}
     if not values:
-        raise RunError(f"--parts {part} needs --vary with one of {', '.join(names)}.")
+        raise InputError(f"--parts {part} needs --vary with one of {', '.join(names)}.")
     shapes = {}
     for name, of_name in values.items():
         for value in of_name:
@@ -150,7 +155,7 @@ def planned(args, part: str) -> list[argparse.Namespace]:
     """What a part measures, one shape after the other; each has `varied`, the names of which it is a value.
 
     Raises:
-        RunError: one of them is impossible.
+        InputError: one of them is impossible.
     """
     default = list(dict.fromkeys(["eager", "two_phase", DepthAttentionInterface.default]))
     if part in ("compiled", "model_growth"):
@@ -230,7 +235,7 @@ def panels(rows: list[dict], row_key: str, width: float = 4.2, height: float = 3
     quantities = list(dict.fromkeys(name for row in rows for name in row["varied"]))
     shape = (len(values), len(quantities))
     size = (max(6.4, width * shape[1]), height * shape[0] + 0.8)
-    figure, all_axes = plt.subplots(*shape, figsize=size, squeeze=False, sharey="row", layout="constrained")
+    figure, all_axes = new_figure(*shape, size=size, squeeze=False, sharey="row")
     found = []
     for value, row_axes in zip(values, all_axes):
         for quantity, axes in zip(quantities, row_axes):
@@ -249,8 +254,7 @@ def save(figure, first_axes, title: str, path: Path):
     handles, labels = first_axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_bytes(path, png(figure, "benchmark.py"))
 
 
 def plot_overhead(rows: list[dict], path: Path):
@@ -326,7 +330,7 @@ def benchmark(args) -> list[Report]:
     """Measures everything that was asked for, in that order.
 
     Raises:
-        RunError: it is impossible, or nothing can be written.
+        InputError: it is impossible, or nothing can be written.
     """
     plan = [(part, planned(args, part)) for part in args.parts]
     started, reports = time.monotonic(), []
@@ -456,7 +460,7 @@ def main(argv: list[str] | None = None):
         written = {f"{part}.json": [f"{part}.json", f"{part}.md", *figures_of(part)] for part in args.parts}
         with output_folder(args.output, "benchmark.py", written) if args.output is not None else nullcontext():
             reports = benchmark(args)
-    except RunError as error:
+    except InputError as error:
         raise SystemExit(f"benchmark: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("benchmark: interrupted; what was measured before is written.") from None

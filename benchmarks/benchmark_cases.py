@@ -13,8 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import from_clone  # noqa: F401
+
+
+# isort: split
 import torch
-from recipes.files import cpu_name
+from attnres_recipes.hardware import cpu_name
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 import transformers
+from attnres_convert.writing import write_json
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None):
         "rows": {family: (known | rows)[family] for family in FAMILIES if family in known | rows},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.output, results)
 
     for family, row in rows.items():
         for test, message in row["regressions"].items():

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from attnres_convert import convert_checkpoint
+from attnres_convert.writing import table, write_json
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import attnres
@@ -67,10 +68,10 @@ def exactness(num_layers: int, hidden_size: int, block_sizes: list[int], num_tok
 def markdown(rows: list[dict]) -> str:
     """The rows as the columns of a Markdown table."""
     names = ["Full" if row["mode"] == "full" else f"block {row['block_size']}" for row in rows]
-    lines = [["read", *names], ["---"] * (len(rows) + 1)]
+    lines = [["read", *names]]
     lines.append(["plain mean", *(f"{row['plain_mean']:.1e}" for row in rows)])
     lines.append(["mean times number of sources (converted models)", *(f"{row['scaled']:.1e}" for row in rows)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(lines, aligned=False).rstrip()
 
 
 def main(argv: list[str] | None = None):
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None):
     }
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, results)
     print(markdown(rows))
     print(json.dumps(results))
 

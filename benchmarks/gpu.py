@@ -36,10 +36,14 @@ from typing import NamedTuple
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]  # of the modules imported here
-sys.path[:0] = FOLDERS
+BENCHMARKS = str(ROOT / "benchmarks")
+sys.path.insert(0, BENCHMARKS)
+import from_clone  # noqa: E402, F401
+
+
+# isort: split
+from attnres_convert.writing import table, write_json, write_text  # noqa: E402
 from gpu_worker import SETTINGS  # noqa: E402
-from recipes.files import table, write_json, write_text  # noqa: E402
 
 
 # seconds that a stage may take, and its lane: those of a lane run one after the other, in this order. There are only
@@ -366,7 +370,7 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     command = [sys.executable, "-u", str(ROOT / "benchmarks" / "gpu_stages.py")]
     chosen = [Stage(name, [*command, name], args.limits[name], LANES[name]) for name in chosen]
     if args.site is not None:
-        command = ["env", f"PYTHONPATH={':'.join([str(args.site.resolve()), *FOLDERS, str(ROOT)])}", *command]
+        command = ["env", f"PYTHONPATH={':'.join([str(args.site.resolve()), BENCHMARKS, str(ROOT)])}", *command]
         chosen = [s._replace(command=[*command, "peers"]) if s.name == "peers" else s for s in chosen]
     return chosen
 
@@ -378,7 +382,7 @@ def environment_of(args: argparse.Namespace, folder: Path, deadline: float) -> d
     environment = {
         **os.environ,
         SETTINGS: json.dumps(settings),
-        "PYTHONPATH": os.pathsep.join([*FOLDERS, str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([BENCHMARKS, str(ROOT)]),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1" if args.device == "cpu" else "4",

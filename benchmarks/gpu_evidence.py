@@ -32,12 +32,13 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
+import from_clone  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+# isort: split
+from attnres_convert.writing import write_text
 from gpu_evidence_data import EvidenceError, prepare, read_data, unpack
 from gpu_evidence_report import write_report
-from recipes.files import write_text
 
 
 # torch and transformers are imported by the workers alone, all at once: a minute has few seconds

@@ -5,8 +5,12 @@ import statistics
 import sys
 from pathlib import Path
 
+import from_clone  # noqa: F401
 import numpy as np
-from recipes.files import table, write_text
+
+
+# isort: split
+from attnres_convert.writing import table, write_text
 
 
 NAMES = {"donor": "donor: plain sum", "block": "Block", "full": "Full"}

@@ -5,25 +5,25 @@ import json
 import math
 import os
 import platform
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import from_clone  # noqa: F401
+
+
+# isort: split
 import numpy as np
 import torch
 import transformers
+from attnres_recipes.optim import is_depth_attention, parameter_groups
 from gpu_evidence_data import EvidenceError
 from torch import nn
-from training_optim import is_depth_attention, parameter_groups
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import attnres  # noqa: E402
-from attnres_kernels.fused import works_on  # noqa: E402
+import attnres
+from attnres_kernels.fused import works_on
 
 
 BETAS, WEIGHT_DECAY, LARGEST_NORM = (0.9, 0.95), 0.1, 1.0

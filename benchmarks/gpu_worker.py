@@ -275,5 +275,5 @@ def seconds_left() -> float:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(BENCHMARKS.parent), str(BENCHMARKS), str(BENCHMARKS.parent / "scripts")]
+    sys.path[:0] = [str(BENCHMARKS.parent), str(BENCHMARKS)]
     serve(sys.argv[1])

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from attnres_convert import convert_checkpoint
+from attnres_convert.writing import table, write_json
 from transformers import AutoModelForCausalLM
 
 import attnres
@@ -111,7 +112,6 @@ def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table, with the exceptions below it."""
     lines = [
         ["model", "`model_type` of the donor", "exact conversion", "generation", "training", "conformance"],
-        ["---"] * 6,
     ]
     notes = []
     for row in rows:
@@ -124,8 +124,7 @@ def markdown(rows: list[dict]) -> str:
         cells = [f"{'yes' if row['exact'] else 'no'}, {row['error']:.0e}"]
         cells += ["yes" if row[name] else "no" for name in ("generation", "training")]
         lines.append([f"`{row['model']}`", f"`{row['family']}`", *cells, passed])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([table, *([""] if notes else []), *notes])
+    return "\n".join([table(lines, aligned=False).rstrip(), *([""] if notes else []), *notes])
 
 
 def main(argv: list[str] | None = None):
@@ -148,7 +147,7 @@ def main(argv: list[str] | None = None):
         "rows": rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(args.output, results)
     table = markdown(rows)
     try:
         fill(args.readme, "support", table)

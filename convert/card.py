@@ -30,6 +30,7 @@ from .reading import (
     texts,
     typed,
 )
+from .writing import table, write_text
 
 
 DONOR_CARD_NAME = "DONOR_README.md"
@@ -123,6 +124,7 @@ ABOUT = {
     f"depth ([Kimi Team 2026, arXiv:2603.15031]({PAPER})), and a source to convert them from.",
 }
 
+PLACEHOLDER = "name-of-the-model"  # where a card is rendered to find its lines with names
 CITATION = """```bibtex
 @misc{kimiteam2026attentionresiduals,
   title = {Attention Residuals},
@@ -218,7 +220,7 @@ class Card:
         sections = [f"---\n{self.metadata().to_yaml()}\n---\n\n# {self.title}", self.summary, self.about]
         if self.results:
             rows = [(result.metric, shown(result.value), result.dataset) for result in self.results]
-            sections += ["## Results", _table(("measured", "value", "on"), rows)]
+            sections += ["## Results", table([("measured", "value", "on"), *rows], aligned=False).rstrip()]
         if self.figure:
             text = "What each read (row) takes from which source (column), averaged over held-out text; the numbers "
             text += f"are in [{Path(self.figure).stem}.json]({Path(self.figure).stem}.json)."
@@ -228,7 +230,7 @@ class Card:
         if self.command:
             sections.append(f"```bash\n{_wrapped(self.command)}\n```")
         if self.making:
-            sections.append(_table(("", ""), self.making))
+            sections.append(table([("", ""), *self.making], aligned=False).rstrip())
         sections += [self.notes] if self.notes else []
         sections += ["## Use", f"```python\n{self.snippet}\n```"]
         if self.donor_card:
@@ -242,7 +244,7 @@ class Card:
 
 def write_card(folder: Path, card: Card) -> None:
     """Writes `README.md`, and `.eval_results/` for results on benchmarks of the Hub."""
-    _write(folder / CARD_NAME, card.text())
+    write_text(folder / CARD_NAME, card.text())
     benchmarks = {}
     for result in card.results:
         if result.task_id:
@@ -250,10 +252,12 @@ def write_card(folder: Path, card: Card) -> None:
             benchmarks.setdefault(result.dataset_id.replace("/", "_"), []).append({**entry, "notes": result.metric})
     for name, entries in benchmarks.items():
         (folder / EVAL_RESULTS).mkdir(exist_ok=True)
-        _write(folder / EVAL_RESULTS / f"{name}.yaml", yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
+        write_text(folder / EVAL_RESULTS / f"{name}.yaml", yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
 
 
-def folder_card(folder: Path, title: str | None = None, inherited: dict | None = None) -> Card:
+def folder_card(
+    folder: Path, title: str | None = None, inherited: dict | None = None, repo_id: str | None = None
+) -> Card:
     """The card of a saved model or adapter, from what is in its folder.
 
     Args:
@@ -261,8 +265,9 @@ def folder_card(folder: Path, title: str | None = None, inherited: dict | None =
         title: default: the folder's name.
         inherited: metadata of the model that it was made from, as [`read_metadata`] and [`inherit`] give them; default:
             those of the card that the folder has.
+        repo_id: from where the snippet loads it; default: the title.
     """
-    facts = Facts(folder, title or folder.resolve().name)
+    facts = Facts(folder, title or folder.resolve().name, repo_id)
     metadata = read_metadata(folder) if inherited is None else inherited
     results = facts.results
     tags = [tag for tag in _list(metadata.get("tags")) if not (facts.mode == "donor" and tag == TAG)]
@@ -301,8 +306,8 @@ class Facts:
     `mode` is `"donor"` for a plain residual stream and `None` if it is unknown; `head` is the end of the class's name.
     """
 
-    def __init__(self, folder: Path, title: str):
-        self.title = title
+    def __init__(self, folder: Path, title: str, repo_id: str | None = None):
+        self.title, self.repo_id = title, repo_id or title
         adapter = read_json(folder / ADAPTER_NAME)
         self.is_adapter = bool(adapter)
         self.adapter = _or_empty(_shown, adapter, "adapter")
@@ -472,7 +477,7 @@ def _limits(facts: Facts) -> list[str]:
 
 
 def _snippet(facts: Facts) -> str:
-    name, code = json.dumps(facts.title, ensure_ascii=False), ", trust_remote_code=True" if facts.needs_code else ""
+    name, code = json.dumps(facts.repo_id, ensure_ascii=False), ", trust_remote_code=True" if facts.needs_code else ""
     auto_class = f"AutoModel{facts.head}"
     base = facts.base if facts.is_adapter else None
     lines = ["from peft import PeftModel"] if facts.is_adapter else []
@@ -629,19 +634,31 @@ def shell_command(words: list[str]) -> str:
     return shlex.join(map(public_path, words))
 
 
-def renamed(text: str, repo_id: str) -> str:
-    """A card under the name of its repository, in heading, snippet and results, if it is one of this module."""
-    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
-    if heading is None:
-        return text
-    owner_and_name = r'(?:[^"/]+/)?' + re.escape(json.dumps(heading[1], ensure_ascii=False)[1:-1])
-    loads = re.compile(rf'(\.from_pretrained\((?:base, )?)"{owner_and_name}"')
-    if not loads.search(text):
-        return text
-    name = repo_id.split("/")[-1]
-    text = text.replace(heading[0], f"# {name}", 1)
-    text = loads.sub(lambda match: match[1] + json.dumps(repo_id), text)
-    return re.sub(r"(?m)(^model-index:\n- name:) .*$", rf"\1 {json.dumps(name)}", text)
+def renamed(text: str, folder: Path, repo_id: str) -> str:
+    """The card of a folder under the name of its repository, if it is one of this module: what else it says stays.
+
+    Its lines with a name in them, in heading, snippet and results, are rendered again.
+    """
+    newline = "\r\n" if "\r\n" in text else "\n"
+    lines = text.split(newline)
+    body = next((i for i, line in enumerate(lines) if i and line == "---"), 0) if lines[0] == "---" else 0
+    title = next((line.removeprefix("# ") for line in lines[body:] if line.startswith("# ")), None)
+    names = (title, json.dumps(title, ensure_ascii=False)[1:-1])
+    blank = folder_card(folder, PLACEHOLDER, repo_id=PLACEHOLDER).text().splitlines()
+    rendered = folder_card(folder, repo_id.split("/")[-1], repo_id=repo_id).text().splitlines()
+    for template, line in zip(blank, rendered):
+        start, mark, end = template.partition(PLACEHOLDER)
+        is_metadata = start.startswith("- ")
+        for i in range(0 if is_metadata else body, body if is_metadata else len(lines)) if mark else ():
+            old = lines[i][len(start) : len(lines[i]) - len(end)]
+            is_name = is_metadata or old in names or old.endswith(tuple(f"/{name}" for name in names))
+            if lines[i].startswith(start) and lines[i].endswith(end) and is_name:
+                lines[i] = line
+                break
+        else:
+            if mark and not is_metadata:  # of which there is none without results
+                return text
+    return newline.join(lines)
 
 
 def shown(value: float) -> str:
@@ -667,11 +684,6 @@ def _list(value) -> list:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _table(heading: tuple[str, ...], rows) -> str:
-    lines = [heading, ("---",) * len(heading), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def _wrapped(command: str) -> str:
     """Lines of about COMMAND_WIDTH, which end before options where they can."""
     lines = []
@@ -683,10 +695,3 @@ def _wrapped(command: str) -> str:
             else:
                 lines.append(f"    {word}" if lines else word)
     return " \\\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    """The file appears complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -2,7 +2,6 @@
 """Checkpoint folders: what they hold, read from headers only, and whether it is sound."""
 
 import errno
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -154,10 +153,6 @@ def is_companion(name: str) -> bool:
         return any(fnmatch(name.lower(), pattern) for pattern in patterns)
 
     return matches(COMPANIONS) and not matches(NOT_COMPANIONS) and not name.startswith(".")
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_shard(path: Path) -> Shard:

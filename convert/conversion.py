@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from transformers import PreTrainedConfig
 
+from configuration_attnres import donor_class
+
 from .card import (
     CARD_NAME,
     DONOR_CARD_NAME,
@@ -33,16 +35,16 @@ from .checkpoint import (
     ConversionError,
     clear_errors,
     read_checkpoint,
-    write_json,
 )
 from .code_references import AUTO_MAP, local_code
-from .families import ATTN_RES_FIELDS, Family, code_files, donor_class, find_attnres_family, find_family
+from .families import ATTN_RES_FIELDS, Family, code_files, find_attnres_family, find_family
 from .files import FIRST_OF_TWO, check_space, copy_file, new_index, write_shards
 from .loading import check_tensors, empty_model
 from .reading import is_regular, is_text, one_line, parse_json, read_json, typed, understood
 from .source import Source, open_source
 from .staging import check_destination, staged
 from .verification import Verification, quiet, reason_to_skip, verify
+from .writing import write_json
 
 
 MODES = ("block", "full")

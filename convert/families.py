@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import configuration_attnres
-from configuration_attnres import AttnResConfigMixin, attn_res_config_class
+from configuration_attnres import AttnResConfigMixin, attn_res_config_class, donor_class
 
 from .checkpoint import ConversionError
 
@@ -45,11 +45,6 @@ class Family:
                 f"{', '.join(names)}."
             )
         return names[architectures[0]]
-
-
-def donor_class(attnres_class: type) -> type:
-    """The model class of transformers that an AttnRes class extends."""
-    return next(base for base in attnres_class.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 @cache

@@ -401,17 +401,26 @@ def parse_metadata(card: str, name: str) -> dict:
     found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", card, re.DOTALL)
     if found is None:
         return {}
-    if len(found[1]) > MAX_METADATA:
-        raise InputError(f"the metadata of {name} have more than {MAX_METADATA:,} characters.")
+    return parse_yaml(found[1], f"the metadata of {name}")
+
+
+def parse_yaml(text: str, name: str) -> dict:
+    """The mapping in a YAML text, names with values.
+
+    Raises:
+        InputError: there is none.
+    """
+    if len(text) > MAX_METADATA:
+        raise InputError(f"{name} has more than {MAX_METADATA:,} characters.")
     try:
-        content = yaml.load(found[1], Loader=_CardLoader)
+        content = yaml.load(text, Loader=_CardLoader)
         content = {} if content is None else content
         json.dumps(content, ensure_ascii=False, default=str, skipkeys=True).encode()  # as in parse_json
     except Exception as error:  # of all kinds: a tag such as !!int decides what makes the value
-        text = getattr(error, "problem", None) or reason(error)
-        raise InputError(f"the metadata of {name} are no valid YAML: {text}.") from None
+        problem = getattr(error, "problem", None) or reason(error)
+        raise InputError(f"{name}: this is no valid YAML: {problem}.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"the metadata of {name} must be names with values, not {kind_of(content)}.")
+        raise InputError(f"{name} must be names with values, not {kind_of(content)}.")
     return content
 
 

@@ -18,7 +18,9 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"attnres_convert": "convert", "scripts": "scripts", "benchmarks": "benchmarks"}  # that are one box each
+# that are one box each
+FOLDERS = {"attnres_convert": "convert", "attnres_recipes": "scripts/recipes"}
+FOLDERS |= {"scripts": "scripts", "benchmarks": "benchmarks"}
 KERNELS = "attnres_kernels"
 
 INK, LINE, PAPER = "#24292f", "#8c959f", "#ffffff"
@@ -27,8 +29,9 @@ WIDTH = 10  # inches, of 100 pixels where GitHub shows them
 
 # file or folder: (x, y) of its middle, width, what it has
 PLACES = {
-    "benchmarks": (5.0, 9.15, 9.6, "speed and memory, exactness, conformance, checks on GPUs"),
-    "scripts": (3.9, 8.05, 3.2, "training, evaluation, publishing, figures"),
+    "scripts": (2.1, 9.25, 3.8, "the commands"),
+    "benchmarks": (7.2, 9.25, 5.2, "speed and memory, exactness, conformance, GPUs"),
+    "attnres_recipes": (4.2, 8.05, 5.2, "training, evaluation, generation, figures, publishing"),
     "attnres_convert": (1.75, 6.65, 3.1, ""),
     "attnres": (7.05, 6.85, 5.5, "registers all of it with transformers and by name"),
     "families_attnres": (3.9, 4.15, 2.6, "the other families"),

@@ -14,45 +14,33 @@ import argparse
 import functools
 import itertools
 import json
-import logging
 import os
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import finetune
-import pretrain
 import torch
-import transformers
-from adapters import BASE_FILE, DEPTH_ATTENTION
-from attnres_convert import staging
-from attnres_convert.card import (
-    CARD_NAME,
-    RESULTS_NAME,
-    folder_card,
-    published,
-    read_json,
-    read_metadata,
-    renamed,
-)
+from attnres_convert import InputError, staging
+from attnres_convert.card import CARD_NAME, RESULTS_NAME, folder_card, published, read_json, read_metadata
 from attnres_convert.families import code_files, supported_families
 from attnres_convert.reading import first_line
-from attnres_recipes.files import table, write_json, write_text
-from evaluate_model import evaluate_texts
+from attnres_convert.writing import table, write_json, write_text
+from attnres_recipes.adapters import BASE_FILE, DEPTH_ATTENTION
+from attnres_recipes.data import load_documents
+from attnres_recipes.evaluation import evaluate_texts
+from attnres_recipes.finetuning import finetune
+from attnres_recipes.options import FinetuneOptions, PretrainOptions, RunOptions
+from attnres_recipes.pretraining import pretrain
+from attnres_recipes.process import quieten_libraries
+from attnres_recipes.publishing import WEIGHTS, check_content, collect, load_as_stranger, walk
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from push_to_hub import WEIGHTS, PushError, check_content, collect, load_as_stranger, walk
 from readme import fill, section
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from training_data import DataError, load_documents
-from training_options import run_arguments
-from training_run import RunError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -69,74 +57,93 @@ LICENSE = "apache-2.0"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made: a script of this folder and its options, with paths from the root of the project."""
+    """How a model is made; paths are from the root of the project."""
 
     summary: str
-    script: str
-    options: str
+    kind: type[RunOptions]
+    values: dict  # of its options
     needs: str | None = None  # the model that it is made from, or whose tokenizer it shares
 
-    def command(self, output: Path) -> list[str]:
-        return [f"scripts/{self.script}", *shlex.split(self.options), "--output", str(output)]
+    def options(self, output: Path) -> RunOptions:
+        return self.kind(**self.values, output=output)
 
 
-STDLIB = "--data stdlib --seq-len 256 --batch-size 8"
-TRIO = (
-    "--config llama --set num_hidden_layers=24 hidden_size=64 intermediate_size=176 num_attention_heads=4 "
-    f"num_key_value_heads=4 tie_word_embeddings=true vocab_size=2048 {STDLIB} --steps 1200 --warmup 100 "
-    "--eval-steps 200 --seed 0"
-)
-KIMI_LAYERS = 2 * [*3 * ["linear_attention"], "full_attention"]
-KIMI = (
-    "--config kimi_linear --set num_hidden_layers=8 hidden_size=96 intermediate_size=256 moe_intermediate_size=64 "
-    "num_attention_heads=4 num_key_value_heads=4 kv_lora_rank=32 qk_nope_head_dim=16 qk_rope_head_dim=8 v_head_dim=16 "
-    "linear_num_heads=2 linear_head_dim=32 num_local_experts=4 num_experts_per_tok=2 "
-    f"'layer_types={json.dumps(KIMI_LAYERS)}' "
-    "max_position_embeddings=2048 tie_word_embeddings=true vocab_size=2048"
-)
-SHARED_TOKENIZER = f"--tokenizer {ZOO}/llama-1.3m"
-FINETUNING = f"--model {ZOO}/attnres-1.3m-continued {STDLIB} --learning-rate 1e-3 --steps 200 --eval-steps 50 --seed 0"
+STDLIB = {"data": "stdlib", "seq_len": 256, "batch_size": 8}
+TRIO_SIZES = {
+    "num_hidden_layers": 24,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "vocab_size": 2048,
+}
+TRIO = {"config": "llama", "set": TRIO_SIZES, **STDLIB, "steps": 1200, "warmup": 100, "eval_steps": 200, "seed": 0}
+KIMI_SIZES = {
+    "num_hidden_layers": 8,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "linear_num_heads": 2,
+    "linear_head_dim": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": 2 * [*3 * ["linear_attention"], "full_attention"],
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "vocab_size": 2048,
+}
+DONOR, CONTINUED = f"{ZOO}/llama-1.3m", f"{ZOO}/attnres-1.3m-continued"
+FINETUNING = {"model": CONTINUED, **STDLIB, "learning_rate": 1e-3, "steps": 200, "eval_steps": 50, "seed": 0}
 
 RECIPES = {
     "llama-1.3m": Recipe(
-        "Llama, the donor", "pretrain.py", f"{TRIO} --mode donor --learning-rate 6e-3 --train-tokenizer 2048"
+        "Llama, the donor",
+        PretrainOptions,
+        {**TRIO, "mode": "donor", "learning_rate": 6e-3, "train_tokenizer": 2048},
     ),
     "attnres-1.3m-block": Recipe(
         "Block AttnRes, from scratch",
-        "pretrain.py",
-        f"{TRIO} --mode block --learning-rate 3e-3 {SHARED_TOKENIZER}",
+        PretrainOptions,
+        {**TRIO, "mode": "block", "learning_rate": 3e-3, "tokenizer": DONOR},
         "llama-1.3m",
     ),
     "attnres-1.3m-full": Recipe(
         "Full AttnRes, from scratch",
-        "pretrain.py",
-        f"{TRIO} --mode full --learning-rate 3e-3 {SHARED_TOKENIZER}",
+        PretrainOptions,
+        {**TRIO, "mode": "full", "learning_rate": 3e-3, "tokenizer": DONOR},
         "llama-1.3m",
     ),
     "attnres-1.3m-continued": Recipe(
         "the donor converted to Block AttnRes and trained on",
-        "pretrain.py",
-        f"--model {ZOO}/llama-1.3m --mode block {STDLIB} --learning-rate 1e-3 --steps 300 --warmup 30 --eval-steps 50 "
-        "--seed 1",
+        PretrainOptions,
+        {"model": DONOR, "mode": "block", **STDLIB}
+        | {"learning_rate": 1e-3, "steps": 300, "warmup": 30, "eval_steps": 50, "seed": 1},
         "llama-1.3m",
     ),
     "attnres-1.3m-lora": Recipe(
         "LoRA adapter for the continued model, on functions",
-        "finetune.py",
-        f"{FINETUNING} --method lora",
+        FinetuneOptions,
+        {**FINETUNING, "method": "lora"},
         "attnres-1.3m-continued",
     ),
     "attnres-1.3m-depth": Recipe(
         "the continued model with its depth attention alone fine-tuned on functions",
-        "finetune.py",
-        f"{FINETUNING} --method depth",
+        FinetuneOptions,
+        {**FINETUNING, "method": "depth"},
         "attnres-1.3m-continued",
     ),
     "kimi-linear-block": Recipe(
         "Kimi Linear with Block AttnRes, from scratch",
-        "pretrain.py",
-        f"{KIMI} --mode block --block-size 2 {STDLIB} --learning-rate 3e-3 "
-        f"--steps 500 --warmup 50 --eval-steps 100 --seed 0 {SHARED_TOKENIZER}",
+        PretrainOptions,
+        {"config": "kimi_linear", "set": KIMI_SIZES, "mode": "block", "block_size": 2, **STDLIB, "tokenizer": DONOR}
+        | {"learning_rate": 3e-3, "steps": 500, "warmup": 50, "eval_steps": 100, "seed": 0},
         "llama-1.3m",
     ),
 }
@@ -144,14 +151,14 @@ RECIPES = {
 
 def recipe_command(name: str) -> str:
     """As a user runs it, in the root of the project."""
-    return shlex.join(["python", *RECIPES[name].command(RUNS / name)])
+    options = RECIPES[name].options(RUNS / name)
+    return shlex.join(
+        [f"attnres-{'finetune' if RECIPES[name].kind is FinetuneOptions else 'pretrain'}", *options.words()]
+    )
 
 
-class ZooError(ValueError):
-    """Something is wrong with a folder or with making it; the message is one line that says what to do."""
-
-
-ERRORS = (ZooError, PushError, RunError, DataError, SafetensorError, OSError, ValueError, RuntimeError, KeyError)
+# of the folders of others, of libraries that load them
+ERRORS = (SafetensorError, OSError, ValueError, RuntimeError, KeyError)
 
 
 def held_out_texts() -> list[str]:
@@ -166,8 +173,7 @@ def load(folder: Path, **options):
 def measure(folder: Path, texts: list[str]) -> dict[str, float]:
     """Loss and bits per byte of the saved weights on the held-out text, computed in float32."""
     model, tokenizer = load(folder, dtype=torch.float32)
-    windows = argparse.Namespace(seq_len=SEQ_LEN, stride=SEQ_LEN, batch_size=8)
-    found, _, _ = evaluate_texts(model, tokenizer, texts, windows, folder.name)
+    found, _, _ = evaluate_texts(model, tokenizer, texts, folder.name, seq_len=SEQ_LEN, stride=SEQ_LEN)
     return {LOSS: found["loss"], BITS: found["bits_per_byte"]}
 
 
@@ -180,7 +186,7 @@ def recorded(folder: Path) -> dict[str, float]:
 def card_text(folder: Path, name: str) -> str:
     """The card that the files of a folder make, loading `model_cards/<name>`."""
     metadata = {**read_metadata(folder), "license": LICENSE}
-    return renamed(folder_card(folder, name, metadata).text(), f"{ZOO}/{name}")
+    return folder_card(folder, name, metadata, f"{ZOO}/{name}").text()
 
 
 # Building
@@ -188,21 +194,18 @@ def card_text(folder: Path, name: str) -> str:
 
 def train(name: str, runs: Path) -> Path:
     """The finished run of a recipe: the one that is there, taken up if it was interrupted, or a new one."""
-    recipe, run = RECIPES[name], runs / name
-    results = read_json(run / RESULTS_NAME)
+    options = RECIPES[name].options(runs / name)
+    results = read_json(options.output / RESULTS_NAME)
     if not results:
-        script, *options = recipe.command(run)
-        done = subprocess.run([sys.executable, str(ROOT / script), *options], stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise ZooError(f"the run in {run} ended early; see above, the same command goes on with it.")
-        return run
-    module = {"pretrain.py": pretrain, "finetune.py": finetune}[recipe.script]
-    wanted = run_arguments(module.parse_arguments(recipe.command(run)[1:]))
-    for option, value in json.loads(json.dumps(wanted, default=str)).items():
+        (finetune if isinstance(options, FinetuneOptions) else pretrain)(options)
+        return options.output
+    for option, value in json.loads(json.dumps(options.settled().arguments, default=str)).items():
         if results["arguments"].get(option, value) != value:
             before = results["arguments"][option]
-            raise ZooError(f"{run} holds a run with {option} = {before}, the recipe says {value}; remove the run.")
-    return run
+            raise InputError(
+                f"{options.output} holds a run with {option} = {before}, the recipe says {value}; remove the run."
+            )
+    return options.output
 
 
 def save_in_bf16(source: Path, folder: Path, base: Path | None):
@@ -224,7 +227,7 @@ def build(name: str, runs: Path):
     """Makes the folder of a model, which appears complete or not at all."""
     recipe, folder = RECIPES[name], ZOO / name
     if recipe.needs and not (ZOO / recipe.needs).is_dir():
-        raise ZooError(f"{name} is made from {recipe.needs}, which is missing; add --build {recipe.needs}.")
+        raise InputError(f"{name} is made from {recipe.needs}, which is missing; add --build {recipe.needs}.")
     run = train(name, runs)
     staging.recover(folder)
     with staging.staged(folder, check=staging.check_only_replaces) as partial:
@@ -297,9 +300,9 @@ def update(folder: Path) -> bool:
 def check_files(folder: Path):
     """Complete, no pickles, no half files, no links but those to the project's code."""
     if not folder.is_dir():
-        raise ZooError(f"is missing; make it with: python scripts/zoo.py --build {folder.name}.")
+        raise InputError(f"is missing; make it with: python scripts/zoo.py --build {folder.name}.")
     if others := [path.name for path in folder.rglob("*") if path.is_symlink() and path.name not in code_files()]:
-        raise ZooError(f"{others[0]} is a link; put the file itself there.")
+        raise InputError(f"{others[0]} is a link; put the file itself there.")
     if any((folder / name).is_symlink() or not (folder / name).exists() for name in code_problems(folder)):
         check_code(folder)  # what is said of them below would be right for a folder that isn't of the zoo
     if (folder / "adapter_config.json").is_file():
@@ -311,32 +314,32 @@ def check_files(folder: Path):
         files = collect(folder).files
         needed = ()
     if missing := [name for name in (*needed, CARD_NAME, RESULTS_NAME) if name not in files]:
-        raise ZooError(f"{missing[0]} is missing; build it again.")
+        raise InputError(f"{missing[0]} is missing; build it again.")
     weights = sum(path.stat().st_size for name, path in files.items() if name.endswith(".safetensors"))
     if weights > LARGEST:
-        raise ZooError(f"its weights have {weights:,} bytes, more than {LARGEST:,}.")
+        raise InputError(f"its weights have {weights:,} bytes, more than {LARGEST:,}.")
 
 
 def check_code(folder: Path):
     for name, problem in code_problems(folder).items():
-        raise ZooError(f"{name} {problem}; run: python scripts/zoo.py --update.")
+        raise InputError(f"{name} {problem}; run: python scripts/zoo.py --update.")
 
 
 def check_card(folder: Path):
     """The card is what the results make it, and the Hub understands it."""
     if read_json(folder / RESULTS_NAME).get("command") != recipe_command(folder.name):
-        raise ZooError(f"{RESULTS_NAME} is of another recipe; build it again.")
+        raise InputError(f"{RESULTS_NAME} is of another recipe; build it again.")
     written = (folder / CARD_NAME).read_text(encoding="utf-8").splitlines()
     expected = card_text(folder, folder.name).splitlines()
     for number, (line, right) in enumerate(itertools.zip_longest(written, expected, fillvalue=""), start=1):
         if line != right:
-            raise ZooError(f"line {number} of {CARD_NAME} is {line!r}, by the results it is {right!r}.")
+            raise InputError(f"line {number} of {CARD_NAME} is {line!r}, by the results it is {right!r}.")
     card = ModelCard.load(folder / CARD_NAME)  # an error tells what is wrong with the metadata
     if lacking := [name for name in ("license", "library_name", "pipeline_tag") if not card.data.get(name)]:
-        raise ZooError(f"the metadata of {CARD_NAME} have no {lacking[0]}.")
+        raise InputError(f"the metadata of {CARD_NAME} have no {lacking[0]}.")
     found = {(result.metric_name, result.metric_value) for result in card.data.eval_results or ()}
     if lacking := sorted(recorded(folder).items() - found):
-        raise ZooError(f"the metadata of {CARD_NAME} lack {lacking[0][0]}, {lacking[0][1]}.")
+        raise InputError(f"the metadata of {CARD_NAME} lack {lacking[0][0]}, {lacking[0][1]}.")
 
 
 def check_model(folder: Path, texts: list[str]):
@@ -344,31 +347,20 @@ def check_model(folder: Path, texts: list[str]):
     model, tokenizer = load(folder)
     inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)
     if model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] < 5:
-        raise ZooError("generates nothing.")
+        raise InputError("generates nothing.")
     kept = {DEPTH_ATTENTION, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118, not a dictionary
                 dtype = weights.get_slice(name).get_dtype()
                 if dtype != ("F32" if any(part in name for part in kept) else "BF16"):
-                    raise ZooError(f"{name} in {file.name} is {dtype}; build it again.")
+                    raise InputError(f"{name} in {file.name} is {dtype}; build it again.")
     before = recorded(folder)
     if lacking := {LOSS, BITS} - before.keys():
-        raise ZooError(f"{RESULTS_NAME} has no {min(lacking)}; build it again.")
+        raise InputError(f"{RESULTS_NAME} has no {min(lacking)}; build it again.")
     for metric, value in measure(folder, texts).items():
         if not abs(value - before[metric]) < TOLERANCE:
-            raise ZooError(f"{metric} is {value:.4f}, by its card it is {before[metric]:.4f}.")
-
-
-STRANGER = """
-import json, sys
-for name in json.loads(sys.argv[2]):
-    sys.modules[name] = None  # an installed project can't be imported either
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-inputs = AutoTokenizer.from_pretrained(sys.argv[1])("import", return_tensors="pt", return_token_type_ids=False)
-assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
-"""
+            raise InputError(f"{metric} is {value:.4f}, by its card it is {before[metric]:.4f}.")
 
 
 def check_stranger(folder: Path):
@@ -376,13 +368,8 @@ def check_stranger(folder: Path):
     if (folder / "config.json").is_file():
         load_as_stranger(collect(folder))
         return
-    modules = json.dumps([path.stem for path in ROOT.glob("*attnres.py")] + ["attnres_convert"])
-    with tempfile.TemporaryDirectory(prefix="attnres-zoo-") as home:
-        environment = {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-I", "-c", STRANGER, str(folder), modules]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ZooError(f"a stranger can't load it: {done.stderr.strip().splitlines()[-1]}.")
+    base = Path(read_json(folder / BASE_FILE)["base"])
+    load_as_stranger(collect(base), adapter=dict(walk(folder, folder)))
 
 
 def check(name: str, texts: list[str]) -> list[str]:
@@ -464,9 +451,7 @@ def main(argv: list[str] | None = None):
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     args.runs = args.runs.resolve() if args.runs else RUNS
     os.chdir(args.root)  # where paths of recipes and bases start
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    quieten_libraries()
     datasets.disable_progress_bars()
     try:
         problems = run(args)

@@ -1,7 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Commands of a clone as its user runs them, in processes forked from one that has imported the libraries.
 
-The scripts themselves are imported in the fork: they are those of the clone.
+The scripts and their library are imported in the fork: they are those of the clone.
 """
 
 import multiprocessing
@@ -12,7 +12,17 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 
-def command(place: Path, arguments: list[str], outputs: tuple[Path, Path]):
+def packages(place: Path, folder: Path) -> Path:
+    """Makes a folder that lets Python find the scripts' library of a clone before the one that is installed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "attnres_recipes").unlink(missing_ok=True)
+    (folder / "attnres_recipes").symlink_to(place / "scripts" / "recipes")
+    return folder
+
+
+def command(place: Path, arguments: list[str], outputs: tuple[Path, Path], library: Path):
+    assert not any(name.startswith("attnres_recipes") for name in sys.modules)
+    sys.path.insert(0, str(library))
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(place)
@@ -43,7 +53,8 @@ class CommandServer:
     def run(self, place: Path, *arguments, seconds: float = 200) -> tuple[int, str, str]:
         """The exit code of `python ARGUMENTS` in the folder `place`, and what it has written to both outputs."""
         outputs = self.folder / "stdout", self.folder / "stderr"
-        process = self.context.Process(target=command, args=(place, list(map(str, arguments)), outputs))
+        library = packages(place, self.folder / "packages")
+        process = self.context.Process(target=command, args=(place, list(map(str, arguments)), outputs, library))
         process.start()
         process.join(seconds)
         timed_out = process.exitcode is None

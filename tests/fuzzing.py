@@ -28,22 +28,17 @@ from unittest.mock import patch
 
 import torch
 import yaml
+from attnres_commands import generate, pretrain
 from attnres_convert import InputError, convert_checkpoint, convert_to_donor
 from attnres_convert.card import folder_card
+from attnres_recipes import publishing
+from attnres_recipes.adapters import new_adapter
+from attnres_recipes.data import train_tokenizer
+from convert_models import Hang, limited, save_donor
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from transformers import AutoModelForCausalLM
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import generate  # noqa: E402
-import pretrain  # noqa: E402
-import push_to_hub  # noqa: E402
-from adapters import new_adapter  # noqa: E402
-from convert_models import Hang, limited, save_donor  # noqa: E402
-from training_data import train_tokenizer  # noqa: E402
 
 
 SEEDS = Path(__file__).with_name("fuzz_seeds")
@@ -229,10 +224,10 @@ def card(folder: Path):
 
 
 def push(folder: Path):
-    package = push_to_hub.collect(folder, "hf_" + 30 * "x")
+    package = publishing.collect(folder, "hf_" + 30 * "x")
     with tempfile.TemporaryDirectory() as temporary:
-        push_to_hub.add_card(package, "me/model", Path(temporary))
-        push_to_hub.listing(package)
+        publishing.add_card(package, "me/model", Path(temporary))
+        publishing.listing(package)
 
 
 def complete(folder: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from pretrain_process import SCRIPTS, Run, Server
+from pretrain_process import LIBRARIES, SCRIPTS, Run, Server
 
 
 CONFIGS = SCRIPTS / "accelerate"
@@ -61,9 +61,9 @@ def rank(variables: dict[str, str], script: str, arguments: list[str], log: Path
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(folder)
-    import training_run
+    from attnres_recipes.trainer import RunTrainer
 
-    training_run.RunTrainer.save_final_model = witnessed(training_run.RunTrainer.save_final_model)
+    RunTrainer.save_final_model = witnessed(RunTrainer.save_final_model)
     importlib.import_module(script).main(arguments)
 
 
@@ -91,7 +91,7 @@ class Launch:
 class LaunchServer(Server):
     def __init__(self, folder: Path):
         super().__init__(folder)
-        modules = ["pretrain", "finetune", "torch.utils.tensorboard", "torch.distributed.checkpoint", "launch_process"]
+        modules = ["pretrain", "finetune", *LIBRARIES, "torch.distributed.checkpoint", "launch_process"]
         self.context.set_forkserver_preload(modules)
 
     def launch(self, config: str, script: str, *arguments, processes: int = 2) -> Launch:

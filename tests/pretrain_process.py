@@ -13,6 +13,8 @@ from pathlib import Path
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+# what scripts import once they run
+LIBRARIES = ["attnres_recipes.pretraining", "attnres_recipes.finetuning", "torch.utils.tensorboard"]
 SIZES = ["num_hidden_layers=3", "hidden_size=32", "intermediate_size=64", "num_attention_heads=2"]
 SIZES += ["max_position_embeddings=64"]
 TINY = ["--config=llama", "--train-tokenizer=300", "--seq-len=32", "--batch-size=4", "--set", *SIZES]
@@ -68,7 +70,7 @@ class Server:
         )
         self.stop()  # another test's fork server has another environment
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([script, "torch.utils.tensorboard", "pretrain_process"])
+        self.context.set_forkserver_preload([script, *LIBRARIES, "pretrain_process"])
 
     @staticmethod
     def stop():

@@ -118,11 +118,12 @@ def test_imports_are_found(monkeypatch, tmp_path):
         "attnres_kernels/cpu.py": "import c_attnres as c\n",
         "convert/files.py": "from .reading import a\nfrom b_attnres import x\n",
         "convert/reading.py": "",
-        "scripts/run.py": "import reading\nfrom attnres_convert.reading import a\n",
+        "scripts/recipes/look.py": "from attnres_convert.reading import a\n",
+        "scripts/run.py": "import reading\nfrom attnres_recipes.look import a\n",
         "benchmarks/time.py": "import attnres\n",
     }
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(content)
     monkeypatch.setattr(architecture, "ROOT", tmp_path)
     assert architecture.import_graph() == {
@@ -132,7 +133,8 @@ def test_imports_are_found(monkeypatch, tmp_path):
         "attnres_kernels.cpu": ["c_attnres"],
         "attnres_kernels.fused": ["attnres_kernels.cpu"],
         "attnres_convert": ["b_attnres"],
-        "scripts": ["attnres_convert"],
+        "attnres_recipes": ["attnres_convert"],
+        "scripts": ["attnres_recipes"],
         "benchmarks": ["attnres"],
     }
     with pytest.raises(SystemExit, match="give it a place"):

@@ -17,6 +17,8 @@ import torch
 import yaml
 from attnres_convert import convert_checkpoint
 from attnres_convert.card import Card, Result, folder_card, public_path, renamed, shown, write_card
+from attnres_recipes.card import mean_depth_weights, model_results, write_training_card
+from attnres_recipes.data import stdlib_files
 from behaviours import assert_close
 from families import tiny_model
 from huggingface_hub import ModelCard, metadata_load
@@ -29,9 +31,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 sys.path.insert(0, str(SCRIPTS))
 
 import pretrain  # noqa: E402
-import training_card  # noqa: E402
-from training_data import stdlib_files  # noqa: E402
-from training_options import run_arguments  # noqa: E402
 
 
 HUB_ID = "organisation/donor"
@@ -186,9 +185,9 @@ def test_how_it_was_made(models, server, monkeypatch):
         section_text = section((models[name] / "README.md").read_text(), "How it was made")
         command = section_text.split("```bash\n")[1].split("```")[0].replace("\\\n", "")
         assert shlex.split(command) == shlex.split(results["command"])
-        python, script, *options = shlex.split(command)
-        assert (python, script) == ("python", "scripts/pretrain.py")
-        arguments = json.loads(json.dumps(run_arguments(pretrain.parse_arguments(options))))
+        program, *options = shlex.split(command)
+        assert program == "attnres-pretrain"
+        arguments = json.loads(json.dumps(pretrain.parse_arguments(options).settled().arguments))
         assert arguments["data"] == ["text"] and run["arguments"]["data"] == [str(server.folder / "text")]
         assert arguments == {name: {**run["arguments"], "data": ["text"]}[name] for name in arguments}
         made = rows(section_text)
@@ -314,11 +313,11 @@ def test_data_of_the_hub(models):
     results = results_of(models["donor"])
     config = AutoModelForCausalLM.from_pretrained(models["donor"]).config
     options = ["--config", "llama", "--output", "out"]
-    on_hub = training_card.model_results(
+    on_hub = model_results(
         "pretrain", pretrain.parse_arguments([*options, "--data", "organisation/set"]), results, config
     )
     assert on_hub["datasets"] == ["organisation/set"] == [on_hub["evaluation"][0]["dataset_id"]]
-    stdlib = training_card.model_results("pretrain", pretrain.parse_arguments(options), results, config)
+    stdlib = model_results("pretrain", pretrain.parse_arguments(options), results, config)
     assert stdlib["datasets"] == [] and stdlib["data"].endswith(f"Python {results['versions']['python']}")
     assert stdlib["evaluation"][0]["dataset_id"] is None
 
@@ -357,20 +356,25 @@ def test_renamed(models):
     """A card takes the name of its repository, once and again; a card of another kind stays as it is."""
     text = (models["lora"] / "README.md").read_text()
     for repo_id, before in (("me/new", "lora"), ("other/newer", "new")):
-        text = renamed(text, repo_id)
+        text = renamed(text, models["lora"], repo_id)
         name = repo_id.split("/")[1]
         assert f"\n# {name}\n" in text and f"\n# {before}\n" not in text and f'"{before}"' not in text
         assert text.count(f'from_pretrained("{repo_id}")') == text.count(f'(base, "{repo_id}")') == 1
         assert 'from_pretrained("out/continued/model", trust' in text
         assert ModelCard(text).data.model_name == name
-    assert renamed("# A model\n\ntext", "me/new") == "# A model\n\ntext"
+    foreign = '# My model\n\n```python\nmodel = PeftModel.from_pretrained(base, "someone/other")\n```\n'
+    assert renamed(foreign, models["lora"], "me/new") == foreign
+    commented = text.replace("---\n", "---\n# a comment\n", 1).replace("\n", "\r\n")
+    assert renamed(commented, models["lora"], "me/newest").splitlines()[1] == "# a comment"
+    assert "\r\n# newest\r\n" in renamed(commented, models["lora"], "me/newest")
+    assert renamed("# A model\n\ntext", models["lora"], "me/new") == "# A model\n\ntext"
 
 
 def test_figures_that_fail(models, tmp_path, capsys):
     """Neither a forward nor a figure that fails costs a run its card; the card then has no figure."""
     model = tiny_model()
     broken = [{"input_ids": torch.tensor([10**6]), "position_ids": torch.tensor([0])}]
-    assert training_card.mean_depth_weights(SimpleNamespace(model=model, eval_dataset=broken)) is None
+    assert mean_depth_weights(SimpleNamespace(model=model, eval_dataset=broken)) is None
     assert "no heat map" in capsys.readouterr().err
     folder = Path(shutil.copytree(models["continued"], tmp_path / "model"))
     (folder / "depth_attention.png").unlink()
@@ -378,6 +382,6 @@ def test_figures_that_fail(models, tmp_path, capsys):
     weights = json.loads((folder / "depth_attention.json").read_text())["weights"]
     args = pretrain.parse_arguments(["--config", "llama", "--output", str(tmp_path)])
     config = AutoModelForCausalLM.from_pretrained(folder).config
-    training_card.write_training_card(folder, args, results_of(folder), "title", weights, config)
+    write_training_card(folder, args, results_of(folder), "title", weights, config)
     assert "no heat map" in capsys.readouterr().err
     assert "# title\n" in (folder / "README.md").read_text() and "png" not in (folder / "README.md").read_text()

@@ -3,7 +3,6 @@
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import peft
 import pytest
 import torch
 import transformers
+from attnres_recipes.callback import DepthCallback
+from attnres_recipes.look import gradient_norms, look
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import attnres
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-from depth_callback import DepthCallback, gradient_norms, look  # noqa: E402
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 99}

@@ -17,6 +17,12 @@ import peft
 import pytest
 import torch
 import yaml
+from attnres_commands import evaluate_model
+from attnres_convert import InputError
+from attnres_recipes import evaluation
+from attnres_recipes.data import is_held_out, text_hash, train_tokenizer
+from attnres_recipes.evaluation import METRICS, answer_index, choices_and_labels, resampled_ratios, windows
+from attnres_recipes.loading import short_names
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -31,15 +37,6 @@ import attnres
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import evaluate_model  # noqa: E402
-from evaluate_model import answer_index, choices_and_labels, resampled_ratios, windows  # noqa: E402
-from model_loading import short_names  # noqa: E402
-from training_data import is_held_out, text_hash, train_tokenizer  # noqa: E402
-from training_run import RunError  # noqa: E402
-
-
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 48}
 WORDS = ("größer", "import", "return", "while", "class", "日本", "del", "assert", "raise", "with")
 
@@ -353,7 +350,7 @@ def test_names(tmp_path, monkeypatch):
     assert short_names(["runs/a/model", "org/model"]) == ["runs/a", "org"]
     assert short_names(["/absent/a", "runs/b/model"]) == ["/absent/a", "runs/b/model"]
     for again in ("runs/a/model/", "./runs/a/model", str(tmp_path / "runs/b/../a/model")):
-        with pytest.raises(RunError, match="given twice"):
+        with pytest.raises(InputError, match="given twice"):
             short_names(["runs/a/model", again])
     monkeypatch.chdir(tmp_path / "runs" / "a")
     assert short_names(["."]) == ["runs/a"]
@@ -377,20 +374,20 @@ def test_folder_named_as_a_model_type(models, data, tmp_path, monkeypatch):
 def test_numbers_of_the_table():
     """Numbers stay narrow, whatever a perplexity is."""
     entry = {"value": 7.3e43, "interval": [1234.5, 7.3e43], "difference": -2e9}
-    assert evaluate_model.cells(entry, "value") == ("7.300e+43", "1,234 to 7.300e+43")
-    assert evaluate_model.cells(entry, "difference", "+") == ("-2.000e+09", "-")
-    assert evaluate_model.cells({"value": 0.25}, "value") == ("0.2500", "-")
-    assert evaluate_model.cells({"value": 0.25}, "difference", "+") == ("-", "-")
+    assert evaluation.cells(entry, "value") == ("7.300e+43", "1,234 to 7.300e+43")
+    assert evaluation.cells(entry, "difference", "+") == ("-2.000e+09", "-")
+    assert evaluation.cells({"value": 0.25}, "value") == ("0.2500", "-")
+    assert evaluation.cells({"value": 0.25}, "difference", "+") == ("-", "-")
 
 
 def test_evaluate_modules():
     """The modules are evaluate's own kind, load from their folders, and compute what can be done by hand."""
-    loss = evaluate.load(str(SCRIPTS / "evaluation" / "text_loss"), keep_in_memory=True)
+    loss = evaluate.load(str(METRICS / "text_loss"), keep_in_memory=True)
     assert isinstance(loss, evaluate.Metric)
     result = loss.compute(nats=[2.0, 4.0], tokens=[1, 2], bytes=[4, 8])
     assert result["loss"] == 2 and result["perplexity"] == pytest.approx(math.e**2)
     assert result["bits_per_byte"] == pytest.approx(0.5 / math.log(2))
-    accuracy = evaluate.load(str(SCRIPTS / "evaluation" / "choice_accuracy"), keep_in_memory=True)
+    accuracy = evaluate.load(str(METRICS / "choice_accuracy"), keep_in_memory=True)
     result = accuracy.compute(nats=[[3.0, 4.0], [1.0, 2.0, 3.0]], bytes=[[1, 2], [1, 1, 9]], answers=[1, 0])
     assert (result["accuracy"], result["correct"]) == (0.5, [1, 0])
     assert (result["raw_accuracy"], result["raw_correct"]) == (0.5, [0, 1])
@@ -405,7 +402,7 @@ def test_evaluate_modules():
 def test_intervals_of_few_documents():
     """Resamples of nothing but documents without tokens say nothing, and don't make an interval one of no numbers."""
     ratios = resampled_ratios(np.array([[3.0, 0.0]]), np.array([[2.0, 0.0]]), 200, seed=0)
-    assert np.isnan(ratios).any() and evaluate_model.interval(ratios[0]) == [1.5, 1.5]
+    assert np.isnan(ratios).any() and evaluation.interval(ratios[0]) == [1.5, 1.5]
 
 
 def test_intervals_cover():
@@ -596,7 +593,7 @@ def test_harness_fails(models, tmp_path):
 
 def test_output_is_tried_first(models, data, tmp_path, monkeypatch):
     """A folder that can't be written to is found before anything is evaluated; an interruption leaves nothing."""
-    monkeypatch.setattr(evaluate_model, "evaluate_checkpoints", lambda args: pytest.fail("evaluated"))
+    monkeypatch.setattr(evaluation, "evaluate_checkpoints", lambda args: pytest.fail("evaluated"))
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="can't write to .*: Not a directory"):
         run(models["attnres"], "--output", tmp_path / "file" / "out")
@@ -605,7 +602,7 @@ def test_output_is_tried_first(models, data, tmp_path, monkeypatch):
         assert args.output.is_dir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate_model, "evaluate_checkpoints", interrupted)
+    monkeypatch.setattr(evaluation, "evaluate_checkpoints", interrupted)
     with pytest.raises(SystemExit) as exit:
         run(models["attnres"], "--output", tmp_path / "new" / "out")
     assert exit.value.code == 130 and not (tmp_path / "new").exists()
@@ -613,7 +610,10 @@ def test_output_is_tried_first(models, data, tmp_path, monkeypatch):
 
 def test_short_usage(capsys):
     """A wrong option is answered in a few lines."""
-    for arguments, message in ((["a", "--seed", "-1"], "--seed is a number from 0"), ([], "required: checkpoints")):
+    for arguments, message in (
+        (["a", "--seed", "-1"], "--seed -1 is out of range: it must be at least 0"),
+        ([], "required: checkpoints"),
+    ):
         with pytest.raises(SystemExit):
             evaluate_model.main([*arguments, "--output", "out"])
         error = capsys.readouterr().err

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -13,10 +12,13 @@ import numpy as np
 import peft
 import pytest
 import torch
+from attnres_convert import InputError
+from attnres_convert.writing import write_json
+from attnres_recipes import adapters, data, examples, packing
 from families import FAMILIES, perturb, relative_error, tiny_model
 from families import tokens as random_tokens
 from PIL import Image
-from pretrain_process import SCRIPTS, Server
+from pretrain_process import Server
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -33,20 +35,11 @@ from transformers import (
 import attnres
 
 
-sys.path.insert(0, str(SCRIPTS))
-
-import adapters  # noqa: E402
-import finetuning_data  # noqa: E402
-import packed_documents  # noqa: E402
-import training_data  # noqa: E402
-import training_run  # noqa: E402
-
-
 RUN = ["--seq-len=48", "--batch-size=4", "--steps=6", "--save-steps=2", "--eval-steps=3", "--depth-every=3"]
 RUN += ["--held-out=0.2", "--learning-rate=0.01"]
 ON_AN_ADAPTER, RUN = RUN, [*RUN, "--lora-rank=4"]
 TIMES = ("tokens_per_second", "seconds")
-IGNORED = finetuning_data.IGNORED
+IGNORED = examples.IGNORED
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "one", "dog", "ran", "past", "two", "trees", "and", "birds"]
 
 
@@ -106,7 +99,7 @@ def server(tmp_path_factory):
 def tokenizer():
     texts = [row["prompt"] + row["completion"] for row in PROMPTS]
     texts += ["<|im_start|>system\nBe brief.\n<|im_start|>user\nAnd?\n<|im_start|>assistant\nNo."] * 50
-    return training_data.train_tokenizer(texts, 320)
+    return data.train_tokenizer(texts, 320)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +163,7 @@ def held_out_loss(model, tokenizer, rows: list[dict], fraction: float) -> float:
     """Recomputed from the text, each example by itself."""
     limit, total, count = int(fraction * 2**63), 0.0, 0
     for row in rows:
-        if training_data.text_hash(row["prompt"]) < limit:
+        if data.text_hash(row["prompt"]) < limit:
             prompt = tokenizer(row["prompt"])["input_ids"]
             answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             with torch.no_grad():
@@ -219,7 +212,7 @@ def test_sigkill(name, server, donor, chats):
     file = "adapter_model.safetensors" if "full" not in name and name != "depth" else "model.safetensors"
     weights, expected = (load_file(path / "model" / file) for path in (folder, undisturbed))
     assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
-    assert AutoTokenizer.from_pretrained(folder / "model").chat_template == finetuning_data.CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(folder / "model").chat_template == examples.CHAT_TEMPLATE
     results = json.loads((folder / "results.json").read_text())
     assert results["held_out_loss"] < results["held_out_loss_before"]
     if file == "model.safetensors":
@@ -354,7 +347,7 @@ def test_adapters_of_families(family, tmp_path):
     assert relative_error(expected, plain) > 1e-2
     adapted.save_pretrained(tmp_path / "adapter")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    training_run.write_json(tmp_path / "adapter" / "base.json", adapters.describe_base(fresh))
+    write_json(tmp_path / "adapter" / "base.json", adapters.describe_base(fresh))
     reloaded = adapters.load_adapter(fresh, str(tmp_path / "adapter")).eval()
     assert relative_error(reloaded(ids, use_cache=False).logits, expected) == 0
     by_peft = peft.PeftModel.from_pretrained(
@@ -395,11 +388,11 @@ def test_adapters_by_transformers(tmp_path):
 def test_adapter_for_another_base(tmp_path):
     """Other sizes, other layers, another family and other weights are told in one line, with what differs."""
     model = tiny_model()
-    training_run.write_json(tmp_path / "base.json", adapters.describe_base(model))
+    write_json(tmp_path / "base.json", adapters.describe_base(model))
     random_adapter(model).save_pretrained(tmp_path)
 
     def refusal(model):
-        with pytest.raises(training_run.RunError) as error:
+        with pytest.raises(InputError) as error:
             adapters.load_adapter(model, str(tmp_path))
         assert "for another base" in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
@@ -423,7 +416,7 @@ def test_adapter_for_another_base(tmp_path):
         assert f"is (11, 40) in it, here ({2 * layers + 1}, 40)" in refusal(tiny_model(num_hidden_layers=layers))
     refusal(tiny_model("phi3"))
     refusal(gpt2)
-    with pytest.raises(training_run.RunError, match="no adapter at"):
+    with pytest.raises(InputError, match="no adapter at"):
         adapters.load_adapter(tiny_model(), str(tmp_path / "nowhere"))
 
 
@@ -481,7 +474,7 @@ def damaged_adapter(folder: Path, kind: str) -> str:
 def test_damaged_adapters(kind, tmp_path):
     """Files that were cut off or hold something else, and adapters that change the length of the text, are refused."""
     message = damaged_adapter(tmp_path, kind)
-    with pytest.raises(training_run.InputError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         adapters.load_adapter(tiny_model(), str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -502,14 +495,14 @@ def decoded(row: dict, tokenizer) -> list[tuple[str, bool]]:
 
 def encoded(rows: list[dict], tokenizer, columns=("messages",)) -> datasets.Dataset:
     rows = datasets.Dataset.from_list(rows).select_columns(list(columns))
-    return finetuning_data.encoded_examples(rows, tokenizer, "data")
+    return examples.encoded_examples(rows, tokenizer, "data")
 
 
 @pytest.fixture
 def chat_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     own = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    finetuning_data.set_chat_template(own)
+    examples.set_chat_template(own)
     return own
 
 
@@ -546,7 +539,7 @@ def test_content_in_parts(chat_tokenizer):
     rows = [encoded([{"messages": each}], chat_tokenizer)[0]["input_ids"] for each in (messages, plain)]
     assert rows[0] == rows[1]
     messages[0]["content"] = [*parts, {"type": "image", "text": None}]
-    with pytest.raises(training_data.DataError, match="row 0 of data has a message with a part that isn't text, 'ima"):
+    with pytest.raises(InputError, match="row 0 of data has a message with a part that isn't text, 'ima"):
         encoded([{"messages": messages}], chat_tokenizer)
 
 
@@ -563,7 +556,7 @@ def test_tools(chat_tokenizer):
     call = {"type": "function", "function": {"name": "count", "arguments": "{}"}}
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("count", "sum")]
-    with pytest.raises(training_data.DataError, match="row 0 of data doesn't go with the chat template: .* alone"):
+    with pytest.raises(InputError, match="row 0 of data doesn't go with the chat template: .* alone"):
         encoded([{"messages": messages}], chat_tokenizer)
     chat_tokenizer.chat_template = TOOLS_TEMPLATE
     for given in (tools, json.dumps(tools)):
@@ -576,12 +569,12 @@ def test_tools(chat_tokenizer):
 def test_rows_without_answer_are_counted(chat_tokenizer):
     """What nothing can be learned from is left out, and said to be."""
     turns = [[{"role": "user", "content": "q"}, {"role": role, "content": "a"}] for role in ("assistant", "gpt") * 4]
-    examples = encoded([{"messages": messages} for messages in turns], chat_tokenizer)
-    with pytest.raises(training_data.DataError, match="too little data: 4 examples with an answer, none"):
-        finetuning_data.split_and_pack_examples(examples, seq_len=32, fraction=1e-9)
+    rows = encoded([{"messages": messages} for messages in turns], chat_tokenizer)
+    with pytest.raises(InputError, match="too little data: 4 examples with an answer, none"):
+        examples.split_and_pack_examples(rows, seq_len=32, fraction=1e-9)
     turns = [[{**turn[0], "content": f"q{index}"}, turn[1]] for index, turn in enumerate(turns)]
-    examples = encoded([{"messages": messages} for messages in turns], chat_tokenizer)
-    *_, counts = finetuning_data.split_and_pack_examples(examples, seq_len=32, fraction=0.5)
+    rows = encoded([{"messages": messages} for messages in turns], chat_tokenizer)
+    *_, counts = examples.split_and_pack_examples(rows, seq_len=32, fraction=0.5)
     assert counts == {"examples": 4, "without_answer": 4, "truncated": 0}
 
 
@@ -644,9 +637,9 @@ def test_tokens_after_a_text():
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert finetuning_data.tokens("dog", fast) == [words["▁dog"]]
-    assert finetuning_data.tokens_after("dog", fast) == [words["dog"]]
-    assert finetuning_data.tokens_after("dogs", fast) == [words["dog"], words["s"]]
+    assert examples.tokens("dog", fast) == [words["▁dog"]]
+    assert examples.tokens_after("dog", fast) == [words["dog"]]
+    assert examples.tokens_after("dogs", fast) == [words["dog"], words["s"]]
 
 
 @pytest.mark.parametrize("seq_len", [32, 80])
@@ -654,7 +647,7 @@ def test_packing(seq_len, chat_tokenizer):
     """Every example is in one sequence, whole but for what is longer than a sequence; nothing else is; no two
     sequences would fit into one."""
     rows = encoded(CHATS, chat_tokenizer)
-    train, test, counts = finetuning_data.split_and_pack_examples(rows, seq_len, 0.3)
+    train, test, counts = examples.split_and_pack_examples(rows, seq_len, 0.3)
     assert 5 < len(test.lengths) < 50
     limit = int(0.3 * 2**63)
     seen, truncated = [], 0
@@ -682,10 +675,10 @@ def test_packing(seq_len, chat_tokenizer):
 def test_attention_stays_within_examples(family, chat_tokenizer):
     """Packed and padded, each example has the logits and the loss that it has alone."""
     model = tiny_model(family, vocab_size=len(chat_tokenizer), max_position_embeddings=128)
-    model = packed_documents.separate_documents(model)
+    model = packing.separate_documents(model)
     rows = encoded(CHATS[:9], chat_tokenizer)
-    packed = finetuning_data.PackedExamples(rows, 120)
-    batch = finetuning_data.collate_padded([packed[0], packed[len(packed) - 1]], pad_token_id=0)
+    packed = examples.PackedExamples(rows, 120)
+    batch = examples.collate_padded([packed[0], packed[len(packed) - 1]], pad_token_id=0)
     assert (batch["labels"][1] == IGNORED).any() and len(batch["documents"]) > len(batch["input_ids"])
     documents = batch.pop("documents").tolist()
     with torch.no_grad():
@@ -701,7 +694,7 @@ def test_attention_stays_within_examples(family, chat_tokenizer):
 def test_built_in_examples():
     """Functions of Python's library: prompt and completion make up a function, also as a chat."""
     functions = []
-    for function in finetuning_data.stdlib_functions("3"):
+    for function in examples.stdlib_functions("3"):
         functions.append(function)
         if len(functions) == 200:
             break
@@ -716,7 +709,7 @@ def test_built_in_examples():
         except SyntaxError:
             pass
     assert compiled >= 195  # a text that spans lines may begin further left
-    chat = finetuning_data.as_chat(functions[0])["messages"]
+    chat = examples.as_chat(functions[0])["messages"]
     assert [message["role"] for message in chat] == ["user", "assistant"]
     assert functions[0]["prompt"] in chat[0]["content"] and chat[1]["content"] == functions[0]["completion"]
 

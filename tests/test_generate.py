@@ -12,18 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from attnres_commands import generate
+from attnres_recipes.data import train_tokenizer
 from families import tiny_donor, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import generate  # noqa: E402
-from training_data import train_tokenizer  # noqa: E402
-
-
 TEMPLATE = "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content }}{% endfor %}<a>"
 
 

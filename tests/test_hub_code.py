@@ -29,7 +29,7 @@ CODE_FILES = ("configuration_attnres.py", "depth_attention_attnres.py", "modelin
 WITHOUT_PROJECT = """
 import json, sys
 PROJECT = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres"
-for name in (*PROJECT.split(), "attnres_convert"):
+for name in (*PROJECT.split(), "attnres_convert", "attnres_recipes"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import torch, transformers
 input_ids = torch.tensor(json.loads(sys.argv[1]))

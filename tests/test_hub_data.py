@@ -160,17 +160,18 @@ def test_refuses(name, streaming, server, pretrain):
 
 LOAD = """
 import sys
-from training_data import DataError, load_documents
+from attnres_convert import InputError
+from attnres_recipes.data import load_documents
 try:
     load_documents(["me/another"])
-except DataError as error:
+except InputError as error:
     print(error)
 """
 
 
 def test_unreachable_hub(hub, tmp_path):
     """A Hub that can't be reached is one line too."""
-    environment = {**hub.environment(tmp_path), "PYTHONPATH": str(SCRIPTS), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment = {**hub.environment(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, timeout=200)
     assert "me/another can't be read: Couldn't reach 'me/another' on the Hub" in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1

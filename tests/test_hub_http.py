@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attnres_recipes.data import train_tokenizer
 from behaviours import assert_close
 from convert_models import edit_json
 from families import tiny_model, tokens
@@ -78,9 +79,6 @@ def logits(model) -> torch.Tensor:
 
 
 def save(folder: Path, **options):
-    sys.path.insert(0, str(SCRIPTS))
-    from training_data import train_tokenizer
-
     model = tiny_model(**options)
     model.save_pretrained(folder)
     train_tokenizer(["import this"] * 3, 60 + 256).save_pretrained(folder)
@@ -211,8 +209,7 @@ def test_versions_of_the_code(hub, tmp_path):
 
 
 GENERATE = """
-sys.path.insert(0, sys.argv[2])
-import generate
+from attnres_commands import generate
 for repo in ("me/model", "me/adapter"):
     generate.main([repo, "--prompt", "import", "--temperature", "0", "--max-new-tokens", "8", "--json"])
 """
@@ -227,7 +224,7 @@ def test_generate_from_the_hub(hub, tmp_path):
     edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="me/model")
     for name in ("model", "adapter"):
         hub.add(f"me/{name}", tmp_path / name)
-    done = python(hub, tmp_path / "home", GENERATE, SCRIPTS, prelude=WITH_PROJECT)
+    done = python(hub, tmp_path / "home", GENERATE, prelude=WITH_PROJECT)
     answers = [json.loads(line)["answers"][0] for line in done.stdout.splitlines() if line.startswith("{")]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from attnres_commands import evaluate_model, finetune, generate, plot_depth_attention, pretrain
 from attnres_convert import InputError, reading
+from attnres_recipes.data import train_tokenizer
+from attnres_recipes.loading import load_weights
+from attnres_recipes.process import enough_memory
 from convert_models import edit_json
 from families import tiny_donor, tiny_model
 from peft import LoraConfig, get_peft_model
@@ -21,15 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-import evaluate_model  # noqa: E402
-import finetune  # noqa: E402
-import generate  # noqa: E402
-import plot_depth_attention  # noqa: E402
-import pretrain  # noqa: E402
 import quickstart  # noqa: E402
-from model_loading import load_weights  # noqa: E402
-from training_data import train_tokenizer  # noqa: E402
-from training_options import enough_memory  # noqa: E402
 
 
 SECONDS = 60
@@ -253,7 +249,7 @@ def test_malformed_models(name, models, tmp_path):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_malformed_adapters(name, models, tmp_path, monkeypatch):
     """Whatever is wrong with an adapter, as with a model."""
-    monkeypatch.setattr("adapters.SECONDS", 2)
+    monkeypatch.setattr("attnres_recipes.adapters.SECONDS", 2)
     folder = shutil.copytree(models / "adapter", tmp_path / "adapter")
     ADAPTERS[name](folder)
     for script in ("generate", "adapter"):
@@ -288,7 +284,7 @@ def test_silly_generation(name, models, tmp_path):
 )
 def test_chat_templates(template, models, tmp_path, monkeypatch):
     """A chat template that fails or doesn't come to an end is one line, in a chat and in training."""
-    monkeypatch.setattr("finetuning_data.TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr("attnres_recipes.examples.TEMPLATE_SECONDS", 1)
     folder = shutil.copytree(models / "model", tmp_path / "model")
     (folder / "chat_template.jinja").write_text(template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

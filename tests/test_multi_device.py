@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dist_cp
 from accelerate.utils import merge_fsdp_weights
+from attnres_recipes.data import stdlib_files
+from attnres_recipes.optim import new_optimizer
 from families import perturb, tiny_model
 from launch_process import CONFIGS, LaunchServer, environment
 from peft import PeftModel
@@ -22,12 +24,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnres
-
-
-sys.path.insert(0, str(SCRIPTS))
-
-import training_data  # noqa: E402
-import training_optim  # noqa: E402
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")]
@@ -93,7 +89,7 @@ def server(tmp_path_factory):
         server = LaunchServer(tmp_path_factory.mktemp("multi_device"))
         text = server.folder / "text"
         text.mkdir()
-        source = "".join(file.read_text(errors="replace") for file in training_data.stdlib_files()[:6])
+        source = "".join(file.read_text(errors="replace") for file in stdlib_files()[:6])
         for index in range(40):
             (text / f"{index:02d}.txt").write_text(source[800 * index : 800 * index + 500 + 7 * index])
         yield server
@@ -377,8 +373,8 @@ def test_configurations(monkeypatch):
 def test_muon_and_deepspeed(monkeypatch):
     """Muon isn't given matrices in pieces."""
     model = torch.nn.ModuleDict({"layers": torch.nn.Linear(6, 6)})
-    training_optim.new_optimizer(model, "muon")
+    new_optimizer(model, "muon")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    training_optim.new_optimizer(model, "adamw")
+    new_optimizer(model, "adamw")
     with pytest.raises(ValueError, match="use AdamW"):
-        training_optim.new_optimizer(model, "muon")
+        new_optimizer(model, "muon")

@@ -22,6 +22,11 @@ import psutil
 import pytest
 import torch
 from attnres_convert import InputError, reading
+from attnres_recipes import card, publishing, stranger
+from attnres_recipes.data import train_tokenizer
+from attnres_recipes.leaks import printable, runs_code, secret_in
+from attnres_recipes.publishing import INDEX, WEIGHTS, add_card, collect, load_as_stranger
+from attnres_recipes.run import open_run
 from convert_models import edit_json
 from families import tiny_model
 from safetensors.torch import load_file, save_file
@@ -31,16 +36,9 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import push_to_hub  # noqa: E402
-import stranger  # noqa: E402
-import training_card  # noqa: E402
-import training_run  # noqa: E402
-from leaks import printable, runs_code, secret_in  # noqa: E402
-from push_to_hub import PushError, add_card, collect, load_as_stranger  # noqa: E402
-from training_data import train_tokenizer  # noqa: E402
 
 
 TOKEN = "hf_" + "aB3" * 12
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,7 @@ def test_cache_of_the_hub(folder, tmp_path):
             (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     assert set(collect(snapshot).files) == {path.name for path in folder.iterdir()}
     (snapshot / "notes.txt").symlink_to(tmp_path / "models--a--b" / "blobs" / "0")
-    with pytest.raises(PushError, match="leaves the folder"):
+    with pytest.raises(InputError, match="leaves the folder"):
         collect(snapshot)
 
 
@@ -169,13 +167,13 @@ def test_unreadable_files(folder, tmp_path, monkeypatch):
 
 def test_files_that_vanish(folder, tmp_path, monkeypatch):
     """Between the list and the check; one line, like everything that goes wrong."""
-    listing = push_to_hub.listing
+    listing = publishing.listing
 
     def remove(package):
         (folder / "tokenizer.json").unlink()
         return listing(package)
 
-    monkeypatch.setattr(push_to_hub, "listing", remove)
+    monkeypatch.setattr(publishing, "listing", remove)
     assert "tokenizer.json" in refusal(folder, monkeypatch, tmp_path)
 
 
@@ -229,8 +227,8 @@ def test_tokens_in_weights(folder, tmp_path, monkeypatch, place):
 
 def test_token_across_parts_of_a_file(folder, tmp_path, monkeypatch):
     """Large files are read in parts."""
-    monkeypatch.setattr("leaks.CHUNK", 1000)
-    monkeypatch.setattr("leaks.OVERLAP", 100)
+    monkeypatch.setattr("attnres_recipes.leaks.CHUNK", 1000)
+    monkeypatch.setattr("attnres_recipes.leaks.OVERLAP", 100)
     (folder / "notes.txt").write_text("x " * 490 + TOKEN + " x" * 5000)
     assert "contains a Hub token" in refusal(folder, monkeypatch, tmp_path)
 
@@ -282,7 +280,7 @@ def test_names_that_stay(folder):
     """The list of what stays shows no token and nothing that a terminal obeys."""
     for name in (f"{TOKEN}.bin", "a\x1b[2J\nstays here: b.bin", os.fsdecode(b"\xff.bin"), "x" * 250 + ".bin"):
         (folder / name).write_text("x")
-    text = push_to_hub.listing(collect(folder))
+    text = publishing.listing(collect(folder))
     lines = [line for line in text.splitlines() if line.startswith("stays here")]
     assert len(lines) == 4 and TOKEN not in text and all(line.isprintable() for line in lines)
     text.encode()
@@ -406,7 +404,7 @@ def test_origin(folder):
     edit_json(folder / "config.json", _name_or_path="some/model")
     collect(folder)
     edit_json(folder / "config.json", _name_or_path=str(folder))
-    with pytest.raises(PushError, match="_name_or_path"):
+    with pytest.raises(InputError, match="_name_or_path"):
         collect(folder)
 
 
@@ -492,7 +490,7 @@ def test_results_of_wrong_types(folder, tmp_path, results):
     package = collect(folder)
     try:
         add_card(package, "me/model", tmp_path / "card")
-    except PushError as error:
+    except InputError as error:
         assert "README.md" in str(error) and len(str(error)) <= 300
     else:
         assert package.files["README.md"].read_text().startswith("---\n")
@@ -538,7 +536,7 @@ def with_code(folder: Path, code: str):
 
 def is_closable() -> bool:
     """Whether this system can close off a process, tried in one."""
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import stranger; "
+    script = "import sys; from attnres_recipes import stranger; "
     script += "print(stranger.close({'project': '', 'readable': [], 'home': sys.argv[1]}))"
     done = subprocess.run([sys.executable, "-c", script, str(SCRIPTS)], capture_output=True, text=True)
     return done.stdout == "[]\n"
@@ -573,8 +571,8 @@ def test_what_trusted_code_can_do(folder, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with_code(folder, SPY.replace("SECRET", repr(str(tmp_path / "secret"))).replace("PORT", str(port)))
-        with pytest.raises(PushError) as caught:
-            monkeypatch.setattr(push_to_hub, "PushError", LongError)
+        with pytest.raises(InputError) as caught:
+            monkeypatch.setattr(publishing, "InputError", LongError)
             load_as_stranger(collect(folder), trust_remote_code=True)
     assert "spied " in str(caught.value), caught.value
     found = json.loads(str(caught.value).split("spied ", 1)[1].rsplit(" (ValueError); ", 1)[0])
@@ -589,7 +587,7 @@ def test_what_trusted_code_can_do(folder, tmp_path, monkeypatch):
     assert set(found.values()) == {"PermissionError"}, found
 
 
-class LongError(PushError):
+class LongError(InputError):
     """With all that it says, for the test."""
 
     def __init__(self, message):
@@ -660,15 +658,15 @@ def test_training_copies_nothing_from_elsewhere(folder, tmp_path, name):
     (folder / name).symlink_to(tmp_path / "secret")
     for option in ("model", "tokenizer"):
         with pytest.raises(InputError, match=r"is a link that leaves the folder"):
-            training_run.open_run(tmp_path / "out", {option: str(folder)})
+            open_run(tmp_path / "out", {option: str(folder)})
     assert not (tmp_path / "out").exists()
     args = SimpleNamespace(output=tmp_path / "out", model=str(folder))
     if name == "README.md":
-        assert "secret" not in json.dumps(training_card.parent_metadata(args))
-    elif training_run.LICENCE_FILES.match(name):
+        assert "secret" not in json.dumps(card.parent_metadata(args.model, card.parent_folder(args)))
+    elif card.LICENCE_FILES.match(name):
         (tmp_path / "result").mkdir()
         with pytest.raises(InputError, match=r"is a link that leaves the folder"):
-            training_card.write_training_card(tmp_path / "result", args, {}, "a title", None, None)
+            card.write_training_card(tmp_path / "result", args, {}, "a title", None, None)
         assert not any((tmp_path / "result").iterdir())
 
 

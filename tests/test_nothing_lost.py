@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 from attnres_convert import ConversionError, InputError, convert_checkpoint, staging
 from attnres_convert.kimi_k3 import main as kimi_k3
+from attnres_convert.reading import sha256
+from attnres_recipes import checkpoints
+from attnres_recipes.data import stdlib_files
+from attnres_recipes.figures import plot_losses
+from attnres_recipes.folders import WORK_NAME
+from attnres_recipes.log import JsonLines, RunLog, read_lines
+from attnres_recipes.run import discarded_if_refused, held_locks, open_run, read_results
 from convert_models import save_donor, tree
 from pretrain_process import SCRIPTS, TINY, Server
 
@@ -20,8 +27,6 @@ sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent / "benchmarks")]
 import benchmark  # noqa: E402
 import evaluate_model  # noqa: E402
 import plot_depth_attention  # noqa: E402
-import training_run  # noqa: E402
-from training_data import stdlib_files  # noqa: E402
 
 
 ROOT = SCRIPTS.parent
@@ -325,14 +330,14 @@ def test_damaged_file(name, killed, tmp_path, capsys):
     damaged one is kept under a name that is no checkpoint's."""
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
     DAMAGES[name](folder / "checkpoint-6" / name)
-    assert training_run.last_good_checkpoint(folder) == folder / "checkpoint-4"
+    assert checkpoints.last_good_checkpoint(folder) == folder / "checkpoint-4"
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line
         == f"{folder}/checkpoint-6 is damaged, see its {name}; it is now checkpoint-6.damaged-1, and the run "
         + ("goes on from checkpoint-4")
     )
-    assert [path.name for path in training_run.checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
     assert (folder / "checkpoint-6.damaged-1").is_dir()
 
 
@@ -357,7 +362,7 @@ def test_no_good_checkpoint(server, command, killed):
     shutil.copytree(killed, folder)
     for checkpoint in folder.glob("checkpoint-*"):
         zero(checkpoint / "optimizer.pt")
-    shutil.rmtree(folder / training_run.WORK_NAME, ignore_errors=True)  # where it was killed
+    shutil.rmtree(folder / WORK_NAME, ignore_errors=True)  # where it was killed
     before = state(folder)
     printed = run(server, *command, "--output", "all-bad", exit_code=1)
     assert printed.count("\n") == 1 and "no checkpoint in all-bad is good" in printed and "optimizer.pt" in printed
@@ -413,17 +418,17 @@ def test_damaged_log(name, killed, tmp_path, capsys):
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
     damage, message = LOGS[name]
     history = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
-    known = [{"step": logs["step"], **entry} for logs in history if (entry := training_run.RunLog.entry(logs))]
-    undamaged = training_run.read_lines(folder / "metrics.jsonl")
+    known = [{"step": logs["step"], **entry} for logs in history if (entry := RunLog.entry(logs))]
+    undamaged = read_lines(folder / "metrics.jsonl")
     undamaged = [entry for entry in undamaged if entry["step"] <= 6]
     path = folder / "metrics.jsonl"
-    training_run.JsonLines(path, 6, known)
-    assert capsys.readouterr().err == "" and training_run.read_lines(path) == undamaged == known
+    JsonLines(path, 6, known)
+    assert capsys.readouterr().err == "" and read_lines(path) == undamaged == known
     damage(path)
     if name == "cut":
         damage(path)
-    training_run.JsonLines(path, 6, known)
-    assert message in capsys.readouterr().err and training_run.read_lines(path) == known
+    JsonLines(path, 6, known)
+    assert message in capsys.readouterr().err and read_lines(path) == known
 
 
 NO_OBJECTS = {
@@ -444,9 +449,9 @@ NO_OBJECTS = {
 def test_broken_records(name, tmp_path):
     """Whatever is in the files of a run, reading them is an error in one line."""
     for file, read in (
-        ("run.json", lambda path: training_run.open_run(path.parent, {})),
-        ("results.json", training_run.read_results),
-        ("failure.json", training_run.read_results),
+        ("run.json", lambda path: open_run(path.parent, {})),
+        ("results.json", read_results),
+        ("failure.json", read_results),
     ):
         path = tmp_path / file
         os.mkfifo(path) if NO_OBJECTS[name] is None else path.write_text(NO_OBJECTS[name])
@@ -479,15 +484,15 @@ def test_figures_of_others(tmp_path, capsys):
     entries = {"run": [{"step": 1, "loss": 2.0}, {"step": 1, "held_out_loss": 2.5}]}
     outside, path = write(tmp_path / "outside"), tmp_path / "loss.png"
     path.symlink_to("outside")
-    training_run.plot_losses(entries, path, "a title")
+    plot_losses(entries, path, "a title")
     assert outside.read_text() == "mine" and (tmp_path / "loss.png.kept-1").is_symlink() and not path.is_symlink()
     assert capsys.readouterr().err.endswith("it is kept as loss.png.kept-1\n")
-    training_run.plot_losses(entries, path, "a title")
+    plot_losses(entries, path, "a title")
     assert capsys.readouterr().err == ""
     write(path)
-    training_run.plot_losses(entries, path, "a title")
+    plot_losses(entries, path, "a title")
     assert (tmp_path / "loss.png.kept-2").read_text() == "mine"
-    training_run.plot_losses(entries, path, "another", training_run.sha256(path))
+    plot_losses(entries, path, "another", sha256(path))
     assert sorted(os.listdir(tmp_path)) == ["loss.png", "loss.png.kept-1", "loss.png.kept-2", "outside"]
 
 
@@ -527,21 +532,21 @@ def test_comparison_of_others(server, command):
 def test_rotation_keeps_what_was_edited(killed, tmp_path, monkeypatch):
     """A checkpoint isn't untouched with a file of the same size in it that has changed, or an empty folder."""
     checkpoint = copy_of(killed, tmp_path / "run") / "checkpoint-4"
-    assert training_run.is_untouched(checkpoint)  # a copy, whose files are newer than the list
+    assert checkpoints.is_untouched(checkpoint)  # a copy, whose files are newer than the list
     listed = checkpoint / "files.json"
     later = listed.stat().st_mtime_ns + 10**12
     os.utime(listed, ns=(later, later))
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "sha256", lambda path: pytest.fail("it reads what isn't newer"))
-        assert training_run.is_untouched(checkpoint)
+        patch.setattr(checkpoints, "sha256", lambda path: pytest.fail("it reads what isn't newer"))
+        assert checkpoints.is_untouched(checkpoint)
     os.utime(listed, ns=(later - 2 * 10**12, later - 2 * 10**12))
     (checkpoint / "mine").mkdir()
-    assert not training_run.is_untouched(checkpoint)
+    assert not checkpoints.is_untouched(checkpoint)
     (checkpoint / "mine").rmdir()
     found = (checkpoint / "config.json").stat()
     flip(checkpoint / "config.json")
     os.utime(checkpoint / "config.json", ns=(found.st_atime_ns, found.st_mtime_ns))
-    assert not training_run.is_untouched(checkpoint)
+    assert not checkpoints.is_untouched(checkpoint)
 
 
 def arguments_of(folder: Path) -> dict:
@@ -550,9 +555,9 @@ def arguments_of(folder: Path) -> dict:
 
 def taken_up(folder: Path) -> Path | None:
     try:
-        return training_run.open_run(folder, arguments_of(folder))
+        return open_run(folder, arguments_of(folder))
     finally:
-        if (file := training_run.held_locks.pop(folder.resolve(), None)) is not None:
+        if (file := held_locks.pop(folder.resolve(), None)) is not None:
             file.close()
 
 
@@ -607,10 +612,10 @@ def test_list_without_files(name, killed, tmp_path, capsys):
     content = json.loads(path.read_text())
     content["files"] = {file: entry for file, entry in content["files"].items() if name and file != name}
     path.write_text(json.dumps(content))
-    assert training_run.last_good_checkpoint(folder) == folder / "checkpoint-4"
+    assert checkpoints.last_good_checkpoint(folder) == folder / "checkpoint-4"
     assert "files.json lists no" in capsys.readouterr().err
     write(folder / "checkpoint-4" / "adapter_model.safetensors")
-    assert training_run.last_good_checkpoint(folder) == folder / "checkpoint-2"
+    assert checkpoints.last_good_checkpoint(folder) == folder / "checkpoint-2"
     assert "files.json lists no adapter_model.safetensors" in capsys.readouterr().err
 
 
@@ -626,7 +631,7 @@ def test_list_without_files(name, killed, tmp_path, capsys):
     ],
 )
 def test_kinds_of_checkpoints(names, lacks):
-    assert training_run.not_listed(dict.fromkeys([*names, "trainer_state.json"])) == lacks
+    assert checkpoints.not_listed(dict.fromkeys([*names, "trainer_state.json"])) == lacks
 
 
 def test_checkpoint_of_another_run(killed, tmp_path, capsys):
@@ -634,10 +639,10 @@ def test_checkpoint_of_another_run(killed, tmp_path, capsys):
     folder = copy_of(killed, tmp_path / "run")
     path = folder / "checkpoint-6" / "files.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "run": "0123456789abcdef"}))
-    assert training_run.last_good_checkpoint(folder) == folder / "checkpoint-4"
+    assert checkpoints.last_good_checkpoint(folder) == folder / "checkpoint-4"
     assert "checkpoint-6 is of another run; it is left alone, and the run" in capsys.readouterr().err
     assert (folder / "checkpoint-6").is_dir()
-    assert [path.name for path in training_run.checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.parametrize("change", [{"held_out_loss": float("nan")}, {"steps": 9}])
@@ -645,10 +650,10 @@ def test_impossible_results(change, finished, tmp_path):
     shutil.copy(finished / "run.json", tmp_path)
     content = json.loads((finished / "results.json").read_text())
     path = write(tmp_path / "results.json", json.dumps(content))
-    assert training_run.read_results(path)["steps"] == 8
+    assert read_results(path)["steps"] == 8
     write(path, json.dumps({**content, **change}))
     with pytest.raises(InputError, match="results.json is damaged, it has a held_out_loss of .* after . steps;"):
-        training_run.read_results(path)
+        read_results(path)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "tensorboard/depth", "loss.png", "depth.jsonl"])
@@ -672,7 +677,7 @@ def test_refused_by_a_panic(tmp_path):
     class PanicException(BaseException):
         pass
 
-    training_run.open_run(tmp_path / "out", {"resize_embeddings": False})
-    with pytest.raises(PanicException), training_run.discarded_if_refused(tmp_path / "out"):
+    open_run(tmp_path / "out", {"resize_embeddings": False})
+    with pytest.raises(PanicException), discarded_if_refused(tmp_path / "out"):
         raise PanicException
     assert os.listdir(tmp_path) == []

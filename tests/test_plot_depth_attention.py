@@ -1,9 +1,9 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The figures of what happens over depth: their numbers, and that what is written on them can be read."""
 
+import io
 import json
 import re
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from attnres_commands import plot_depth_attention
+from attnres_convert import writing
+from attnres_recipes import figures, look, plotting
+from attnres_recipes.data import train_tokenizer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import attnres
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import plot_depth_attention as plots  # noqa: E402
-from plot_depth_attention import plt  # noqa: E402
-from training_data import train_tokenizer  # noqa: E402
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 32}
@@ -85,10 +83,10 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
 def test_names():
     """Reads are named by layer and sublayer, sources by block or sublayer; a short last block is one too."""
     config = attnres_model("uneven").config
-    assert plots.read_names(config) == ["0a", "0m", "1a", "1m", "2a", "2m", "output"]
-    assert plots.source_names(config) == ["embedding", "block 1", "block 2"]
-    assert plots.block_layers(config) == ["layers 0–1", "layer 2"]
-    names = plots.source_names(attnres_model("full").config)
+    assert figures.read_names(config) == ["0a", "0m", "1a", "1m", "2a", "2m", "output"]
+    assert figures.source_names(config) == ["embedding", "block 1", "block 2"]
+    assert figures.block_layers(config) == ["layers 0–1", "layer 2"]
+    names = figures.source_names(attnres_model("full").config)
     assert names == ["embedding", "0a", "0m", "1a", "1m", "2a", "2m"]
 
 
@@ -97,12 +95,12 @@ def test_weights(mode):
     """Averages are those of the model's own weights, with as many sources as the configuration says."""
     model = attnres_model(mode)
     data = batches()
-    mean = plots.mean_weights(model, data)
+    mean = look.mean_weights(model, data)
     ids = torch.cat([batch["input_ids"] for batch in data])
     with torch.no_grad():
         expected = model(input_ids=ids, output_depth_attentions=True).depth_attentions
     assert [len(read) for read in mean] == [model.config.num_depth_sources(row) for row in range(7)]
-    assert [len(read) for read in mean][-1] == len(plots.source_names(model.config))
+    assert [len(read) for read in mean][-1] == len(figures.source_names(model.config))
     for read, weights in zip(mean, expected):
         np.testing.assert_allclose(read, weights.mean(dim=(0, 2)), rtol=1e-5)
     if mode != "denseformer":
@@ -116,7 +114,7 @@ def test_dynamics(name):
         LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=300, num_hidden_layers=3))
     )  # fmt: skip
     model.model.layers[0].requires_grad_(False)
-    dynamics = plots.depth_dynamics(model, batches(3))
+    dynamics = look.depth_dynamics(model, batches(3))
     assert [p.requires_grad for p in model.model.layers[:2].parameters()] == [False] * 9 + [True] * 9
     assert all(parameter.grad is None for parameter in model.parameters())
     model.requires_grad_(True)
@@ -135,34 +133,34 @@ def test_documents_stay_apart():
     """Token by token too, a document of the text sees nothing of the one before it."""
     model, ids = attnres_model("full"), batches(1)[0]["input_ids"]
     batch = {"input_ids": ids, "position_ids": torch.tensor([[*range(7), *range(6)]])}
-    weights = plots.token_weights(model, plots.prompt_batch(None, None, [batch], 11))
+    weights = look.token_weights(model, plotting.prompt_batch(None, None, [batch], 11))
     for rows in (slice(0, 7), slice(7, 11)):
-        alone = plots.token_weights(model, {"input_ids": ids[:, rows]})
+        alone = look.token_weights(model, {"input_ids": ids[:, rows]})
         for read, expected in zip(weights, alone):
             np.testing.assert_allclose(read[:, rows], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_file_stems():
     """No model's files replace another one's."""
-    assert plots.file_stems(["a/b", "a-b", "/a/b", "c"]) == ["a-b", "a-b-2", "a-b-3", "c"]
+    assert plotting.file_stems(["a/b", "a-b", "/a/b", "c"]) == ["a-b", "a-b-2", "a-b-3", "c"]
 
 
 def test_token_texts():
     """Tokens that are no whole character are shown as bytes."""
     tokenizer = train_tokenizer(["größer"], 280)
     ids = tokenizer(" é日", add_special_tokens=False)["input_ids"]
-    texts = [plots.token_text(tokenizer, token) for token in ids]
+    texts = [figures.token_text(tokenizer, token) for token in ids]
     assert texts == [" ", *(f"\\x{byte:02x}" for byte in "é日".encode())]
-    assert plots.token_text(tokenizer, tokenizer.bos_token_id) == "<bos>"
+    assert figures.token_text(tokenizer, tokenizer.bos_token_id) == "<bos>"
     fallback = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE({"<0xE6>": 0}, [], byte_fallback=True))
     )
     fallback.backend_tokenizer.decoder = tokenizers.decoders.ByteFallback()
-    assert plots.token_text(fallback, 0) == r"\xe6"
+    assert figures.token_text(fallback, 0) == r"\xe6"
 
 
 def run(capsys, *arguments) -> dict:
-    plots.main(list(map(str, arguments)))
+    plot_depth_attention.main(list(map(str, arguments)))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -199,7 +197,7 @@ def test_all_figures(models, text, tmp_path, capsys):
 def test_reads_to_show(layers, count):
     """Up to five different reads are shown without being asked for, the last one among them."""
     config = attnres.AttnResConfig(**SIZES, num_hidden_layers=layers)
-    reads = plots.chosen_reads(config, None)
+    reads = plotting.chosen_reads(config, None)
     assert len(set(reads)) == len(reads) == count and reads[-1] == "output"
 
 
@@ -218,8 +216,9 @@ def random_reads(config, tokens: int = 0) -> list[np.ndarray]:
 
 def overlaps(figure) -> list[tuple[str, str]]:
     """Pairs of texts of a figure that lie on one another, and texts that leave it."""
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
     texts = [] if figure._suptitle is None else [figure._suptitle]
     for axes in figure.axes:
         texts += [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
@@ -231,7 +230,7 @@ def overlaps(figure) -> list[tuple[str, str]]:
         texts += legend.get_texts() if legend else []
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_visible()]
     boxes = [(text, box) for text, box in boxes if text.strip() and box.width]
-    width, height = figure.canvas.get_width_height()
+    width, height = canvas.get_width_height()
     found = [
         (text, "edge") for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1
     ]
@@ -249,19 +248,18 @@ def test_legible(layers, mode):
     block_size = {"attn_res_block_size": 3} if layers == 7 else {}
     sizes = {**SIZES, "num_hidden_layers": layers, **block_size}
     config = attnres.AttnResConfig(**sizes, attn_res_mode=mode)
-    title = f"outputs-{mode}: what each read takes from depth\n{plots.describe_mode(config)}, mean of 2,048 tokens"
+    title = f"outputs-{mode}: what each read takes from depth\n{figures.describe_mode(config)}, mean of 2,048 tokens"
     tokens = [*["token", " a", "\n", "$x$"] * 8, "日本語", "an-unusually-long-token"]
     by_token = random_reads(config, len(tokens))
-    figures = [
-        plots.plot_reads(random_reads(config), config, title),
-        plots.plot_reads(random_reads(config), config, f"{title}\nrelative to uniform weights", relative=True),
-        plots.plot_tokens(by_token, tokens, config),
-        plots.plot_token_weights(by_token, tokens, config, plots.chosen_reads(config, None)),
+    drawn = [
+        figures.plot_reads(random_reads(config), config, title),
+        figures.plot_reads(random_reads(config), config, f"{title}\nrelative to uniform weights", relative=True),
+        figures.plot_tokens(by_token, tokens, config),
+        figures.plot_token_weights(by_token, tokens, config, plotting.chosen_reads(config, None)),
     ]
-    for figure in figures:
+    for figure in drawn:
         assert overlaps(figure) == []
         assert max(figure.get_size_inches()) < 21
-        plt.close(figure)
 
 
 def test_legible_dynamics():
@@ -275,14 +273,13 @@ def test_legible_dynamics():
         }
         for number in range(6)
     }
-    figure = plots.plot_dynamics(dynamics)
+    figure = figures.plot_dynamics(dynamics)
     assert overlaps(figure) == []
-    plt.close(figure)
 
 
 def test_token_labels():
     """White space, formulas, unknown characters and long tokens stay on one line and are drawn as they are."""
-    labels = [plots.token_label(text) for text in (" a", "\n", "\t", "", "$x$", "日", "x" * 30)]
+    labels = [figures.token_label(text) for text in (" a", "\n", "\t", "", "$x$", "日", "x" * 30)]
     assert labels == ["␣a", "↵", "→", "∅", r"\$x\$", r"\u65e5", "x" * 13 + "…"]
 
 
@@ -312,7 +309,7 @@ def test_refuses(arguments, message, models, tmp_path, monkeypatch):
     Path("rows.jsonl").write_text('{"body": "a"}\n')
     names = {**models, "absent": str(tmp_path / "absent")}
     with pytest.raises(SystemExit) as exit:
-        plots.main([names.get(argument, argument) for argument in arguments] + ["--output", "out"])
+        plot_depth_attention.main([names.get(argument, argument) for argument in arguments] + ["--output", "out"])
     assert exit.value.code.startswith("plot_depth_attention: ") and "\n" not in exit.value.code
     assert message in exit.value.code and not Path("out").exists()
 
@@ -327,13 +324,14 @@ def test_refuses(arguments, message, models, tmp_path, monkeypatch):
 def test_stops_cleanly(error, code, models, text, tmp_path, monkeypatch, capsys):
     """A full disk or an interruption leaves no half of a figure and no traceback."""
 
-    def fails(figure, path, **options):
-        path.touch()
-        raise error
+    class Failing(io.FileIO):
+        def write(self, content):
+            super().write(content[: len(content) // 2])
+            raise error
 
-    monkeypatch.setattr(plots.Figure, "savefig", fails)
+    monkeypatch.setattr(writing, "open", Failing, raising=False)
     with pytest.raises(SystemExit) as exit:
-        plots.main([models["uneven"], "--text", str(text), "--output", str(tmp_path / "out")])
+        plot_depth_attention.main([models["uneven"], "--text", str(text), "--output", str(tmp_path / "out")])
     assert re.match(code, str(exit.value.code)) and not (tmp_path / "out").exists()
     if isinstance(error, KeyboardInterrupt):
         assert "interrupted" in capsys.readouterr().err
@@ -343,6 +341,6 @@ def test_short_usage(capsys):
     """A wrong option is answered in a few lines."""
     for arguments, message in ((["a", "--prompt", ""], "--prompt is empty"), ([], "required: models")):
         with pytest.raises(SystemExit):
-            plots.main([*arguments, "--output", "out"])
+            plot_depth_attention.main([*arguments, "--output", "out"])
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 2

@@ -11,11 +11,18 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from attnres_convert import InputError
+from attnres_recipes import data, figures, optim, packing
+from attnres_recipes.folders import WORK_NAME
+from attnres_recipes.options import TrainingOptions
+from attnres_recipes.run import open_run
+from attnres_recipes.trainer import check_saved
 from families import (
     FAMILIES,
     perturb,
@@ -36,11 +43,7 @@ import attnres
 sys.path.insert(0, str(SCRIPTS))
 
 import finetune  # noqa: E402
-import packed_documents  # noqa: E402
 import pretrain  # noqa: E402
-import training_data  # noqa: E402
-import training_optim  # noqa: E402
-import training_run  # noqa: E402
 
 
 SHALLOW = ["--set", "num_hidden_layers=1", *SIZES[1:]]
@@ -74,7 +77,7 @@ def text(server) -> Path:
     """A folder of 80 documents."""
     folder = server.folder / "text"
     folder.mkdir()
-    source = "".join(file.read_text(errors="replace") for file in training_data.stdlib_files()[:12])
+    source = "".join(file.read_text(errors="replace") for file in data.stdlib_files()[:12])
     for index in range(80):
         (folder / f"{index:02d}.txt").write_text(source[800 * index : 800 * index + 500 + 7 * index])
     return folder
@@ -122,7 +125,7 @@ def test_held_out_loss(finished, tokenizer, text):
     assert isinstance(model, attnres.AttnResForCausalLM)
     limit = int(0.05 * 2**63)
     texts = [file.read_text() for file in text.iterdir()]
-    held_out = sorted((training_data.text_hash(text), text) for text in texts)
+    held_out = sorted((data.text_hash(text), text) for text in texts)
     tokens, documents = [], []
     for number, (value, document) in enumerate(held_out):
         if value < limit:
@@ -150,7 +153,7 @@ def test_sigkill(server, text, finished):
     bit for bit; whatever checkpoint there is after a kill is complete."""
     command = [*RUN, "--data", text, "--output", "killed"]
     folder, kills = server.folder / "killed", 0
-    work = folder / training_run.WORK_NAME
+    work = folder / WORK_NAME
 
     def has_logged(step):
         path = folder / "metrics.jsonl"
@@ -201,7 +204,7 @@ def test_sigkill_with(name, server, text):
     command = [*RUN, "--data", text, *EXACT[name].split()]
     folder, undisturbed = server.folder / f"exact-{name}", server.folder / f"undisturbed-{name}"
     server.run(*command, "--output", undisturbed)
-    for moment in (folder / "checkpoint-4", folder / training_run.WORK_NAME / "model"):
+    for moment in (folder / "checkpoint-4", folder / WORK_NAME / "model"):
         run = server.start(*command, "--output", folder)
         assert run.wait_for(moment.exists)
         run.kill()
@@ -396,22 +399,20 @@ def test_folder_that_cannot_be_written():
         user = os.geteuid()
         os.seteuid(user or 65534)  # root may write anywhere
         try:
-            with pytest.raises(training_run.RunError, match=f"can't write to {folder}: Permission denied"):
-                training_run.open_run(Path(folder), {})
+            with pytest.raises(InputError, match=f"can't write to {folder}: Permission denied"):
+                open_run(Path(folder), {})
         finally:
             os.seteuid(user)
 
 
 def test_figure(monkeypatch, tmp_path):
     """Steps are whole numbers, and the legend tells what the faint lines are."""
-    figures = []
-    monkeypatch.setattr(training_run.plt, "close", figures.append)
+    drawn, png = [], figures.png
+    monkeypatch.setattr(figures, "png", lambda figure, *args: drawn.append(figure) or png(figure, *args))
     metrics = [{"step": step, "loss": 5.0, "held_out_loss": 5.0} for step in (1, 2)]
-    training_run.plot_losses({"donor": metrics, "block": metrics}, tmp_path / "figure.png", "two steps")
-    monkeypatch.undo()
-    assert all(float(tick).is_integer() for tick in figures[0].axes[0].get_xticks())
-    assert [entry.get_text() for entry in figures[0].legends[0].get_texts()] == ["donor", "block", "training"]
-    training_run.plt.close(figures[0])
+    figures.plot_losses({"donor": metrics, "block": metrics}, tmp_path / "figure.png", "two steps")
+    assert all(float(tick).is_integer() for tick in drawn[0].axes[0].get_xticks())
+    assert [entry.get_text() for entry in drawn[0].legends[0].get_texts()] == ["donor", "block", "training"]
 
 
 def test_compare(server, text):
@@ -527,7 +528,7 @@ def test_compile(server, text):
 
 
 def load(folder: Path, **options) -> datasets.Dataset:
-    return training_data.load_documents([str(folder)], **options)
+    return data.load_documents([str(folder)], **options)
 
 
 @pytest.fixture
@@ -537,8 +538,8 @@ def cache(tmp_path, monkeypatch):
 
 def test_packing(text, tokenizer, cache):
     """Sequences hold all tokens of the documents in order, without padding; positions restart with each document."""
-    tokens = training_data.tokenized(load(text), tokenizer, "text")
-    packed = training_data.PackedDocuments(tokens, 48)
+    tokens = data.tokenized(load(text), tokenizer, "text")
+    packed = data.PackedDocuments(tokens, 48)
     texts = [file.read_text() for file in sorted(text.iterdir())]
     expected = [(*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for text in texts]
     flat = [(token, row, at) for row, ids in enumerate(expected) for at, token in enumerate(ids)]
@@ -559,10 +560,10 @@ def test_attention_stays_within_documents(family, mode):
     """In a packed sequence each document has the logits that it has alone."""
     make_config = tiny_donor_config if mode == "donor" else tiny_config
     model = perturb(AutoModelForCausalLM.from_config(make_config(family)).eval(), std=0.2)
-    model = packed_documents.separate_documents(model)
+    model = packing.separate_documents(model)
     documents = np.repeat([4, 7, 8], [9, 5, 10])
-    item = training_data.sequence(np.random.default_rng(0).integers(3, 67, 24), documents)
-    batch = training_data.collate([item])
+    item = data.sequence(np.random.default_rng(0).integers(3, 67, 24), documents)
+    batch = data.collate([item])
     with torch.no_grad():
         packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         alone = [model(input_ids=ids[None]).logits for ids in item["input_ids"].split([9, 5, 10])]
@@ -587,7 +588,7 @@ def test_delta_attention_by_document(is_checkpointed):
     documents = [part for row, parts in zip(ids, lengths) for part in row.split(parts)]
     alone = torch.cat([model(input_ids=part[None], use_cache=False).logits for part in documents], 1).view_as(weights)
     expected = gradients(alone)
-    packed_documents.separate_documents(model)
+    packing.separate_documents(model)
     if is_checkpointed:
         model.gradient_checkpointing_enable()
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -602,10 +603,10 @@ def test_delta_attention_by_document(is_checkpointed):
 
 def test_patterns(text, cache):
     """A pattern in quotes stands for the files that it matches."""
-    found = training_data.load_documents([str(text / "1*.txt"), str(text / "0[1-3].txt")])["text"]
+    found = data.load_documents([str(text / "1*.txt"), str(text / "0[1-3].txt")])["text"]
     assert sorted(found) == sorted(file.read_text() for file in [*text.glob("1*.txt"), *text.glob("0[1-3].txt")])
-    with pytest.raises(training_data.DataError, match=r"x\*\.txt doesn't exist"):
-        training_data.load_documents([str(text / "x*.txt")])
+    with pytest.raises(InputError, match=r"x\*\.txt doesn't exist"):
+        data.load_documents([str(text / "x*.txt")])
 
 
 def test_split_is_by_hash(text, tokenizer, cache, tmp_path):
@@ -613,7 +614,7 @@ def test_split_is_by_hash(text, tokenizer, cache, tmp_path):
 
     def sides(folder):
         documents = load(folder)
-        train, test = training_data.split_and_pack(training_data.tokenized(documents, tokenizer, "text"), 8, 0.2)
+        train, test = data.split_and_pack(data.tokenized(documents, tokenizer, "text"), 8, 0.2)
         rows = [{documents[row]["text"] for row in side.documents["document"].to_pylist()} for side in (train, test)]
         return rows
 
@@ -632,23 +633,23 @@ def test_split_is_by_hash(text, tokenizer, cache, tmp_path):
 
 def test_little_data_has_a_held_out_part(tokenizer, cache, tmp_path):
     """Where no document has a hash below the share, those with the lowest are held out until they make a sequence."""
-    rows = training_data.held_out_rows(np.array([7, 3, 5, 3, 9]) << 58, 0.01, np.array([4, 2, 9, 2, 4]), at_least=6)
+    rows = data.held_out_rows(np.array([7, 3, 5, 3, 9]) << 58, 0.01, np.array([4, 2, 9, 2, 4]), at_least=6)
     assert rows.tolist() == [False, True, True, True, False]  # copies are on the same side
-    assert training_data.held_out_rows(np.array([7, 3]) << 58, 0.5, np.array([1, 1])).tolist() == [True, True]
+    assert data.held_out_rows(np.array([7, 3]) << 58, 0.5, np.array([1, 1])).tolist() == [True, True]
     for index in range(6):
         (tmp_path / f"{index}.txt").write_text(f"{index} " * 30)
     documents = load(tmp_path)
-    train, test = training_data.split_and_pack(training_data.tokenized(documents, tokenizer, "text"), 40, 1e-9)
+    train, test = data.split_and_pack(data.tokenized(documents, tokenizer, "text"), 40, 1e-9)
     assert len(test) > 0 and train.num_tokens > test.num_tokens
-    hashes = [training_data.text_hash(text) for text in documents["text"]]
+    hashes = [data.text_hash(text) for text in documents["text"]]
     assert sorted(test.hashes) == sorted(hashes)[: len(test.hashes)]
 
 
 def test_streaming_gives_the_same_sequences(text, tokenizer, cache):
     """A stream packs the documents as the prepared data set does, and starts again at its end."""
-    tokens = training_data.tokenized(load(text), tokenizer, "text")
-    packed, _ = training_data.split_and_pack(tokens, 40, 0.2)
-    stream = training_data.StreamedSequences(load(text, streaming=True), tokenizer, "text", 40, False, 0.2)
+    tokens = data.tokenized(load(text), tokenizer, "text")
+    packed, _ = data.split_and_pack(tokens, 40, 0.2)
+    stream = data.StreamedSequences(load(text, streaming=True), tokenizer, "text", 40, False, 0.2)
     assert len(list(stream.once())) == len(packed)
     for index, item in zip(range(len(packed) + 2), stream):
         assert all(torch.equal(item[name], packed[index % len(packed)][name]) for name in item)
@@ -656,11 +657,11 @@ def test_streaming_gives_the_same_sequences(text, tokenizer, cache):
 
 def test_shuffled_order(text, tokenizer, cache):
     """Every epoch holds every sequence once, in an order of its own that the seed alone decides."""
-    packed = training_data.PackedDocuments(training_data.tokenized(load(text), tokenizer, "text"), 500)
+    packed = data.PackedDocuments(data.tokenized(load(text), tokenizer, "text"), 500)
     count = len(packed)
 
     def order(seed):
-        shuffled = training_data.ShuffledSequences(packed, 2 * count + 1, seed)
+        shuffled = data.ShuffledSequences(packed, 2 * count + 1, seed)
         numbers = {tuple(packed[index]["input_ids"].tolist()): index for index in range(count)}
         torch.rand(seed + 1)  # other random numbers don't matter
         return [numbers[tuple(shuffled[index]["input_ids"].tolist())] for index in range(2 * count + 1)]
@@ -677,10 +678,10 @@ def test_files_of_rows(kind, cache, tmp_path):
     rows = datasets.Dataset.from_dict({"body": ["one text", "", "  ", "another text"], "number": [1, 2, 3, 4]})
     path = tmp_path / f"rows.{kind}"
     rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
-    documents = training_data.load_documents([str(path)], column="body")
+    documents = data.load_documents([str(path)], column="body")
     assert documents["body"][:] == rows["body"][:]
-    tokenizer = training_data.train_tokenizer(["one text"] * 9, 300)
-    assert training_data.tokenized(documents, tokenizer, "body")["document"][:] == [0, 3]
+    tokenizer = data.train_tokenizer(["one text"] * 9, 300)
+    assert data.tokenized(documents, tokenizer, "body")["document"][:] == [0, 3]
 
 
 def test_kinds_of_files(cache, tmp_path):
@@ -703,8 +704,8 @@ def test_parameter_groups():
     )
     model = attnres.AttnResForCausalLM(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for name in training_optim.OPTIMIZERS:
-        optimizer = training_optim.new_optimizer(model, name, learning_rate=0.5, weight_decay=0.3, depth_lr_scale=0.2)
+    for name in get_args(get_type_hints(TrainingOptions)["optimizer"]):
+        optimizer = optim.new_optimizer(model, name, learning_rate=0.5, weight_decay=0.3, depth_lr_scale=0.2)
         groups = {tuple(sorted(names[id(p)] for p in group["params"])): group for group in optimizer.param_groups}
         assert sorted(name for group in groups for name in group) == sorted(names.values())
         depth = groups.pop(("model.depth_attention.key_norm", "model.depth_attention.query"))
@@ -723,7 +724,7 @@ def test_muon_resumes():
     def new():
         torch.manual_seed(0)
         model = torch.nn.ModuleDict({"layers": torch.nn.Linear(6, 6), "head": torch.nn.Linear(6, 3)})
-        optimizer = training_optim.new_optimizer(model, "muon", 0.1)
+        optimizer = optim.new_optimizer(model, "muon", 0.1)
         return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
     def train(model, optimizer, schedule, steps):
@@ -1035,26 +1036,26 @@ def test_what_data_are_looked_through(monkeypatch, tmp_path, cache):
     for number in range(20):
         write(tmp_path / "files" / f"{number}.txt", "some text\n\n" * 9)
     packed = write(tmp_path / "packed.txt.gz", gzip.compress(b"some text\n\n" * 100_000))
-    monkeypatch.setattr(training_data, "MAX_FILES", 10)
+    monkeypatch.setattr(data, "MAX_FILES", 10)
     for name in ("files", "**", "files/*.txt"):
-        with pytest.raises(training_data.DataError, match="holds more than 10 files"):
-            training_data.load_documents([str(tmp_path / name)])
-    monkeypatch.setattr(training_data, "MAX_SECONDS", 0.2)
-    with pytest.raises(training_data.InputError, match="takes too long"):
-        training_data.load_documents(["/**/*.nothing"])
+        with pytest.raises(InputError, match="holds more than 10 files"):
+            data.load_documents([str(tmp_path / name)])
+    monkeypatch.setattr(data, "MAX_SECONDS", 0.2)
+    with pytest.raises(InputError, match="takes too long"):
+        data.load_documents(["/**/*.nothing"])
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(training_data.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(training_data.DataError, match="unpacks to more than the 0.0 GB"):
-        training_data.load_documents([str(packed)])
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(InputError, match="unpacks to more than the 0.0 GB"):
+        data.load_documents([str(packed)])
 
 
 def test_what_was_saved_is_checked(tmp_path):
     """A first checkpoint that from_pretrained couldn't load ends the run at once, with the name of a tensor."""
     model = AutoModelForCausalLM.from_config(tiny_config())
     model.save_pretrained(tmp_path)
-    assert training_run.check_saved(tmp_path, model)
+    assert check_saved(tmp_path, model)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight_blocks"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(training_run.RunError, match="loads again: .*model.layers.1.mlp.up_proj.weight is missing"):
-        training_run.check_saved(tmp_path, model)
+    with pytest.raises(InputError, match="loads again: .*model.layers.1.mlp.up_proj.weight is missing"):
+        check_saved(tmp_path, model)

@@ -1,7 +1,6 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Publishing and loading over HTTP, with the real client, against the Hub in hub_server.py."""
 
-import argparse
 import json
 import shutil
 import signal
@@ -13,7 +12,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from attnres_convert import InputError
 from attnres_convert.card import folder_card
+from attnres_recipes.data import train_tokenizer
+from attnres_recipes.options import PushOptions
+from attnres_recipes.publishing import add_card, collect, load_as_stranger, publish
 from convert_models import edit_json
 from families import tiny_model
 from hub_server import Fault, serve_hub
@@ -27,8 +30,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import push_to_hub  # noqa: E402
-from push_to_hub import PushError, add_card, collect, load_as_stranger, parse_arguments, publish  # noqa: E402
-from training_data import train_tokenizer  # noqa: E402
+from push_to_hub import parse_arguments  # noqa: E402
 
 
 TOKEN, OTHER_TOKEN = "hf_" + "a" * 34, "hf_" + "b" * 34
@@ -79,7 +81,7 @@ def run_script(hub, home: Path, *arguments, token: str | None = TOKEN) -> subpro
     )
 
 
-def arguments(folder: Path, *options: str, repo: str = "me/model") -> argparse.Namespace:
+def arguments(folder: Path, *options: str, repo: str = "me/model") -> PushOptions:
     return parse_arguments([str(folder), repo, *options])
 
 
@@ -172,7 +174,7 @@ def test_no_server(folder, tmp_path):
 def test_server_error(hub, api, folder):
     """An error in the middle is one line, and the repository stays as it was; the next push needs no upload again."""
     hub.faults.append(Fault("POST", "/commit/", status=500))
-    with pytest.raises(PushError) as error:
+    with pytest.raises(InputError) as error:
         publish(api, collect(folder), arguments(folder))
     assert str(error.value) == (
         "the Hub answers 500: Internal Error; nothing is half published, run the command again to go on."
@@ -216,7 +218,7 @@ def test_from_the_cache_of_the_hub(hub, api, folder, tmp_path):
 def test_file_that_vanishes(hub, api, folder):
     package = collect(folder)
     (folder / "results.json").unlink()
-    with pytest.raises(PushError, match="results.json is gone from the folder"):
+    with pytest.raises(InputError, match="results.json is gone from the folder"):
         publish(api, package, arguments(folder))
     assert published(hub) == {}
 
@@ -238,14 +240,14 @@ def test_branch(hub, api, folder):
     publish(api, collect(folder), arguments(folder))
     (folder / "README.md").write_text(CARD + "Other.\n")
     hub.faults.append(Fault("POST", "/commit/", status=500))
-    with pytest.raises(PushError, match="500"):
+    with pytest.raises(InputError, match="500"):
         publish(api, collect(folder), arguments(folder, "--revision", "trial"))
     assert list(hub.repositories["me/model"].branches) == ["main"]
     publish(api, collect(folder), arguments(folder, "--revision", "trial"))
     assert published(hub, revision="trial") == contents(folder)
     assert published(hub)["README.md"] == CARD.encode()
     api.create_tag("me/model", tag="v1", revision="trial")
-    with pytest.raises(PushError, match="is a tag or a commit"):
+    with pytest.raises(InputError, match="is a tag or a commit"):
         publish(api, collect(folder), arguments(folder, "--revision", "v1"))
 
 
@@ -272,7 +274,7 @@ def test_names_that_exist(hub, api, folder, options, repository, message):
     """Somebody else's name, and a public repository where a private one is wanted, are refused; nothing changes."""
     for name in ("other/model", "me/model"):
         hub.add(name, {"README.md": b"before"}, **repository)
-    with pytest.raises(PushError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         publish(api, collect(folder), parse_arguments([str(folder), *options]))
     assert "\n" not in str(error.value)
     assert published(hub, "other/model") == published(hub, "me/model") == {"README.md": b"before"}
@@ -290,7 +292,7 @@ def test_concurrent_change(hub, api, folder, monkeypatch):
         repository.commit(repository.branches, "main", {".gitattributes": b"", "README.md": b"newer"}, "meanwhile")
 
     monkeypatch.setattr(api, "preupload_lfs_files", change_meanwhile)
-    with pytest.raises(PushError, match="was changed meanwhile"):
+    with pytest.raises(InputError, match="was changed meanwhile"):
         publish(api, collect(folder), arguments(folder))
     assert published(hub) == {"README.md": b"newer"}
 
@@ -338,7 +340,7 @@ def test_card_takes_the_name_of_the_repository(hub, folder, tmp_path):
 def test_card_that_the_hub_refuses(hub, api, folder):
     """Metadata that is no YAML is refused before the commit."""
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(PushError, match="YAML can't be parsed"):
+    with pytest.raises(InputError, match="YAML can't be parsed"):
         publish(api, collect(folder), arguments(folder))
     assert published(hub) == {}
 
@@ -467,7 +469,7 @@ def no_auto_map(folder):
 )
 def test_refused(folder, change, message):
     change(folder)
-    with pytest.raises(PushError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         collect(folder, "the-token-in-use")
     assert "\n" not in str(error.value) and TOKEN not in str(error.value)
 
@@ -506,6 +508,6 @@ def weights_of_another_model(folder):
 def test_what_a_stranger_cannot_load(folder, change):
     """Faults that show only where the project isn't installed, or that transformers only warns of."""
     message = change(folder)
-    with pytest.raises(PushError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         load_as_stranger(collect(folder), trust_remote_code=True)
     assert "\n" not in str(error.value) and "nothing was uploaded" in str(error.value)

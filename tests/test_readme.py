@@ -9,6 +9,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
+import pretrain  # noqa: E402
 from exactness import markdown  # noqa: E402
 
 
@@ -148,16 +150,30 @@ def test_make_commands_exist():
 
 
 def test_long_commands_parse():
-    """Commands that take too long to run here have options that the scripts know and files that exist."""
+    """Commands that take too long to run here have options that they know and files that exist."""
     text = "".join(code_blocks("console")).replace("\\\n", " ")
     folders = ("scripts/", "benchmarks/")
-    commands = [shlex.split(line.removeprefix("$ ")) for line in text.splitlines()]
-    commands = [command for command in commands if any(word.startswith(folders) for word in command)]
-    assert len(commands) >= 3
-    for command in commands:
-        script = next(index for index, word in enumerate(command) if word.startswith(folders) and word[-3:] == ".py")
-        importlib.import_module(Path(command[script]).stem).parse_arguments(command[script + 1 :])
+    installed = {point.name: point.value.partition(":")[0] for point in entry_points(group="console_scripts")}
+    checked = 0
+    for command in (shlex.split(line.removeprefix("$ ")) for line in text.splitlines()):
+        names = [word for word in command if word.startswith(folders) and word[-3:] == ".py" or word in installed]
+        if not names or names[0] == "accelerate" and len(names) == 1:
+            continue
+        name = names[-1]
+        module = installed.get(name) or Path(name).stem
+        importlib.import_module(module).parse_arguments(command[command.index(name) + 1 :])
         assert all((ROOT / word).is_file() for word in command if word.startswith(folders))
+        checked += 1
+    assert checked >= 8
+
+
+def test_config_file(tmp_path):
+    """The file of options that is shown is one."""
+    (block,) = code_blocks("yaml")
+    (tmp_path / "run.yaml").write_text(block)
+    options = pretrain.parse_arguments(["--config-file", str(tmp_path / "run.yaml"), "--output", "out"])
+    assert (options.model, options.data, options.learning_rate) == ("my-llama", ["my-text"], 1e-3)
+    assert len(options.variants()) == 3
 
 
 def test_links_exist():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from attnres_recipes.data import stdlib_files
 from peft import AutoPeftModelForCausalLM
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,6 @@ SCRIPTS, BENCHMARKS = ROOT / "scripts", ROOT / "benchmarks"
 sys.path[:0] = [str(SCRIPTS), str(BENCHMARKS)]
 
 import quickstart  # noqa: E402
-from training_data import stdlib_files  # noqa: E402
 
 
 SIZES = {"seq-len": 32, "batch-size": 4, "eval-documents": 2, "steps": 8, "eval-sequences": 8, "new-tokens": 4}

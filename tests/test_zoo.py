@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from attnres_convert import InputError
+from attnres_convert.families import code_files
+from attnres_recipes.data import is_held_out, stdlib_files, text_hash
+from attnres_recipes.options import FinetuneOptions, PretrainOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,21 +27,23 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import zoo  # noqa: E402
-from attnres_convert.families import code_files  # noqa: E402
 from readme import section  # noqa: E402
-from training_data import is_held_out, stdlib_files, text_hash  # noqa: E402
 
 
 COMMITTED = zoo.RECIPES
-SHORT = "--held-out 0.2 --seq-len 32 --batch-size 4 --steps 3 --eval-steps 3 --eval-sequences 4 --depth-every 0"
-FIELDS = "num_hidden_layers=3 hidden_size=32 intermediate_size=64 num_attention_heads=2 num_key_value_heads=2"
+SHORT = {"held_out": 0.2, "seq_len": 32, "batch_size": 4, "steps": 3, "eval_steps": 3, "eval_sequences": 4}
+SHORT |= {"depth_every": 0}
+FIELDS = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64}
+FIELDS |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 RECIPES = {
     "block": zoo.Recipe(
         "a model",
-        "pretrain.py",
-        f"--config llama --set {FIELDS} --block-size 2 --data text --train-tokenizer 300 {SHORT}",
+        PretrainOptions,
+        {"config": "llama", "set": FIELDS, "block_size": 2, "data": "text", "train_tokenizer": 300, **SHORT},
     ),
-    "adapter": zoo.Recipe("an adapter", "finetune.py", f"--model model_cards/block --data sums.jsonl {SHORT}", "block"),
+    "adapter": zoo.Recipe(
+        "an adapter", FinetuneOptions, {"model": "model_cards/block", "data": "sums.jsonl", **SHORT}, "block"
+    ),
 }
 LOSS, BITS = "held-out loss (nats per token)", "bits per byte"
 
@@ -295,11 +302,11 @@ def test_weights_in_float32_are_found(root):
     """As is a recorded loss that the weights don't have."""
     folder, texts = Path("model_cards/block"), zoo.held_out_texts()
     edit_results(folder, lambda results: results["evaluation"][-2].update(value=1.5))
-    with pytest.raises(zoo.ZooError, match="by its card it is 1.5000"):
+    with pytest.raises(InputError, match="by its card it is 1.5000"):
         zoo.check_model(folder, texts)
     tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(zoo.ZooError, match="model.safetensors is F32"):
+    with pytest.raises(InputError, match="model.safetensors is F32"):
         zoo.check_model(folder, texts)
 
 
@@ -338,14 +345,14 @@ def test_build_again(root):
 def test_build_refuses(root, monkeypatch, capsys):
     """A run of other options, a missing base, a failing run: one line, and the folders stay as they are."""
     before = sorted(root.glob("model_cards/**/*"))
-    longer = dataclasses.replace(RECIPES["block"], options=RECIPES["block"].options.replace("--steps 3", "--steps 4"))
+    longer = dataclasses.replace(RECIPES["block"], values={**RECIPES["block"].values, "steps": 4})
     lonely = dataclasses.replace(RECIPES["adapter"], needs="absent")
-    broken = dataclasses.replace(RECIPES["block"], options="--config llama --data ./absent")
+    broken = dataclasses.replace(RECIPES["block"], values={"config": "llama", "data": "./absent"})
     monkeypatch.setattr(zoo, "RECIPES", {"block": longer, "adapter": lonely, "broken": broken})
     for name, message in {
         "block": "outputs/zoo/block holds a run with steps = 3, the recipe says 4; remove the run",
         "adapter": "adapter is made from absent, which is missing; add --build absent",
-        "broken": "the run in outputs/zoo/broken ended early; see above, the same command goes on with it",
+        "broken": "./absent doesn't exist",
     }.items():
         with pytest.raises(SystemExit) as exit:
             zoo.main(["--root", str(root), "--build", name])
@@ -359,12 +366,15 @@ def test_build_refuses(root, monkeypatch, capsys):
 # The committed zoo
 
 
-def test_recipes_are_options_of_the_scripts():
-    """Each command that a card shows is one that its script takes."""
+def test_recipes_are_options_of_the_scripts(monkeypatch):
+    """Each command that a card shows is one that its script takes, and stands for the recipe."""
+    monkeypatch.setattr(zoo, "RECIPES", COMMITTED)
     for name, recipe in COMMITTED.items():
-        script, *options = recipe.command(Path("outputs/zoo") / name)
-        args = importlib.import_module(Path(script).stem).parse_arguments(options)
-        assert str(args.output) == f"outputs/zoo/{name}"
+        program, *words = shlex.split(zoo.recipe_command(name))
+        script = importlib.import_module(f"attnres_commands.{program.removeprefix('attnres-')}")
+        options = script.parse_arguments(words)
+        assert options == recipe.options(Path("outputs/zoo") / name)
+        assert str(options.output) == f"outputs/zoo/{name}"
         assert recipe.needs is None or recipe.needs in COMMITTED
 
 
@@ -407,4 +417,4 @@ def test_held_out_text_is_held_out():
     rows = [json.loads(line) for line in (ROOT / "model_cards" / "held_out.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) > 10 and sum(len(row["text"]) for row in rows) > 80_000
     assert all(is_held_out(text_hash(row["text"]), 0.05) and row["license"] == "PSF-2.0" for row in rows)
-    assert not any("--held-out" in recipe.options for recipe in COMMITTED.values())
+    assert not any("held_out" in recipe.values for recipe in COMMITTED.values())

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from attnres_convert import InputError, convert_to_donor, reading
-from command_process import CommandServer
+from attnres_recipes.publishing import collect
+from command_process import CommandServer, packages
 from convert_models import edit_json
 from families import tokens
 from hub_server import serve_hub
@@ -23,11 +24,6 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from push_to_hub import PushError, collect  # noqa: E402
-
-
 TOKEN = "hf_" + "a" * 34
 BLOCK, KIMI = "model_cards/attnres-1.3m-block", "model_cards/kimi-linear-block"
 CODE = {BLOCK: CODE_FILES, KIMI: (*CODE_FILES, "families_attnres.py")}
@@ -191,7 +187,7 @@ def test_push(place, tmp_path, name):
         done = subprocess.run(
             [sys.executable, "scripts/push_to_hub.py", name, "me/model"],
             cwd=place,
-            env=hub.environment(tmp_path, TOKEN),
+            env={**hub.environment(tmp_path, TOKEN), "PYTHONPATH": str(packages(place, tmp_path / "packages"))},
             capture_output=True,
             text=True,
         )
@@ -227,7 +223,7 @@ def refusals(folder: Path) -> set[str]:
     """What pushing, training and converting say of a folder: one line each."""
     lines = set()
     for command in (collect, reading.check_own_files, lambda path: convert_to_donor(path, folder.parent / "donor")):
-        with pytest.raises((PushError, InputError)) as error:
+        with pytest.raises(InputError) as error:
             command(folder)
         lines.add(str(error.value))
     assert all("\n" not in line for line in lines) and not (folder.parent / "donor").exists()
@@ -268,7 +264,7 @@ def test_other_names(folder):
     targets = {"notes.md": ROOT / "modeling_attnres.py", "families_attnres.py": ROOT, "additional_chat_templates": ROOT}
     for name, target in targets.items():
         (folder / name).symlink_to(target)
-        with pytest.raises(PushError, match=f"{name} is a link that leaves the folder"):
+        with pytest.raises(InputError, match=f"{name} is a link that leaves the folder"):
             collect(folder)
         (folder / name).unlink()
 

@@ -1,2 +1,44 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Training, evaluation and plotting of models with Attention Residuals: the library under the commands."""
+"""Training, evaluation, generation, figures and publishing of models with Attention Residuals: the library under the
+commands.
+
+- what a command takes: `options`, read by `parser`; `defaults`
+- what is written: `folders`, `checkpoints`, `run`, `log`, `card`, `figures`
+- what is loaded: `configs`, `loading`, `start`, `adapters`, `packing`
+- text and examples: `data`, `examples`
+- training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,
+  `comparison`
+- looking into models: `look`, `plotting`, `evaluation`, `generation`
+- the Hub: `publishing`, `stranger`, `leaks`
+- processes and machines: `process`, `hardware`
+
+Imports go from the specific to the general, in seven levels.
+"""
+
+from importlib import import_module
+
+
+# Imported on use: torch and transformers take seconds, which `attnres-pretrain --help` needn't wait for
+_MODULES = {
+    "DepthCallback": "callback",
+    "EvaluateOptions": "options",
+    "FinetuneOptions": "options",
+    "GenerateOptions": "options",
+    "PlotOptions": "options",
+    "PretrainOptions": "options",
+    "PushOptions": "options",
+    "evaluate": "evaluation",
+    "finetune": "finetuning",
+    "generate": "generation",
+    "new_optimizer": "optim",
+    "plot": "plotting",
+    "pretrain": "pretraining",
+    "push": "publishing",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

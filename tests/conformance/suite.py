@@ -19,6 +19,7 @@ from transformers_tests.test_modeling_common import ModelTesterMixin, global_rng
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 import attnres
+from configuration_attnres import donor_class
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,10 +37,6 @@ CHANGES = {
     # scaled logits learn more slowly than the training test allows
     "granite": {"logits_scaling": 1.0},
 }
-
-
-def donor_class(model_class: type) -> type:
-    return next(base for base in model_class.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 class ModelTester:

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from attnres_convert import InputError
 from attnres_convert.reading import first_line, time_limit, understood
-from training_data import (
-    STDLIB,
-    DataError,
+
+from .data import (
     checked_text,
     data_name,
     held_out_rows,
@@ -34,6 +33,7 @@ from training_data import (
     text_hash,
     vocabulary_key,
 )
+from .defaults import STDLIB
 
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -52,7 +52,6 @@ EXAMPLE_FEATURES = datasets.Features(
         "hash": datasets.Value("int64"),
     }
 )
-
 # ChatML, with the tokenizer's own end of text after each message, so that generation stops there
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -114,7 +113,7 @@ def load_examples(
         split: which split, also with a slice as in `train[:1%]`.
 
     Raises:
-        DataError: it can't be read, is empty or has no such columns.
+        InputError: it can't be read, is empty or has no such columns.
     """
     if data in ([STDLIB], [STDLIB_CHAT]):
         rows = datasets.Dataset.from_generator(stdlib_functions, gen_kwargs={"python": platform.python_version()})
@@ -124,7 +123,7 @@ def load_examples(
         if columns is None and first.keys() >= set(usual):
             columns = usual
     if columns is None:
-        raise DataError(
+        raise InputError(
             f"{data_name(data)} has neither a column 'messages' nor columns 'prompt' and 'completion'; choose with "
             f"--columns from: {', '.join(first)}."
         )
@@ -142,7 +141,7 @@ def set_chat_template(tokenizer):
 @contextmanager
 def filled_in(name: str):
     """What goes wrong with a chat template, which is a program, in one line that begins with `name`."""
-    with time_limit(TEMPLATE_SECONDS, f"{name}: it doesn't come to an end"), understood(name, kind=DataError):
+    with time_limit(TEMPLATE_SECONDS, f"{name}: it doesn't come to an end"), understood(name):
         yield
 
 
@@ -309,9 +308,9 @@ def encode(batch: dict, indices: list[int], tokenizer, name: str) -> dict[str, l
         except InputError:
             raise
         except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise DataError(f"row {index} of {name} doesn't go with the chat template: {first_line(error)}.") from None
+            raise InputError(f"row {index} of {name} doesn't go with the chat template: {first_line(error)}.") from None
         except ValueError as error:
-            raise DataError(f"row {index} of {name} {first_line(error)}.") from None
+            raise InputError(f"row {index} of {name} {first_line(error)}.") from None
         for example in examples or [[("", False)]]:
             checked_text("".join(text for text, _ in example), index, " and ".join(batch))
             item = labelled(example, tokenizer, has_template=is_chat(values[0]))
@@ -411,7 +410,7 @@ def split_and_pack_examples(
     left to learn.
 
     Raises:
-        DataError: one of the two is empty.
+        InputError: one of the two is empty.
     """
     columns = examples.with_format("numpy")
     hashes, lengths, first = (np.asarray(columns[name][:]) for name in ("hash", "num_tokens", "first_label"))
@@ -422,7 +421,7 @@ def split_and_pack_examples(
         "truncated": int((usable & (lengths > seq_len)).sum()),
     }
     if not usable.any():
-        raise DataError(
+        raise InputError(
             f"none of the {len(usable)} examples has an answer within --seq-len {seq_len}; the shortest answer begins "
             f"after {first.min()} tokens."
             if len(first) and (first < lengths).any()
@@ -432,7 +431,7 @@ def split_and_pack_examples(
     train, test = (examples.select(np.flatnonzero(usable & side)) for side in (~held_out, held_out))
     for side, what in ((train, "to train on"), (test, "held out")):
         if not len(side):
-            raise DataError(
+            raise InputError(
                 f"too little data: {counts['examples']} examples with an answer, none of them {what}; give more, or "
                 "change --held-out."
             )

@@ -3,7 +3,7 @@
 
 A document is a row of a data set, or a file, paragraph or line of text. Documents follow one another with an end of
 text between them, and are cut into sequences of equal length. Position ids restart with each document: from this, and
-because no attention mask is given, transformers keeps attention within a document (see also packed_documents.py).
+because no attention mask is given, transformers keeps attention within a document (see also packing.py).
 """
 
 import gzip
@@ -30,8 +30,9 @@ from datasets.utils.extract import Extractor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .defaults import STDLIB
 
-STDLIB = "stdlib"
+
 BUILDERS = {
     **dict.fromkeys((".txt", ".md", ".rst", ".py"), "text"),
     **dict.fromkeys((".jsonl", ".json"), "json"),
@@ -55,10 +56,6 @@ TOKEN_FEATURES = datasets.Features(
 )
 
 
-class DataError(InputError):
-    """The data can't be trained on; the message is one line that says why and what to do."""
-
-
 def stdlib_files() -> list[Path]:
     """The source files of Python's standard library, without installed packages and unit tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -75,11 +72,11 @@ def few_enough(paths: Iterable, name) -> Iterator:
     """The paths that are found somewhere.
 
     Raises:
-        DataError: there are too many, as in a whole file system.
+        InputError: there are too many, as in a whole file system.
     """
     for number, path in enumerate(paths):
         if number == MAX_FILES:
-            raise DataError(f"{name} holds more than {MAX_FILES:,} files; name a folder or pattern with fewer.")
+            raise InputError(f"{name} holds more than {MAX_FILES:,} files; name a folder or pattern with fewer.")
         yield path
 
 
@@ -98,11 +95,11 @@ def check_file(file: Path, separator: bytes | None, most: int, room: int) -> int
         room: bytes on the disk.
 
     Raises:
-        DataError: one hasn't.
+        InputError: one hasn't.
     """
     kind = Extractor.infer_extractor_format(str(file))
     if kind not in (None, "gzip"):
-        raise DataError(f"{file} is an archive ({kind}), which isn't unpacked; give the files in it.")
+        raise InputError(f"{file} is an archive ({kind}), which isn't unpacked; give the files in it.")
     size = since = 0  # bytes in all, and since the last separator
     end = b""
     with gzip.open(file) if kind else open(file, "rb") as opened:
@@ -115,9 +112,9 @@ def check_file(file: Path, separator: bytes | None, most: int, room: int) -> int
             end = text[-1:]
             if since > most:
                 what = {None: "is", b"\n": "has a line", b"\n\n": "has a paragraph"}[separator]
-                raise DataError(f"{file} {what} of more than {most / 1e6:,.0f} MB; split it, or change --sample-by.")
+                raise InputError(f"{file} {what} of more than {most / 1e6:,.0f} MB; split it, or change --sample-by.")
             if kind and size > room:
-                raise DataError(f"{file} unpacks to more than the {room / 1e9:,.1f} GB that there is room for.")
+                raise InputError(f"{file} unpacks to more than the {room / 1e9:,.1f} GB that there is room for.")
     return size if kind else 0
 
 
@@ -131,7 +128,7 @@ def check_files(files: list[Path], builder: str, sample_by: str | None, streamin
         if builder == "json" and file.name.lower().removesuffix(".gz").endswith(".json"):  # may be one list
             separator, most = None, (available_memory() or 8 * MAX_BYTES) // 8
         if separator is None and file.stat().st_size > most:
-            raise DataError(f"{file} is of more than {most / 1e6:,.0f} MB, which are read at once; split it.")
+            raise InputError(f"{file} is of more than {most / 1e6:,.0f} MB, which are read at once; split it.")
         room -= check_file(file, separator, most, room)
 
 
@@ -145,19 +142,19 @@ def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
                 known = (file for file in inside if builder_of(file) and file.is_file())
                 files += sorted(f for f in known if not any(p.startswith(".") for p in f.relative_to(path).parts))
         elif not is_regular(path):
-            raise DataError(f"{path} is no regular file.")
+            raise InputError(f"{path} is no regular file.")
         else:
             files.append(path)
     unknown = [file for file in files if builder_of(file) is None]
     if unknown:
-        raise DataError(f"{unknown[0]}: unknown kind of file; known are {', '.join(BUILDERS)}, also with .gz.")
+        raise InputError(f"{unknown[0]}: unknown kind of file; known are {', '.join(BUILDERS)}, also with .gz.")
     if not files:
-        raise DataError(f"{paths[0]} holds no file to train on; known kinds are {', '.join(BUILDERS)}, also with .gz.")
+        raise InputError(f"{paths[0]} holds no file to train on; known kinds are {', '.join(BUILDERS)}, also with .gz.")
     if not any(file.stat().st_size for file in files):
-        raise DataError(f"{paths[0]} is empty.")
+        raise InputError(f"{paths[0]} is empty.")
     kinds = {builder_of(file): file for file in files}
     if len(kinds) > 1:
-        raise DataError(f"text, JSON and Parquet can't be mixed: {', '.join(map(str, kinds.values()))}.")
+        raise InputError(f"text, JSON and Parquet can't be mixed: {', '.join(map(str, kinds.values()))}.")
     return next(iter(kinds)), files
 
 
@@ -165,17 +162,17 @@ def local_files(paths: list[Path]) -> tuple[str, list[Path]]:
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0", "at least one example when writing data")
 
 
-def reading_error(name: str, error: BaseException) -> DataError:
+def reading_error(name: str, error: BaseException) -> InputError:
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, StopIteration) or any(words in str(error) for words in NO_ROWS):
-        return DataError(f"{name} is empty.")
+        return InputError(f"{name} is empty.")
     if isinstance(error, UnicodeDecodeError):
-        return DataError(f"{name} is not text: {error}.")
+        return InputError(f"{name} is not text: {error}.")
     if names := re.match(r"Config name is missing.*?\[(.*?)\]", str(error), re.DOTALL):
-        return DataError(f"{name} has several configurations; choose one of {names[1]}.")
+        return InputError(f"{name} has several configurations; choose one of {names[1]}.")
     hint = "; log in with `hf auth login` if it is private" if type(error) is DatasetNotFoundError else ""
-    return DataError(f"{name} can't be read: {first_line(error)}{hint}.")
+    return InputError(f"{name} can't be read: {first_line(error)}{hint}.")
 
 
 @contextmanager
@@ -213,7 +210,7 @@ def load_rows(
         option: with which a user chooses columns, for the message. The others are those of [`load_documents`].
 
     Raises:
-        DataError: it can't be read, is empty or lacks a column.
+        InputError: it can't be read, is empty or lacks a column.
     """
     name = data_name(data)
     data = [path for pattern in data for path in matching(pattern)]
@@ -226,11 +223,11 @@ def load_rows(
                 "text", data_files=files, sample_by="document", encoding_errors="replace", **options
             )
         elif STDLIB in data and not Path(STDLIB).exists():
-            raise DataError(f"{STDLIB} goes with no other data; leave out {STDLIB} or the others.")
+            raise InputError(f"{STDLIB} goes with no other data; leave out {STDLIB} or the others.")
         elif any(path.exists() for path in paths):
             missing = [path for path in paths if not path.exists()]
             if missing:
-                raise DataError(f"{missing[0]} doesn't exist.")
+                raise InputError(f"{missing[0]} doesn't exist.")
             builder, files = local_files(paths)
             if builder == "text":
                 options["encoding"] = "utf-8-sig"  # leaves out a byte order mark
@@ -238,15 +235,15 @@ def load_rows(
             check_files(files, builder, options.get("sample_by"), streaming)
             rows = datasets.load_dataset(builder, data_files=list(map(str, files)), **options)
         elif len(data) > 1 or builder_of(paths[0]) or data[0].startswith((".", "/")):
-            raise DataError(f"{data[0]} doesn't exist.")
+            raise InputError(f"{data[0]} doesn't exist.")
         else:
             rows = datasets.load_dataset(data[0], config, **options)
         first = next(iter(rows), {})
     if not first:
-        raise DataError(f"{name} is empty.")
+        raise InputError(f"{name} is empty.")
     for column in columns:
         if column not in first:
-            raise DataError(f"{name} has no column {column!r}; choose with {option} from: {', '.join(first)}.")
+            raise InputError(f"{name} has no column {column!r}; choose with {option} from: {', '.join(first)}.")
     return rows.select_columns(columns) if columns else rows, first
 
 
@@ -270,11 +267,11 @@ def load_documents(
         streaming: read as training goes on instead of preparing all of it first.
 
     Raises:
-        DataError: it can't be read, is empty or has no such column.
+        InputError: it can't be read, is empty or has no such column.
     """
     documents, first = load_rows(data, [column], config, split, sample_by, streaming)
     if not isinstance(first[column], (str, type(None))):
-        raise DataError(
+        raise InputError(
             f"column {column!r} of {data_name(data)} doesn't hold text; its first row is {first[column]!r:.80}."
         )
     return documents
@@ -284,12 +281,12 @@ def checked_text(value, row: int, column: str) -> str:
     """The text of a row, none for null.
 
     Raises:
-        DataError: it holds something else, as JSON may from any row on.
+        InputError: it holds something else, as JSON may from any row on.
     """
     if not isinstance(value, (str, type(None))):
-        raise DataError(f"row {row} of the data doesn't hold text in column {column!r}, but {value!r:.80}.")
+        raise InputError(f"row {row} of the data doesn't hold text in column {column!r}, but {value!r:.80}.")
     if value and len(value) > MAX_DOCUMENT:
-        raise DataError(
+        raise InputError(
             f"row {row} of the data has {len(value):,} characters, and at most {MAX_DOCUMENT:,} are tokenised at once; "
             "split it, or change --sample-by."
         )
@@ -386,7 +383,7 @@ def check_tokens(input_ids, vocab_size: int, tokenizer, name: str):
         input_ids: an array or, of any length, a data set with such a column.
 
     Raises:
-        DataError: it has none of one.
+        InputError: it has none of one.
     """
     if len(tokenizer) <= vocab_size:
         return
@@ -397,7 +394,7 @@ def check_tokens(input_ids, vocab_size: int, tokenizer, name: str):
         largest = int(np.asarray(input_ids).max(initial=0))
     if largest >= vocab_size:
         token = tokenizer.convert_ids_to_tokens(largest)
-        raise DataError(
+        raise InputError(
             f"{name} has the token {token!r:.40}, number {largest}, and the model embeds {vocab_size} tokens; enlarge "
             "it by training with --resize-embeddings (finetune.py --method full, pretrain.py)."
         )
@@ -570,7 +567,7 @@ class StreamedSequences(torch.utils.data.IterableDataset):
                 empty = False
                 yield item
             if empty:
-                raise DataError(f"the stream holds less than one sequence of {self.seq_len} tokens to train on.")
+                raise InputError(f"the stream holds less than one sequence of {self.seq_len} tokens to train on.")
 
 
 def collate(sequences: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -583,7 +580,7 @@ def split_and_pack(tokens: datasets.Dataset, seq_len: int, fraction: float) -> t
     """Sequences to train on, and those of the held-out documents, these in the order of their hashes.
 
     Raises:
-        DataError: one of the two is empty.
+        InputError: one of the two is empty.
     """
     hashes = np.asarray(tokens.with_format("numpy")["hash"][:], dtype=np.int64)
     sizes = np.asarray(tokens.with_format("numpy")["num_tokens"][:], dtype=np.int64)
@@ -593,7 +590,7 @@ def split_and_pack(tokens: datasets.Dataset, seq_len: int, fraction: float) -> t
     test = PackedDocuments(tokens.select(order[held_out[order]]), seq_len)
     for packed, what in ((train, "to train on"), (test, "held out")):
         if len(packed) == 0:
-            raise DataError(
+            raise InputError(
                 f"too little text: {packed.num_tokens} tokens {what}, fewer than one sequence of {seq_len}; give more "
                 "text or more documents (--sample-by), or change --seq-len or --held-out."
             )

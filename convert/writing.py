@@ -1,19 +1,9 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What reports of all scripts are made of; it needs nothing but Python."""
+"""Files that appear complete or not at all, as text, JSON and Markdown tables; it needs nothing but Python."""
 
 import json
-import platform
 import secrets
-from contextlib import suppress
 from pathlib import Path
-
-
-def cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_text(path: Path, text: str):
@@ -38,13 +28,19 @@ def write_json(path: Path, content: dict):
 
 
 def json_text(content: dict) -> str:
-    return json.dumps(content, indent=1, default=str) + "\n"
+    """As transformers writes JSON, in the order of `content`."""
+    return json.dumps(content, indent=2, default=str) + "\n"
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table; the first row is the heading, all columns but the first hold numbers."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
+def table(rows: list[tuple[str, ...]], aligned: bool = True) -> str:
+    """A Markdown table; the first row is the heading.
+
+    Args:
+        aligned: all columns but the first hold numbers.
+    """
+    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+    widths = [max(len(row[column]) if aligned else 0 for row in rows) for column in range(len(rows[0]))]
+    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])) if aligned else ("---",) * len(widths)
     lines = []
     for first, *others in (rows[0], rule, *rows[1:]):
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]

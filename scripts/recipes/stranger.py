@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Loads a model folder as a stranger would, without this project, in a process that is closed off: for push_to_hub.py.
+"""Loads a model folder as a stranger would, without this project, in a process that is closed off.
 
 The code in the folder runs in that process. It gets a few harmless variables of the environment, an empty home folder,
 a limit of time, and, where the system allows it without any rights, which Linux does:
@@ -26,7 +26,10 @@ import tempfile
 from pathlib import Path
 
 
-MODULES = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = ROOT if (ROOT / "attnres.py").is_file() else None  # installed, it is beside libraries: no folder to leave out
+MODULES = ["attnres", "configuration_attnres", "depth_attention_attnres", "families_attnres", "modeling_attnres"]
+MODULES += ["attnres_commands", "attnres_convert", "attnres_kernels", "attnres_recipes"]
 TEST_TOKENS = 4
 SECONDS, SECONDS_PER_GB = 600, 60
 MAX_OUTPUT = 100_000_000  # bytes, of any file that is written
@@ -49,12 +52,13 @@ class StrangerError(ValueError):
     """A stranger can't load it; the message says why, without a full stop."""
 
 
-def load(files: dict[str, Path], with_code: bool) -> tuple[str, list[str]]:
+def load(files: dict[str, Path], with_code: bool, adapter: dict[str, Path] | None = None) -> tuple[str, list[str]]:
     """Loads files in a process of its own and lets the model generate.
 
     Args:
         files: by their path in the model folder.
         with_code: run the code among them.
+        adapter: files of one that goes on the model.
 
     Returns:
         the text, and what the system didn't keep the process from.
@@ -63,22 +67,25 @@ def load(files: dict[str, Path], with_code: bool) -> tuple[str, list[str]]:
         StrangerError: they don't load, or don't generate, or not in time.
     """
     with tempfile.TemporaryDirectory(prefix="attnres-push-") as temporary:
-        stage, home = Path(temporary, "model"), Path(temporary, "home")
+        stages, home = (Path(temporary, "model"), Path(temporary, "adapter")), Path(temporary, "home")
         home.mkdir()
-        for name, path in files.items():
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            if name.endswith(".py"):
-                shutil.copyfile(path, stage / name)  # what was looked at, whatever becomes of the file
-            else:
-                (stage / name).symlink_to(path.resolve())
-        size = sum(path.stat().st_size for path in files.values())
+        for stage, part in zip(stages, (files, adapter or {})):
+            for name, path in part.items():
+                (stage / name).parent.mkdir(parents=True, exist_ok=True)
+                if name.endswith(".py"):
+                    shutil.copyfile(path, stage / name)  # what was looked at, whatever becomes of the file
+                else:
+                    (stage / name).symlink_to(path.resolve())
+        paths = [*files.values(), *(adapter or {}).values()]
+        size = sum(path.stat().st_size for path in paths)
         task = {
-            "folder": str(stage),
+            "folder": str(stages[0]),
+            "adapter": str(stages[1]) if adapter else None,
             "home": str(home),
             "with_code": with_code,
-            "readable": [str(stage), *(str(path.resolve()) for path in files.values())],
-            "project": str(MODULES),
-            "modules": [path.stem for path in MODULES.glob("*attnres.py")] + ["attnres_convert"],
+            "readable": [*map(str, stages), *(str(path.resolve()) for path in paths)],
+            "project": PROJECT and str(PROJECT),
+            "modules": MODULES,
             "parent": os.getpid(),
         }
         seconds = SECONDS + SECONDS_PER_GB * size / 1e9
@@ -155,7 +162,7 @@ def child():
         os.write(task["status"], json.dumps(still_open).encode())
         os.close(task["status"])
     try:
-        print(json.dumps({"text": generated(torch, transformers, task["folder"], task["with_code"])}))
+        print(json.dumps({"text": generated(torch, transformers, task)}))
     except StrangerError as error:
         print(json.dumps({"error": str(error)}))
 
@@ -184,12 +191,13 @@ def doing(what: str, advice: str):
         raise StrangerError(f"{what}: {text} ({type(error).__name__}); {advice}") from None
 
 
-def generated(torch, transformers, folder: str, with_code: bool) -> str:
+def generated(torch, transformers, task: dict) -> str:
     """The text of a few tokens.
 
     Raises:
         StrangerError: the model doesn't load, or doesn't generate.
     """
+    folder, adapter, with_code = task["folder"], task["adapter"], task["with_code"]
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").addHandler(REPORTED)
     model_again, tokenizer_again = (f"save the {what} again with save_pretrained" for what in ("model", "tokenizer"))
@@ -211,7 +219,12 @@ def generated(torch, transformers, folder: str, with_code: bool) -> str:
         for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
             if info[problem]:
                 raise ValueError(f"the weights have {problem.replace('_', ' ')}: {min(map(str, info[problem]))}")
-    with doing("the model doesn't generate", "try it with scripts/generate.py"):
+    if adapter:
+        with doing("the adapter doesn't load", "save it again with save_pretrained"):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
+    with doing("the model doesn't generate", "try it with attnres-generate"):
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; enlarge "

@@ -1,27 +1,14 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""What happens over depth while a model trains, for any `Trainer`:
-
-    Trainer(..., callbacks=[DepthCallback("outputs/run", probe={"input_ids": held_out[:1]})])
-
-Every `every` steps one short forward of the same text, the probe, shows each sublayer and each read, so that steps and
-models are comparable and nothing of it touches training. Works on donors too, whose reads are the residual stream.
-"""
+"""What a model does over depth, seen in a forward: outputs of sublayers, reads and their weights, gradients."""
 
 import re
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
-from training_optim import uses_deepspeed
-from training_run import JsonLines
-from transformers import TrainerCallback
-
-
-DEPTH_FILE = "depth.jsonl"
 
 
 def decoder(model: nn.Module) -> nn.Module | None:
@@ -151,61 +138,42 @@ def gradient_norms(layers: nn.ModuleList) -> list[float | None]:
     return norms
 
 
-class DepthCallback(TrainerCallback):
-    """Writes what [`look`] sees and the gradient norm of each layer to `depth.jsonl` and TensorBoard.
+@torch.no_grad()
+def token_weights(model, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """The weights of each read for each token, `(num_sources, batch * seq)`."""
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
+    reads = model.eval()(**inputs, output_depth_attentions=True, use_cache=False).depth_attentions
+    return [read.float().transpose(0, 1).flatten(1).cpu().numpy() for read in reads]
 
-    An entry is of the weights that a step starts from and of the gradient that it computes, before clipping; the norm
-    of a layer that isn't trained is null. The Trainer logs each step that is looked at, because only its log has the
-    norm from before clipping.
 
-    Args:
-        folder: where to; TensorBoard's part goes to its `tensorboard/depth`.
-        probe: what the model is shown, for instance `{"input_ids": ids}` `(batch, seq)`. One sequence is enough.
-        every: steps between two looks; the first step is always looked at. By default both looks of the first 200
-            steps together take less than one percent of them, also where a batch is no larger than the probe.
+def mean_weights(model, batches: list[dict[str, torch.Tensor]]) -> list[np.ndarray]:
+    """The weights of each read, `(num_sources,)`, averaged over the tokens of batches of one size."""
+    by_batch = [[read.mean(1) for read in token_weights(model, batch)] for batch in batches]
+    return [np.mean(reads, axis=0) for reads in zip(*by_batch)]
+
+
+def depth_dynamics(model, batches: list[dict[str, torch.Tensor]]) -> dict[str, list[float]]:
+    """What a donor or AttnRes model does over depth on some text, given as batches of one size.
+
+    Returns:
+        `output_rms` of each of the 2L sublayers, `read_rms` of each of the 2L+1 reads (the residual stream of a donor),
+        and `gradient_norm` of the parameters of each of the L layers, for the mean loss.
     """
-
-    def __init__(self, folder: str | Path, probe: dict[str, torch.Tensor], every: int = 200):
-        self.folder, self.probe, self.every = Path(folder), probe, every
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        check_can_be_watched(model)
-        self.writer = self.entry = None
-        if state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds
-
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lines = JsonLines(self.folder / DEPTH_FILE, state.global_step)
-            self.writer = SummaryWriter(self.folder / "tensorboard" / "depth", purge_step=state.global_step + 1)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        step = state.global_step + 1
-        if step % self.every and step != 1 or uses_deepspeed():
-            return  # DeepSpeed has already taken the step, and keeps the parameters in pieces
-        started = time.perf_counter()
-        self.entry = {**look(model, self.probe), "gradient_norm": gradient_norms(decoder(model).layers)}
-        self.seconds = time.perf_counter() - started
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.entry is not None:
-            control.should_log = True
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Writes the entry of a step; its log comes before its checkpoint, so that no resumed run misses it."""
-        if self.entry is None or "loss" not in logs:
-            return
-        entry, self.entry = self.entry, None
-        if self.writer is None:
-            return
-        if args.max_grad_norm and "grad_norm" in logs:  # what torch has clipped by
-            factor = max(1.0, (logs["grad_norm"] + 1e-6) / args.max_grad_norm)
-            entry["gradient_norm"] = [norm and norm * factor for norm in entry["gradient_norm"]]
-        for name, values in entry.items():
-            for index, value in enumerate(values):
-                if value is not None:
-                    self.writer.add_scalar(f"{name}/{index:03d}", value, state.global_step)
-        self.lines.write({"step": state.global_step, **entry, "seconds": self.seconds})
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.writer is not None:
-            self.writer.flush()
+    squares = {"output_rms": [], "read_rms": []}
+    layers = decoder(model).layers
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in layers.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    model.zero_grad()
+    for batch in batches:
+        batch = {name: value.to(model.device) for name, value in batch.items() if name != "documents"}
+        seen = look(model, {name: value for name, value in batch.items() if name != "labels"})
+        for name, values in squares.items():
+            values.append(np.square(seen[name]))
+        (model(**batch, use_cache=False).loss / len(batches)).backward()
+    dynamics = {name: np.sqrt(np.mean(values, axis=0)).tolist() for name, values in squares.items()}
+    dynamics["gradient_norm"] = gradient_norms(layers)
+    model.zero_grad()
+    for parameter, requires_grad in trained.items():
+        parameter.requires_grad_(requires_grad)
+    return dynamics

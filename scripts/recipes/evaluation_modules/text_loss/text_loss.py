@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""A module of `evaluate` that loads without a network: `evaluate.load("scripts/evaluation/text_loss")`."""
+"""A module of `evaluate` that loads without a network: `evaluate.load` takes its folder."""
 
 import math
 

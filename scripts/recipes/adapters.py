@@ -13,14 +13,14 @@ from pathlib import Path
 
 import peft
 import torch
-from attnres_convert import reading
-from depth_callback import decoder
+from attnres_convert import InputError, reading
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
-from training_run import RunError
 from transformers.utils import cached_file
+
+from .look import decoder
 
 
 BASE_FILE = "base.json"  # beside an adapter: which model it was trained on
@@ -55,10 +55,10 @@ def read_adapter_config(adapter: str) -> dict | None:
     reading.typed(content, "base_model_name_or_path", str, file)
     kind = reading.typed(content, "peft_type", str, file)
     if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise RunError(f"{file}: PEFT {peft.__version__} knows no peft_type {kind!r}.")
+        raise InputError(f"{file}: PEFT {peft.__version__} knows no peft_type {kind!r}.")
     rank = reading.typed(content, "r", int, file)
     if rank is not None and rank < 1:
-        raise RunError(f"{file}: r is {rank}; a rank is 1 or more.")
+        raise InputError(f"{file}: r is {rank}; a rank is 1 or more.")
     reading.typed(content, "lora_alpha", float, file)
     targets = reading.typed(content, "target_modules", (list, str), file)
     if isinstance(targets, list):
@@ -72,11 +72,11 @@ def quantization_config(name: str, bf16: bool):
     """For `from_pretrained`: `"nf4"`, 4 bits by bitsandbytes, or `"int8"`, 8 bits by torchao. The head stays as it is.
 
     Raises:
-        RunError: its package isn't installed.
+        InputError: its package isn't installed.
     """
     package = QUANTIZATIONS[name]
     if importlib.util.find_spec(package) is None:
-        raise RunError(f"--quantization {name} needs {package}: pip install {package}")
+        raise InputError(f"--quantization {name} needs {package}: pip install {package}")
     if name == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -123,7 +123,7 @@ def new_adapter(model, rank: int, alpha: float, dropout: float, dora: bool, targ
     """A LoRA or DoRA adapter on `target_modules`, by default all of [`linear_layers`].
 
     Raises:
-        RunError: the model has no such modules.
+        InputError: the model has no such modules.
     """
     has_depth = hasattr(decoder(model), DEPTH_ATTENTION)
     config = peft.LoraConfig(
@@ -138,10 +138,10 @@ def new_adapter(model, rank: int, alpha: float, dropout: float, dora: bool, targ
     try:
         return with_adapter(model, config)
     except ImportError as error:  # a quantisation package of a version that PEFT doesn't take
-        raise RunError(reading.reason(error)) from None
+        raise InputError(reading.reason(error)) from None
     except ValueError:
         choice = ", ".join(linear_layers(model))
-        raise RunError(
+        raise InputError(
             f"the model can't be adapted at {', '.join(target_modules or [])}; its linear layers are {choice}."
         ) from None
 
@@ -173,18 +173,18 @@ def check_base(model: nn.Module, before: dict, made_for: str):
     """Whether `model` is the base that an adapter's BASE_FILE, `before`, describes.
 
     Raises:
-        RunError: it isn't; the message begins with `made_for`.
+        InputError: it isn't; the message begins with `made_for`.
     """
     for name in ("model_type", *READS):  # first, as only models of the same kind have the same tensors
         now = getattr(model.config, name, None)
         if name in before and now != before[name]:
-            raise RunError(f"{made_for}, with {name} = {before[name]}; the model has {now}.")
+            raise InputError(f"{made_for}, with {name} = {before[name]}; the model has {now}.")
     tells_weights = not before.keys().isdisjoint(("fingerprint", "layers"))
     if not tells_weights or model.dtype == torch.float16:  # which rounds other weights than bfloat16 does
         return
     now = describe_base(model)
     if any(now[name] != before[name] for name in now.keys() & before.keys()):
-        raise RunError(f"{made_for}, whose weights differ from the model's.")
+        raise InputError(f"{made_for}, whose weights differ from the model's.")
 
 
 def load_adapter(model, adapter: str, is_trainable: bool = False):
@@ -194,12 +194,12 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
         adapter: folder or Hub id.
 
     Raises:
-        RunError: there is none, or it was trained on another base.
+        InputError: there is none, or it was trained on another base.
     """
     content = read_adapter_config(adapter)
     if content is None:
-        raise RunError(f"no adapter at {adapter}: it has no {reading.ADAPTER_NAME}.")
-    with reading.understood(f"no adapter at {adapter}", kind=RunError):
+        raise InputError(f"no adapter at {adapter}: it has no {reading.ADAPTER_NAME}.")
+    with reading.understood(f"no adapter at {adapter}"):
         config = peft.PeftConfig.from_pretrained(adapter)
         if find_file(adapter, SAFETENSORS_WEIGHTS_NAME) is None:
             raise ValueError(f"there is no {SAFETENSORS_WEIGHTS_NAME}, and pickles are not loaded")
@@ -219,7 +219,7 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     config.inference_mode = not is_trainable
     with (
         reading.time_limit(SECONDS, f"{adapter}: its target_modules take too long to look for"),
-        reading.understood(made_for, kind=RunError),
+        reading.understood(made_for),
     ):
         adapted = with_adapter(model, config)
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -229,7 +229,7 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     shapes, saved_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (expected, saved))
     for name in sorted(shapes.keys() | saved_shapes.keys()):
         if shapes.get(name) != saved_shapes.get(name):
-            raise RunError(f"{made_for}: {name} is {saved_shapes.get(name)} in it, here {shapes.get(name)}.")
+            raise InputError(f"{made_for}: {name} is {saved_shapes.get(name)} in it, here {shapes.get(name)}.")
     peft.set_peft_model_state_dict(adapted, saved)
     return adapted
 

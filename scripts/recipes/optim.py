@@ -4,16 +4,9 @@
 import os
 
 import torch
+from attnres_convert import InputError
 
-
-OPTIMIZERS = ("adamw", "muon")
-
-# Share of the learning rate that depth attention gets: the best of a sweep (results/depth_lr_scale) at hidden size 64
-# and learning rate 3e-3, where 10 is as good. A score is query . RMSNorm(source), without a division by sqrt(hidden):
-# one step of Adam moves each element of a query by up to its learning rate, so a score by up to learning rate * hidden
-# for a source that points that way and by about learning rate * sqrt(hidden) for a random one, 0.07 in the sweep's best
-# run. Where a wider model isn't trained with a learning rate that is smaller by sqrt(hidden), this has to be smaller.
-DEPTH_LR_SCALE = 3.0
+from .defaults import DEPTH_LR_SCALE
 
 
 def uses_deepspeed() -> bool:
@@ -89,16 +82,16 @@ def new_optimizer(
     """The optimizer `"adamw"` or `"muon"` for the parameters of `model` that are trained.
 
     Raises:
-        ValueError: Muon can't be had: this torch has none, DeepSpeed trains, or no matrices are trained.
+        InputError: Muon can't be had: this torch has none, DeepSpeed trains, or no matrices are trained.
     """
     groups = parameter_groups(model, learning_rate, weight_decay, depth_lr_scale)
     if name == "adamw":
         return torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas)
     if uses_deepspeed():
-        raise ValueError("Muon needs whole matrices, and DeepSpeed cuts them up; use AdamW, or FSDP2 or DDP.")
+        raise InputError("Muon needs whole matrices, and DeepSpeed cuts them up; use AdamW, or FSDP2 or DDP.")
     if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"Muon needs torch 2.9 or newer, installed is {torch.__version__}; use AdamW.")
+        raise InputError(f"Muon needs torch 2.9 or newer, installed is {torch.__version__}; use AdamW.")
     if "matrices" not in groups:
-        raise ValueError("Muon trains the matrices of the layers, and all of them are frozen; use AdamW.")
+        raise InputError("Muon trains the matrices of the layers, and all of them are frozen; use AdamW.")
     matrices = groups.pop("matrices")
     return MuonWithAdamW(matrices, list(groups.values()), learning_rate, betas)

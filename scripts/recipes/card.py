@@ -1,8 +1,8 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """What training leaves beside a model for its readers: `results.json`, the heat map of depth weights and the card."""
 
-import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,13 +21,19 @@ from attnres_convert.card import (
     write_card,
 )
 from attnres_convert.reading import first_line
-from attnres_recipes.files import write_json
-from training_data import STDLIB
-from training_run import LICENCE_FILES, launched
+from attnres_convert.writing import write_json
 from transformers.utils import cached_file
+
+from .defaults import STDLIB
+from .figures import describe_mode, has_depth_weights, plot_reads, read_names, save_figure, source_names
+from .look import mean_weights
+from .options import RunOptions
+from .process import launched
+from .run import CONVERTED_NAME
 
 
 FIGURE_SEQUENCES = 8
+LICENCE_FILES = re.compile("licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
 STDLIB_NAMES = {
     ("pretrain", STDLIB): "the source of the standard library of Python {python}",
     ("finetune", STDLIB): "functions of the standard library of Python {python}",
@@ -40,8 +46,6 @@ def mean_depth_weights(trainer) -> list[np.ndarray] | None:
 
     `None` if the model has none, or if they can't be had: a figure is not worth a finished run.
     """
-    from plot_depth_attention import has_depth_weights, mean_weights  # not before: it imports pretrain
-
     if not has_depth_weights(trainer.model.config):
         return None
     held_out = trainer.eval_dataset
@@ -60,8 +64,6 @@ def no_figure(error: Exception) -> None:
 
 def draw_depth_weights(folder: Path, weights: list[np.ndarray], config, title: str):
     """`depth_attention.png` and, with the numbers, `.json`."""
-    from plot_depth_attention import describe_mode, plot_reads, read_names, save_figure, source_names
-
     try:
         figure = plot_reads(weights, config, f"{title}: what each read takes from depth\n{describe_mode(config)}")
         numbers = {"mode": config.attn_res_mode, "reads": read_names(config), "sources": source_names(config)}
@@ -71,23 +73,25 @@ def draw_depth_weights(folder: Path, weights: list[np.ndarray], config, title: s
         no_figure(error)
 
 
-def model_results(script: str, args, results: dict, config, base: str | None = None) -> dict:
+def model_results(name: str, options: RunOptions, results: dict, config, base: str | None = None) -> dict:
     """The `results.json` beside a model: the run's, with what else the card says, and without paths of this machine.
 
     Args:
-        script: `"pretrain"` or `"finetune"`.
+        name: of the command, `"pretrain"` or `"finetune"`.
+        options: as they were given.
         base: what the model was made from, if it isn't `--model`.
     """
     processes = launched()["processes"]
-    start = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    stdlib = STDLIB_NAMES.get((script, args.data[0])) if len(args.data) == 1 else None
-    on_hub = stdlib is None and not any(Path(path).exists() for path in args.data)
-    names = [stdlib.format(**results["versions"])] if stdlib else published(args.data)
+    launcher = ["accelerate", "launch", "--num_processes", str(processes), "-m", f"attnres_commands.{name}"]
+    data = options.data
+    stdlib = STDLIB_NAMES.get((name, data[0])) if len(data) == 1 else None
+    on_hub = stdlib is None and not any(Path(path).exists() for path in data)
+    names = [stdlib.format(**results["versions"])] if stdlib else published(data)
     measured = {
         "dataset": f"held-out part of {', '.join(names)}",
-        "dataset_id": args.data[0] if on_hub else None,
+        "dataset_id": data[0] if on_hub else None,
     }
-    answers = " on answers" if script == "finetune" else ""
+    answers = " on answers" if name == "finetune" else ""
     loss = results["held_out_loss"]
     evaluation = [
         {"metric": f"held-out loss{answers} (nats per token)", "type": "loss", "value": loss, **measured},
@@ -98,15 +102,15 @@ def model_results(script: str, args, results: dict, config, base: str | None = N
             **measured,
         },
     ]
-    base = base or args.model
+    base = base or options.model
     about = {
-        "command": shell_command([*start, f"scripts/{script}.py", *args.command]),
+        "command": shell_command([*(launcher if processes > 1 else [f"attnres-{name}"]), *options.words()]),
         "base": base,
         "base_is_hub": bool(base) and not Path(base).exists(),
-        "converted": (args.output / "converted").exists(),
+        "converted": (options.output / CONVERTED_NAME).exists(),
         "model_config": config_facts(config.to_dict()),
         "data": ", ".join(names if stdlib else [f"`{name}`" for name in names]),
-        "datasets": args.data if on_hub else [],
+        "datasets": data if on_hub else [],
         "language": "en" if stdlib else None,  # of names and comments
         **launched(),
         "evaluation": evaluation,
@@ -114,27 +118,25 @@ def model_results(script: str, args, results: dict, config, base: str | None = N
     return published({**results, **about})
 
 
-def parent_folder(args) -> Path | None:
-    """What was trained on, if that is a folder: `--model`, or what conversion has made of it."""
-    converted = args.output / "converted"
-    folder = converted if converted.exists() or args.model is None else Path(args.model)
+def parent_folder(options: RunOptions) -> Path | None:
+    """What was trained on, if that is a folder: `model`, or what conversion has made of it."""
+    converted = options.output / CONVERTED_NAME
+    folder = converted if converted.exists() or options.model is None else Path(options.model)
     return folder if folder.is_dir() else None
 
 
-def parent_metadata(args) -> dict:
-    """What is taken over from the card of what was trained on."""
-    if args.model is None:
-        return {}
-    if (folder := parent_folder(args)) is not None:
-        return inherit(read_metadata(folder), None)
+def parent_metadata(model: str | None, folder: Path | None) -> dict:
+    """What is taken over from the card of what was trained on, `model`, which may be in a folder."""
+    if model is None or folder is not None:
+        return inherit(read_metadata(folder), None) if folder else {}
     try:
-        card = cached_file(args.model, "README.md", _raise_exceptions_for_missing_entries=False)
+        card = cached_file(model, "README.md", _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         card = None
-    return inherit(read_metadata(Path(card).parent) if card else {}, args.model)
+    return inherit(read_metadata(Path(card).parent) if card else {}, model)
 
 
-def write_training_card(folder: Path, args, results: dict, title: str, weights, config):
+def write_training_card(folder: Path, options: RunOptions, results: dict, title: str, weights, config):
     """`results.json`, the figure and the card of a model or an adapter, and the licence of what was trained on. For the
     main process.
 
@@ -142,11 +144,12 @@ def write_training_card(folder: Path, args, results: dict, title: str, weights, 
         results: of [`model_results`].
         weights: of [`mean_depth_weights`].
     """
-    for path in parent_folder(args).iterdir() if parent_folder(args) else ():
+    parent = parent_folder(options)
+    for path in parent.iterdir() if parent else ():
         if path.is_file() and LICENCE_FILES.match(path.name):
             reading.check_inside(path.parent, path)
             shutil.copyfile(path, folder / path.name)
-    write_json(folder / RESULTS_NAME, json.loads(json.dumps(results, default=str)))
+    write_json(folder / RESULTS_NAME, results)
     if weights is not None:
         draw_depth_weights(folder, weights, config, title)
-    write_card(folder, folder_card(folder, title, parent_metadata(args)))
+    write_card(folder, folder_card(folder, title, parent_metadata(options.model, parent)))

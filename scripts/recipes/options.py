@@ -1,0 +1,457 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""What the commands take. The same classes start them from Python."""
+
+import itertools
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from attnres_convert import InputError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .defaults import DEPTH_LR_SCALE, HELD_OUT, STDLIB
+from .leaks import secret_in_text
+from .parser import Limits, Lists, Options, flag, option, read_words, takes_one_value
+
+
+ADAPTER_METHODS = ("lora", "dora", "qlora")
+LORA_RANK = 16
+LEARNING_RATES = {**dict.fromkeys(ADAPTER_METHODS, 2e-4), "full": 2e-5, "depth": 1e-3}
+
+HIGHEST = 10**9  # far beyond what trains
+Positive = Annotated[int, Limits(1, HIGHEST)]
+Natural = Annotated[int, Limits(0, HIGHEST)]
+NonNegative = Annotated[float, Limits(0, HIGHEST)]
+AboveZero = Annotated[float, Limits(0, HIGHEST, without=(0,))]
+LearningRate = Annotated[float, Limits(0, 1e28, without=(0,))]  # HIGHEST times as much is still finite in float32
+Batch = Annotated[int, Limits(1, 10**6)]
+SeqLen = Annotated[int, Limits(2)]
+Workers = Annotated[int, Limits(0, 1024)]
+Share = Annotated[float, Limits(0, 1, without=(0, 1))]
+Seed = Annotated[int, Limits(0, 2**32 - 1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+# How a residual stream can be: that of transformers, and the kinds of depth attention
+Mode = Literal["donor", "block", "full", "denseformer"]
+Method = Literal["lora", "dora", "qlora", "full", "depth"]
+
+
+@dataclass(kw_only=True)
+class DocumentOptions(Options):
+    """What a document is."""
+
+    group = "documents"
+    column: str = option("text", "column that holds the text")
+    sample_by: Literal["document", "paragraph", "line"] | None = option(None, "what a document is in text files; "
+        "default: document (a file) if there are several files, else paragraph")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class StartOptions(Options):
+    """What a run starts from."""
+
+    group = "start"
+    block_size: Positive | None = option(
+        None, "decoder layers per block of a donor or a new model; default: an eighth of the layers"
+    )
+    tokenizer: str | None = option(None, "folder or Hub id; default: that of the model")
+    resize_embeddings: bool = option(False, "enlarge the embeddings of --model to all tokens of the tokenizer; in "
+        "fine-tuning with methods that make no adapter")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class DataOptions(Options):
+    """What a run reads."""
+
+    group = "data"
+    data: list[str] = option(
+        [STDLIB],
+        "stdlib (Python's own source, offline), files or folders of text, JSON lines or Parquet, or a Hub id",
+    )
+    data_config: str | None = option(None, "configuration of the data set on the Hub")
+    data_split: str = option("train", "split, also train[:1%%] and the like")
+    held_out: Share = option(HELD_OUT, "share of the documents, chosen by hash, at least one sequence")
+    eval_sequences: Positive = option(64, "held-out sequences to evaluate at most")
+    seq_len: SeqLen = option(256, "tokens per sequence")
+    num_workers: Workers = option(0, "processes that read batches")
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(Options):
+    """How a run trains."""
+
+    group = "training"
+    steps: Positive = option(1000, "steps of the optimizer")
+    batch_size: Batch = option(8, "sequences per device and forward")
+    accumulate: Batch = option(1, "forwards per step")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for matrices, AdamW for the rest")
+    learning_rate: LearningRate = option(1e-3, "of all but depth attention")
+    depth_lr_scale: NonNegative = option(DEPTH_LR_SCALE, "depth attention's learning rate as a multiple of the other")
+    weight_decay: NonNegative = option(0.1, "of matrices")
+    max_grad_norm: NonNegative = option(1.0, "0 for no clipping")
+    schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "wsd: warm-up, stable, decay")
+    warmup: Natural = option(100, "steps, at most a tenth of --steps")
+    decay: Annotated[float, Limits(0, 1, without=(0,))] = option(0.2, "share of the steps in which wsd decays")
+    min_lr_ratio: Annotated[float, Limits(0, 1)] = option(0.1, "of the last learning rate to --learning-rate")
+    bf16: bool = option(False, "compute in bfloat16, weights stay in float32")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    compile: bool = option(False, "torch.compile")
+    seed: Seed = option(0, "of new weights, dropout and the order of the data")
+
+
+@dataclass(kw_only=True)
+class RunOptions(DataOptions, TrainingOptions):
+    """What all runs take."""
+
+    group = "run"
+    output: Path = option(help="run folder; the same command again resumes what is in it")
+    logging_steps: Positive = option(1, "steps between entries of the log")
+    eval_steps: Positive | None = option(None, "default: a tenth of --steps")
+    save_steps: Positive | None = option(None, "steps between checkpoints; default: a tenth of --steps")
+    keep_checkpoints: Positive = option(2, "how many of the last ones to keep")
+    depth_every: Natural = option(100, "steps between looks at each layer, 0 for none")
+    compare: str = option("", "modes to train one after the other, such as donor,block,full,denseformer; of "
+        "fine-tuning methods, such as lora,dora,full,depth")  # fmt: skip
+    sweep: list[str] = option([], "values to try, such as seed=0,1,2", action=Lists, metavar="OPTION=V1,V2")
+
+    compared = "mode"  # the option whose values `compare` holds
+
+    def check(self):
+        if self.save_steps and self.save_steps % self.logging_steps:
+            raise InputError(
+                "--save-steps must be a multiple of --logging-steps, so that a resumed run logs the same losses"
+            )
+        if (self.steps or 1) * self.batch_size * self.accumulate > HIGHEST**2:
+            raise InputError("--steps, --batch-size and --accumulate are more sequences than can be counted")
+        self.check_variants()
+
+    def check_variants(self):
+        """Refuses a comparison of which one run's options can't work, before the first one is trained."""
+        compared = self.compare.split(",") if self.compare else []
+        if len(set(compared)) < len(compared):
+            raise InputError(f"--compare {self.compare} names one twice")
+        names = [sweep.partition("=")[0] for sweep in self.sweep]
+        if compared and self.compared in names:
+            raise InputError(f"--compare takes the values of {flag(self.compared)}, which --sweep can't change")
+        for sweep, name in zip(self.sweep, names):
+            values = sweep.partition("=")[2].split(",")
+            if name not in self.arguments or not takes_one_value(type(self), name) or "" in values:
+                raise InputError(
+                    f"--sweep {sweep}: give an option that takes a value, and values: depth_lr_scale=0.1,1,10"
+                )
+            if len(set(values)) < len(values) or names.count(name) > 1:
+                raise InputError(f"--sweep {sweep}: an option or value is given twice")
+        for name, values in self.variants():
+            try:
+                self.variant(name, values)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+
+    def variants(self) -> list[tuple[str, dict[str, str]]]:
+        """Name and options of each run: every value in `compare` with every combination of swept values."""
+        axes = [[(value, {self.compared: value}) for value in self.compare.split(",")]] if self.compare else []
+        for sweep in self.sweep:
+            name, _, values = sweep.partition("=")
+            axes.append([(f"{name}={value}", {name: value}) for value in values.split(",")])
+        runs = itertools.product(*axes) if axes else ()
+        return [(" ".join(name for name, _ in run), {k: v for _, own in run for k, v in own.items()}) for run in runs]
+
+    def variant(self, name: str, values: dict[str, str], **others) -> "RunOptions":
+        """The options of one run of a comparison, in a folder of its own.
+
+        Args:
+            name, values: of [`variants`].
+            others: values that all runs get.
+        """
+        words = replace(self, compare="", sweep=[], output=self.output / name.replace(" ", ","), **others).words()
+        return read_words(type(self), [*words, *(f"{flag(option)}={value}" for option, value in values.items())])
+
+    @property
+    def arguments(self) -> dict:
+        """What makes a run what it is, by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("output", "compare", "sweep")}
+
+    def settled(self, steps: int | None = None) -> "RunOptions":
+        """With what depends on other options filled in, and on the number of steps once that is known."""
+        steps = self.steps or steps
+        logging_steps = min(self.logging_steps, steps)
+        save_steps = self.save_steps or math.ceil(steps / 10 / logging_steps) * logging_steps
+        intervals = {"eval_steps": self.eval_steps or math.ceil(steps / 10), "save_steps": save_steps}
+        return replace(
+            self, steps=steps, logging_steps=logging_steps, warmup=min(self.warmup, steps // 10), **intervals
+        )
+
+
+@dataclass(kw_only=True)
+class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
+    """What pretraining takes."""
+
+    group, either = "model", "(--config MODEL | --model CHECKPOINT)"
+    config: str | None = option(
+        None, "train from scratch: model type (llama, attnres_qwen3, ...), JSON file, checkpoint or Hub id"
+    )
+    set: dict = option({}, "fields of --config to replace", action=Lists, metavar="FIELD=VALUE")
+    model: str | None = option(None, "train on: AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
+    mode: Mode | None = option(None, "residual stream or kind of depth attention; default: the model's, or block")
+    train_tokenizer: Annotated[int, Limits(0, 10**7)] = option(
+        0, "train one of N tokens on the training data", metavar="N"
+    )
+    streaming: bool = option(False, "read the data as training goes on, without preparing all of it")
+    shuffle_buffer: Positive = option(1000, "documents shuffled at a time with --streaming")
+    num_proc: Annotated[int, Limits(1, 1024)] | None = option(None, "processes that tokenise")
+
+    def check(self):
+        if (self.config is None) == (self.model is None):
+            raise InputError("give either --config, to train from scratch, or --model, to train on")
+        if self.model is not None and (self.set or self.train_tokenizer):
+            raise InputError(
+                "--set and --train-tokenizer go with --config; a checkpoint has a configuration and a tokenizer"
+            )
+        if self.config is not None and self.resize_embeddings:
+            raise InputError("--resize-embeddings goes with --model; with --config, --set vocab_size decides")
+        if self.streaming and self.num_workers:
+            raise InputError("--streaming reads in the main process; leave out --num-workers")
+        if self.train_tokenizer and self.set.get("vocab_size", self.train_tokenizer) != self.train_tokenizer:
+            raise InputError("--train-tokenizer decides on the vocabulary's size; leave out --set vocab_size or it")
+        super().check()
+
+
+@dataclass(kw_only=True)
+class AdapterOptions(Options):
+    """What fine-tuning trains."""
+
+    group = "method"
+    method: Method = option("lora", "lora, dora, qlora (on a quantised model): adapters and depth attention; full: "
+        "everything; depth: depth attention alone")  # fmt: skip
+    lora_rank: Annotated[int, Limits(1, 2**16)] | None = option(None, f"rank of the adapters; default: {LORA_RANK}")
+    lora_alpha: AboveZero | None = option(None, "scale of the adapters, divided by their rank; default: twice the rank")
+    lora_dropout: Annotated[float, Limits(0, 1, without=(1,))] | None = option(
+        None, "of the adapters' input; default: 0"
+    )
+    target_modules: list[str] | None = option(None, "layers that get adapters, by the end of their name; default: all "
+        "linear layers of attention, MLPs and shared experts", metavar="NAME")  # fmt: skip
+    quantization: Literal["nf4", "int8"] = option("nf4", "of qlora: nf4, 4 bits, by bitsandbytes, or int8 by torchao")
+    adapter: str | None = option(None, "folder or Hub id of an adapter for --model to train on")
+    merge: bool = option(False, "also write the model with its adapter merged, which loads without PEFT")
+
+    @property
+    def makes_adapter(self) -> bool:
+        return self.method in ADAPTER_METHODS
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
+    """What fine-tuning takes."""
+
+    group = "model and data"
+    model: str = option(help="AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
+    mode: Literal["donor", "block", "full"] | None = option(
+        None, "residual stream or kind of depth attention; default: the model's, or block"
+    )
+    data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat), files "
+        "or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
+    columns: str | None = option(None, "one column, of conversations, or two, of prompts and completions; default: "
+        "messages, else prompt,completion")  # fmt: skip
+    held_out: Share = option(HELD_OUT, "share of the examples, chosen by hash, one at least")
+    seq_len: SeqLen = option(512, "tokens per sequence; longer examples lose their ends")
+    packing: bool = option(True, "one example per sequence")
+    epochs: AboveZero = option(3.0, "times to see the data")
+    steps: Positive | None = option(None, "steps of the optimizer, instead of --epochs")
+    learning_rate: LearningRate | None = option(
+        None, f"default: {', '.join(f'{rate:g} ({method})' for method, rate in LEARNING_RATES.items())}"
+    )
+    weight_decay: NonNegative = option(0.0, "of matrices")
+
+    compared = "method"
+
+    def check(self):
+        if self.adapter:
+            for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"--adapter {self.adapter} has its own; leave out {flag(name)}")
+            if not self.makes_adapter:
+                raise InputError(f"--adapter goes with {', '.join(ADAPTER_METHODS)}")
+        if self.resize_embeddings and self.makes_adapter:
+            raise InputError(
+                "--resize-embeddings goes with --method full or depth: an adapter leaves its base as it is"
+            )
+        if self.optimizer == "muon" and self.method == "depth":
+            raise InputError("--optimizer muon is for matrices of the layers; --method depth trains none")
+        if self.column_names and (len(self.column_names) > 2 or len(set(self.column_names)) < len(self.column_names)):
+            raise InputError(
+                "--columns takes one name, of conversations, or two different ones, of prompts and completions"
+            )
+        super().check()
+
+    @property
+    def arguments(self) -> dict:
+        lora = {"lora_rank": self.lora_rank or LORA_RANK, "lora_dropout": self.lora_dropout or 0.0}
+        return {**super().arguments, **lora, "columns": self.column_names}
+
+    @property
+    def column_names(self) -> list[str] | None:
+        return self.columns.split(",") if self.columns else None
+
+    def settled(self, steps: int | None = None) -> "FinetuneOptions":
+        if steps is not None:
+            return super().settled(steps)
+        return replace(self, learning_rate=self.learning_rate or LEARNING_RATES[self.method])
+
+
+@dataclass(kw_only=True)
+class CheckpointOptions(Options):
+    """How checkpoints are loaded."""
+
+    group = "loading"
+    base: str | None = option(None, "base of the adapters, instead of the one that they name")
+    tokenizer: str | None = option(None, "folder or Hub id; default: each model's own")
+    dtype: Dtype = option("auto", "auto: as saved")
+
+
+@dataclass(kw_only=True)
+class TextOptions(DocumentOptions):
+    """Text that is evaluated: loss, perplexity, bits per byte."""
+
+    group = "text: loss, perplexity, bits per byte"
+    data: list[str] | None = option(None, "stdlib (Python's own source, offline), files or folders of text, JSON lines "
+        "or Parquet, or a Hub id; default: stdlib, if neither --choices nor --lm-eval is given")  # fmt: skip
+    data_config: str | None = option(None, "configuration of the data set on the Hub")
+    data_split: str = option("train", "split, also test[:1000] and the like")
+    held_out: Share | None = option(None, "only the documents that pretraining with --held-out SHARE keeps from "
+        f"training; default: {HELD_OUT} of stdlib, all of other data", metavar="SHARE")  # fmt: skip
+    max_documents: Positive | None = option(None, "documents, and questions, to evaluate at most; default: all")
+    stride: Positive | None = option(None, "tokens by which windows follow one another; default: half of --seq-len")
+
+
+@dataclass(kw_only=True)
+class QuestionOptions(Options):
+    """Questions with choices: accuracy."""
+
+    group = "questions: accuracy"
+    choices: str | None = option(None, "file of JSON lines or Parquet, or Hub id: a question, a list of choices and "
+        "the answer (index, letter, label or text) in each row", metavar="DATA")  # fmt: skip
+    choices_config: str | None = option(None, "configuration of the data set on the Hub")
+    choices_split: str = option("train", "train is all of a file")
+    question_column: str = option("question", "column of the question")
+    choices_column: str = option("choices", "column of the choices")
+    answer_column: str = option("answer", "column of the answer")
+    prompt_format: str = option("{question}", "for instance 'Question: {question} Answer:'")
+    choice_separator: str = option(" ", "between prompt and choice; default: a space")
+
+
+@dataclass(kw_only=True)
+class HarnessOptions(Options):
+    """Tasks of EleutherAI's harness."""
+
+    group = "EleutherAI's harness (pip install 'attnres[lm-eval]')"
+    lm_eval: str = option("", "names of tasks, groups or tags, separated by commas", metavar="TASKS")
+    lm_eval_include: Path | None = option(None, "task files (YAML) of your own", metavar="FOLDER")
+    lm_eval_fewshot: int | None = option(None, "examples in the prompt; default: as the task says", metavar="N")
+    lm_eval_limit: Positive | None = option(None, "documents of each task at most; default: all", metavar="N")
+
+    @property
+    def tasks(self) -> list[str]:
+        return [name.strip() for name in self.lm_eval.split(",")] if self.lm_eval else []
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(TextOptions, QuestionOptions, HarnessOptions, CheckpointOptions):
+    """What evaluation takes."""
+
+    group = "models and results"
+    checkpoints: list[str] = option(help="folders or Hub ids of models, or folders of PEFT adapters; the others are "
+        "compared with the first one", positional=True)  # fmt: skip
+    output: Path = option(help="folder for evaluation.json and evaluation.md")
+    batch_size: Batch = option(8, "sequences per forward")
+    seq_len: Positive | None = option(None, "tokens of context at most; default: the shortest context of the models, "
+        "at most 1024")  # fmt: skip
+    resamples: Positive = option(1000, "of the bootstrap")
+    seed: Seed = option(0, "of the bootstrap, and of the harness")
+
+    def check(self):
+        if not (self.data or self.choices or self.tasks):
+            self.data = [STDLIB]
+        if self.held_out is None and self.data == [STDLIB]:
+            self.held_out = HELD_OUT
+        if "{question}" not in self.prompt_format:
+            raise InputError("--prompt-format needs {question}, where the question comes")
+        check_no_file(self.output)
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(CheckpointOptions):
+    """What generation takes."""
+
+    group = "generation"
+    model: str = option(help="folder or Hub id of a model or adapter", positional=True)
+    prompt: str | None = option(None, "one prompt, instead of lines from the terminal")
+    complete: bool = option(False, "complete text, also with a model that has a chat template")
+    system: str | None = option(None, "system message of a chat")
+    max_new_tokens: Positive = option(128, "per answer at most")
+    temperature: NonNegative = option(0.8, "0 always takes the most likely token")
+    top_k: Positive = option(50, "sample among this many tokens")
+    seed: Seed = option(0, "of sampling")
+    trust_remote_code: bool = option(
+        False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
+    )
+    json: bool = option(False, "print a last line of JSON with prompts and texts")
+
+
+@dataclass(kw_only=True)
+class PlotOptions(DocumentOptions, CheckpointOptions):
+    """What plotting takes."""
+
+    group = "models and figures"
+    models: list[str] = option(help="folders or Hub ids of models, or folders of PEFT adapters", positional=True)
+    output: Path = option(help="folder for the figures")
+    text: list[str] = option([STDLIB], "files or folders of text, JSON lines or Parquet, or a Hub id, to average over; "
+        "stdlib: the part of Python's own source that pretraining holds out")  # fmt: skip
+    sequences: Positive = option(8, "sequences from all over the text")
+    seq_len: Positive | None = option(None, "tokens per sequence; default: 256, or the models' context")
+    prompt: str | None = option(None, "what to show token by token; default: the beginning of the text")
+    tokens: Positive = option(48, "of the prompt, to show at most")
+    reads: str | None = option(
+        None, "whose weights to show token by token, such as 0m,3a,output; default: five from all over the depth"
+    )
+
+    def check(self):
+        if self.prompt == "":
+            raise InputError("--prompt is empty")
+
+
+@dataclass(kw_only=True)
+class PushOptions(Options):
+    """What pushing takes."""
+
+    group = "repository"
+    folder: Path = option(help="folder of a saved model with its tokenizer and card", positional=True)
+    repo: str = option(help="repository: name, or owner/name; it is made if it doesn't exist", positional=True)
+    private: bool = option(False, "make a new repository private")
+    revision: str = option("main", "branch, made from main if it doesn't exist")
+    create_pr: bool = option(False, "open a pull request on the branch instead of changing it")
+    message: str = option("Upload model", "of the commit")
+    trust_remote_code: bool = option(False, "let the check run code that isn't this project's")
+    dry_run: bool = option(False, "list what would go up and check that it loads, without a network")
+
+    def check(self):
+        for name, text in (("--message", self.message), ("--revision", self.revision), ("repo", self.repo)):
+            if found := secret_in_text(text):
+                raise InputError(f"{name} contains {found}, which would be published")
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError:
+            raise InputError(f"{self.repo} is no name of a repository such as my-name/my-model") from None
+        if not re.fullmatch(r"[A-Za-z0-9][\w./-]*", self.revision) or ".." in self.revision:
+            raise InputError(f"--revision {self.revision} is no name of a branch")
+        if not self.message.strip():
+            raise InputError("--message is empty")
+
+
+def check_no_file(folder: Path):
+    if os.path.isfile(folder):  # unlike a Path, it takes a name of any length
+        raise InputError(f"--output {folder} is a file; give a folder")
