@@ -118,6 +118,7 @@ def test_a_file_has_any_option(tmp_path):
     assert parsed(FinetuneOptions, "packing: true\nmodel: m\noutput: o").packing
     assert not parsed(FinetuneOptions, "packing: true\nmodel: m\noutput: o", "--no-packing").packing
     run = "config: llama\noutput: o\nbf16: true\nsweep: seed=0,1\n"
+    assert len(parsed(PretrainOptions, f"{run}compare: [donor, block]\n").variants()) == 4
     assert parsed(PretrainOptions, run, "--sweep", "seed=5,6").sweep == ["seed=5,6"]
     assert parsed(PretrainOptions, run).bf16 and not parsed(PretrainOptions, run, "--no-bf16").bf16
 

@@ -121,6 +121,11 @@ class RunOptions(DataOptions, TrainingOptions):
 
     compared = "mode"  # the option whose values `compare` holds
 
+    def __post_init__(self):
+        if isinstance(self.compare, (list, tuple)):  # as a file or Python may have it
+            self.compare = ",".join(map(str, self.compare))
+        super().__post_init__()
+
     def check(self):
         if self.save_steps and self.save_steps % self.logging_steps:
             raise InputError(
