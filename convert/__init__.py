@@ -16,7 +16,19 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def on_use(package: str, modules: dict[str, str]):
+    """A `__getattr__` for a package whose names are imported when they are used.
+
+    Args:
+        modules: where each name is.
+    """
+
+    def __getattr__(name: str):
+        if name in modules:
+            return getattr(import_module(f".{modules[name]}", package), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return __getattr__
+
+
+__getattr__ = on_use(__name__, _MODULES)

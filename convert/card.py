@@ -643,21 +643,26 @@ def renamed(text: str, folder: Path, repo_id: str) -> str:
     lines = text.split(newline)
     body = next((i for i, line in enumerate(lines) if i and line == "---"), 0) if lines[0] == "---" else 0
     title = next((line.removeprefix("# ") for line in lines[body:] if line.startswith("# ")), None)
+    if title is None:
+        return text
     names = (title, json.dumps(title, ensure_ascii=False)[1:-1])
+    owned = tuple(f"/{name}" for name in names)
     blank = folder_card(folder, PLACEHOLDER, repo_id=PLACEHOLDER).text().splitlines()
     rendered = folder_card(folder, repo_id.split("/")[-1], repo_id=repo_id).text().splitlines()
     for template, line in zip(blank, rendered):
-        start, mark, end = template.partition(PLACEHOLDER)
+        if PLACEHOLDER not in template:
+            continue
+        start, end = template.split(PLACEHOLDER)
         is_metadata = start.startswith("- ")
-        for i in range(0 if is_metadata else body, body if is_metadata else len(lines)) if mark else ():
-            old = lines[i][len(start) : len(lines[i]) - len(end)]
-            is_name = is_metadata or old in names or old.endswith(tuple(f"/{name}" for name in names))
-            if lines[i].startswith(start) and lines[i].endswith(end) and is_name:
-                lines[i] = line
-                break
-        else:
-            if mark and not is_metadata:  # of which there is none without results
+        place = range(body) if is_metadata else range(body, len(lines))
+        found = [i for i in place if lines[i].startswith(start) and lines[i].endswith(end)]
+        if not is_metadata:
+            names_there = {i: lines[i].removeprefix(start).removesuffix(end) for i in found}
+            found = [i for i, name in names_there.items() if name in names or name.endswith(owned)]
+            if not found:
                 return text
+        for i in found[:1]:  # metadata have no name without results
+            lines[i] = line
     return newline.join(lines)
 
 

@@ -53,7 +53,7 @@ from attnres_recipes.options import (
 from attnres_recipes.parser import Limits, Options, flag, option, parse
 from attnres_recipes.plotting import plot
 from attnres_recipes.pretraining import pretrain
-from attnres_recipes.process import quieten_libraries, start_process, versions
+from attnres_recipes.process import start_process, versions
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,7 +360,6 @@ def main(argv: list[str] | None = None):
     started = time.perf_counter()
     given = parse_arguments(argv)
     start_process()
-    quieten_libraries()
     try:
         if PartialState().num_processes > 1:
             raise InputError("it runs in one process; start it without accelerate launch.")

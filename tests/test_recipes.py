@@ -17,7 +17,7 @@ import attnres_recipes
 import numpy as np
 import pytest
 from attnres_convert import InputError
-from attnres_recipes import options, parser
+from attnres_recipes import options, parser, stranger
 from attnres_recipes.options import EvaluateOptions, FinetuneOptions, PretrainOptions, PushOptions
 from attnres_recipes.parser import Options, parse
 from attnres_recipes.run import open_run, unlock
@@ -54,6 +54,13 @@ def test_every_file_is_in_the_map():
     """The docstring of the package names each file once."""
     names = re.findall(r"`(\w+)`", attnres_recipes.__doc__)
     assert sorted(names) == sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
+
+
+def test_a_stranger_has_nothing_of_the_project():
+    """Each module and package that is installed is among those that the closed process can't import."""
+    installed = {path.stem for path in ROOT.glob("*attnres.py")} | {"attnres_kernels", "attnres_recipes"}
+    installed |= {value.partition(".")[0] for value in COMMANDS.values()}
+    assert installed == set(stranger.MODULES)
 
 
 def test_installed_commands():

@@ -15,7 +15,7 @@ commands.
 Imports go from the specific to the general, in seven levels.
 """
 
-from importlib import import_module
+from attnres_convert import on_use
 
 
 # Imported on use: torch and transformers take seconds, which `attnres-pretrain --help` needn't wait for
@@ -38,7 +38,4 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_use(__name__, _MODULES)

@@ -77,7 +77,7 @@ class Finetuning(Run):
         vocab_size = len(tokenizer) if given.resize_embeddings else config.vocab_size
         train, held_out, amount, steps = self.data(tokenizer, vocab_size)
         transformers.set_seed(given.seed)
-        model, base = self.model(tokenizer)
+        model, base = self.model(tokenizer, config)
         usable = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None]
         pad_token_id = next(token for token in usable if token < model.config.vocab_size)  # it may have no embedding
         collate = functools.partial(collate_padded, pad_token_id=pad_token_id)
@@ -131,7 +131,7 @@ class Finetuning(Run):
         in_bf16 = given.bf16 and given.makes_adapter
         return self.load_model(tokenizer, dtype=torch.bfloat16 if in_bf16 else torch.float32)
 
-    def model(self, tokenizer) -> tuple[torch.nn.Module, dict | None]:
+    def model(self, tokenizer, config) -> tuple[torch.nn.Module, dict | None]:
         """The model, in which what is trained requires gradients, and what tells the base of an adapter."""
         given, model = self.options, self.base_model(tokenizer)
         has_depth = hasattr(decoder(model), DEPTH_ATTENTION)
@@ -144,7 +144,7 @@ class Finetuning(Run):
                 parameter.requires_grad_(is_depth_attention(name))
         if not given.makes_adapter:
             return model, None
-        source = self.starting_point()
+        source = self.starting_point(config)
         source = str(Path(source).resolve()) if Path(source).exists() else source
         base = {"base": source, **describe_base(model)}
         if getattr(model, "hf_quantizer", None) is not None:
@@ -163,9 +163,9 @@ class Finetuning(Run):
         model.peft_config["default"].base_model_name_or_path = source
         return model, base
 
-    def starting_point(self) -> str:
+    def starting_point(self, config) -> str:
         given = self.options
-        return starting_point(given.model, given.mode, given.block_size, self.folder / CONVERTED_NAME)
+        return starting_point(given.model, config, given.mode, given.block_size, self.folder / CONVERTED_NAME)
 
     @torch.no_grad()
     def save_merged(self, trainer: RunTrainer, tokenizer) -> float:
@@ -199,7 +199,7 @@ class Finetuning(Run):
         self.check_method(config)
         if "qlora" in given.compare.split(","):
             quantization_config(given.quantization, given.bf16)  # what it needs may be absent
-        return {"model": self.starting_point(), "tokenizer": given.tokenizer or given.model}
+        return {"model": self.starting_point(config), "tokenizer": given.tokenizer or given.model}
 
 
 def finetune(options: FinetuneOptions) -> dict:

@@ -38,9 +38,14 @@ def new_model(config: PreTrainedConfig, mode: str | None, block_size: int | None
     return random_model(config)
 
 
-def starting_point(model: str, mode: str | None, block_size: int | None, converted: Path) -> str:
-    """The checkpoint to continue from: `model` itself, or what conversion makes of it, in `converted`."""
-    config = read_config(model)
+def starting_point(
+    model: str, config: PreTrainedConfig, mode: str | None, block_size: int | None, converted: Path
+) -> str:
+    """The checkpoint to continue from: `model` itself, or what conversion makes of it, in `converted`.
+
+    Args:
+        config: of `model`.
+    """
     is_attnres = isinstance(config, AttnResConfigMixin)
     own_mode = config.attn_res_mode if is_attnres else "donor"
     mode = mode or (own_mode if is_attnres else "block")
@@ -69,7 +74,7 @@ def load_model(model: str, mode: str | None, block_size: int | None, converted: 
         source, options["config"] = model, with_mode(config, mode, None)
         options["may_be_new"] = "depth_attention"
     else:
-        source = starting_point(model, mode, block_size, converted)
+        source = starting_point(model, config, mode, block_size, converted)
     loaded = load_weights(source, plain=True, **{"dtype": torch.float32, **options})
     if decoder(loaded) is None:
         raise InputError(f"{model} is a {type(loaded).__name__}, which isn't made of layers as the families here are.")

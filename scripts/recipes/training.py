@@ -26,7 +26,7 @@ from .log import RunLog, losses, read_lines, tokens_per_second
 from .look import check_can_be_watched
 from .optim import is_depth_attention, new_optimizer, uses_deepspeed
 from .options import RunOptions
-from .process import enough_memory, main_process_first, peak_memory, quieten_libraries, start_process, versions
+from .process import enough_memory, main_process_first, peak_memory, start_process, versions
 from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_errors, open_run, read_results, unlock
 from .start import load_model
 from .trainer import RunTrainer
@@ -201,7 +201,6 @@ class Run:
     def command(cls, options: RunOptions):
         """Runs, and prints a last line of JSON; one line says what is wrong with the input."""
         state = start_process()
-        quieten_libraries()
         with one_line_errors(cls.name, options.output), enough_memory():
             results = cls.start(options)
         if state.is_main_process:
