@@ -39,7 +39,9 @@ from .defaults import STDLIB
 IGNORED = -100  # the label that transformers' losses leave out
 CHAT_COLUMNS, PROMPT_COLUMNS, TOOLS_COLUMN = ["messages"], ["prompt", "completion"], "tools"
 STDLIB_CHAT = "stdlib-chat"
+STDLIB_DOCSTRINGS = "stdlib-docstrings"
 STDLIB_CHARACTERS = 2000  # of a function at most
+DOCSTRING_CHARACTERS = (600, 100)  # of a function, and of its docstring's first line, at most
 TEMPLATE_SECONDS = 20  # to fill in a chat template; one conversation takes milliseconds
 ENCODING_VERSION = 2  # part of the cache's key, to be raised when `encode` changes
 EXAMPLE_FEATURES = datasets.Features(
@@ -73,12 +75,9 @@ CHAT_TEMPLATE = """\
 """
 
 
-def stdlib_functions(python: str) -> Iterator[dict[str, str]]:
-    """Functions of Python's standard library that have a docstring: all up to its end, and the rest.
-
-    Args:
-        python: the version, part of the cache's key.
-    """
+def documented_functions() -> Iterator[tuple[list[str], slice, str]]:
+    """Functions of Python's standard library that have a docstring and more: the lines, where the docstring is in them,
+    and its text."""
     for file in stdlib_files():
         source = file.read_text(encoding="utf-8", errors="replace")
         try:
@@ -90,10 +89,33 @@ def stdlib_functions(python: str) -> Iterator[dict[str, str]]:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or ast.get_docstring(node) is None:
                 continue
             own = [line[node.col_offset :] or "\n" for line in lines[node.lineno - 1 : node.end_lineno]]
-            end_of_prompt = node.body[0].end_lineno - node.lineno + 1
-            prompt, body = own[:end_of_prompt], own[end_of_prompt:]
-            if body and sum(map(len, own)) <= STDLIB_CHARACTERS:
-                yield {"prompt": "".join(prompt), "completion": "".join(body)}
+            docstring = slice(node.body[0].lineno - node.lineno, node.body[0].end_lineno - node.lineno + 1)
+            if docstring.stop < len(own):
+                yield own, docstring, ast.get_docstring(node)
+
+
+def stdlib_functions(python: str) -> Iterator[dict[str, str]]:
+    """Functions as prompts and completions: all up to the docstring's end, and the rest.
+
+    Args:
+        python: the version, part of the cache's key.
+    """
+    for lines, docstring, _ in documented_functions():
+        if sum(map(len, lines)) <= STDLIB_CHARACTERS:
+            yield {"prompt": "".join(lines[: docstring.stop]), "completion": "".join(lines[docstring.stop :])}
+
+
+def stdlib_docstrings(python: str) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """Conversations: a short function without its docstring, and the first line of that, if it is a sentence.
+
+    Args:
+        python: the version, part of the cache's key.
+    """
+    for lines, docstring, text in documented_functions():
+        code, answer = "".join([*lines[: docstring.start], *lines[docstring.stop :]]), text.partition("\n")[0].strip()
+        if len(code) <= DOCSTRING_CHARACTERS[0] and 20 <= len(answer) <= DOCSTRING_CHARACTERS[1] and answer[-1] == ".":
+            question = f"Write a one-line docstring for this Python function.\n\n{code}"
+            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def as_chat(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
@@ -107,7 +129,7 @@ def load_examples(
     """The rows, with one column of conversations or two of prompts and completions, and `tools` if there is one.
 
     Args:
-        data: `["stdlib"]` or `["stdlib-chat"]`, files or folders of one kind, or `[id]` of a data set on the Hub.
+        data: `["stdlib"]`, `["stdlib-chat"]` or `["stdlib-docstrings"]`, files or folders of one kind, or `[id]` of a data set on the Hub.
         columns: one name or two; by default `messages` if there is such a column, else `prompt` and `completion`.
         config: configuration of a data set on the Hub.
         split: which split, also with a slice as in `train[:1%]`.
@@ -115,9 +137,10 @@ def load_examples(
     Raises:
         InputError: it can't be read, is empty or has no such columns.
     """
-    if data in ([STDLIB], [STDLIB_CHAT]):
-        rows = datasets.Dataset.from_generator(stdlib_functions, gen_kwargs={"python": platform.python_version()})
-        return rows if data == [STDLIB] else rows.map(as_chat, remove_columns=rows.column_names, desc="chat")
+    if data in ([STDLIB], [STDLIB_CHAT], [STDLIB_DOCSTRINGS]):
+        generator = stdlib_docstrings if data == [STDLIB_DOCSTRINGS] else stdlib_functions
+        rows = datasets.Dataset.from_generator(generator, gen_kwargs={"python": platform.python_version()})
+        return rows.map(as_chat, remove_columns=rows.column_names, desc="chat") if data == [STDLIB_CHAT] else rows
     rows, first = load_rows(data, columns or [], config, split, option="--columns")
     for usual in (CHAT_COLUMNS, PROMPT_COLUMNS):
         if columns is None and first.keys() >= set(usual):

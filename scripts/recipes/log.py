@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The log of a run: `metrics.jsonl` and TensorBoard."""
 
+import collections
 import json
 import math
 import os
@@ -72,15 +73,21 @@ def is_covered(expected: list[dict], entries: list[dict]) -> bool:
     return all(any(entry.items() <= found.items() for found in rest) for entry in expected)
 
 
-class RunLog(TrainerCallback):
-    """Writes losses, gradient norm, learning rate and tokens per second to `metrics.jsonl` and TensorBoard.
+RISE = 1.0  # nats per token: a model that loses so much is being destroyed
+LAST_LOSSES = 5  # of training, which go up and down with the data: all of them have risen by so much
 
-    Times are those of the steps alone, without evaluation and checkpoints.
+
+class RunLog(TrainerCallback):
+    """Writes losses, gradient norms, learning rate and tokens per second to `metrics.jsonl` and TensorBoard.
+
+    Times are those of the steps alone, without evaluation and checkpoints. A loss that rises by more than RISE over the
+    held-out loss before training is said in one line, once.
     """
 
     def __init__(self, folder: Path, tokens_per_step: int):
         self.folder, self.tokens_per_step = folder, tokens_per_step
         self.seconds = []
+        self.before, self.last_losses = None, collections.deque(maxlen=LAST_LOSSES)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -90,6 +97,7 @@ class RunLog(TrainerCallback):
         step = state.global_step
         known = [{"step": logs["step"], **entry} for logs in state.log_history if (entry := self.entry(logs))]
         self.lines = JsonLines(self.folder / METRICS_FILE, step if step else -1, known)
+        self.before = losses(known, "held_out_loss").get(0)
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
         self.bar = tqdm(
             total=state.max_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty()
@@ -119,13 +127,29 @@ class RunLog(TrainerCallback):
         for name, value in entry.items():
             self.writer.add_scalar(name, value, state.global_step)
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in entry.items() if "loss" in name})
+        self.warn_of_rise(state.global_step, entry, args.learning_rate)
+
+    def warn_of_rise(self, step: int, entry: dict, learning_rate: float):
+        if step == 0:
+            self.before = entry.get("held_out_loss")
+        if self.before is None:
+            return
+        if "loss" in entry:
+            self.last_losses.append(entry["loss"])
+            loss = min(self.last_losses) if len(self.last_losses) == LAST_LOSSES else 0.0
+        else:
+            loss = entry["held_out_loss"]
+        if loss > self.before + RISE:
+            text = f"step {step}: the loss is {loss:.2f}, and the held-out loss before training was {self.before:.2f}; "
+            self.bar.write(text + f"--learning-rate {learning_rate:g} may be too large for this model", file=sys.stderr)
+            self.before = None
 
     @staticmethod
     def entry(logs: dict) -> dict:
         """What of a Trainer's log belongs to ours."""
         if "eval_loss" in logs:
             return {"held_out_loss": logs["eval_loss"]}
-        names = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
+        names = ("loss", "grad_norm", "depth_grad_norm", "learning_rate", "tokens_per_second")
         return {name: logs[name] for name in names if name in logs and "loss" in logs}
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -13,14 +13,13 @@ from attnres_convert import InputError
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .defaults import DEPTH_LR_SCALE, HELD_OUT, STDLIB
+from .defaults import HELD_OUT, RATES, STDLIB
 from .leaks import secret_in_text
 from .parser import Limits, Lists, Options, flag, option, read_words, takes_one_value
 
 
 ADAPTER_METHODS = ("lora", "dora", "qlora")
 LORA_RANK = 16
-LEARNING_RATES = {**dict.fromkeys(ADAPTER_METHODS, 2e-4), "full": 2e-5, "depth": 1e-3}
 
 HIGHEST = 10**9  # far beyond what trains
 Positive = Annotated[int, Limits(1, HIGHEST)]
@@ -34,6 +33,11 @@ Workers = Annotated[int, Limits(0, 1024)]
 Share = Annotated[float, Limits(0, 1, without=(0, 1))]
 Seed = Annotated[int, Limits(0, 2**32 - 1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def list_rates(name: str) -> str:
+    """The defaults of an option in RATES, for its help."""
+    return ", ".join(f"{rates[name]:g} ({what})" for what, rates in RATES.items())
 
 
 # How a residual stream can be: that of transformers, and the kinds of depth attention
@@ -90,8 +94,12 @@ class TrainingOptions(Options):
     batch_size: Batch = option(8, "sequences per device and forward")
     accumulate: Batch = option(1, "forwards per step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for matrices, AdamW for the rest")
-    learning_rate: LearningRate = option(1e-3, "of all but depth attention")
-    depth_lr_scale: NonNegative = option(DEPTH_LR_SCALE, "depth attention's learning rate as a multiple of the other")
+    learning_rate: LearningRate | None = option(
+        None, "of all but depth attention; default: " + list_rates("learning_rate")
+    )
+    depth_lr_scale: NonNegative | None = option(
+        None, "depth attention's learning rate as a multiple of the other; default: " + list_rates("depth_lr_scale")
+    )
     weight_decay: NonNegative = option(0.1, "of matrices")
     max_grad_norm: NonNegative = option(1.0, "0 for no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "wsd: warm-up, stable, decay")
@@ -181,15 +189,22 @@ class RunOptions(DataOptions, TrainingOptions):
         """What makes a run what it is, by name."""
         return {name: value for name, value in vars(self).items() if name not in ("output", "compare", "sweep")}
 
+    @property
+    def trained(self) -> str:
+        """What is trained, of RATES."""
+        raise NotImplementedError
+
     def settled(self, steps: int | None = None) -> "RunOptions":
         """With what depends on other options filled in, and on the number of steps once that is known."""
+        rates = {name: rate for name, rate in RATES[self.trained].items() if getattr(self, name) is None}
         steps = self.steps or steps
+        if steps is None:
+            return replace(self, **rates)
         logging_steps = min(self.logging_steps, steps)
         save_steps = self.save_steps or math.ceil(steps / 10 / logging_steps) * logging_steps
         intervals = {"eval_steps": self.eval_steps or math.ceil(steps / 10), "save_steps": save_steps}
-        return replace(
-            self, steps=steps, logging_steps=logging_steps, warmup=min(self.warmup, steps // 10), **intervals
-        )
+        warmup = min(self.warmup, steps // 10)
+        return replace(self, steps=steps, logging_steps=logging_steps, warmup=warmup, **intervals, **rates)
 
 
 @dataclass(kw_only=True)
@@ -209,6 +224,10 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
     streaming: bool = option(False, "read the data as training goes on, without preparing all of it")
     shuffle_buffer: Positive = option(1000, "documents shuffled at a time with --streaming")
     num_proc: Annotated[int, Limits(1, 1024)] | None = option(None, "processes that tokenise")
+
+    @property
+    def trained(self) -> str:
+        return "from scratch" if self.model is None else "continued"
 
     def check(self):
         if (self.config is None) == (self.model is None):
@@ -258,8 +277,8 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     mode: Literal["donor", "block", "full"] | None = option(
         None, "residual stream or kind of depth attention; default: the model's, or block"
     )
-    data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat), files "
-        "or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
+    data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat; their "
+        "docstrings to write: stdlib-docstrings), files or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
     columns: str | None = option(None, "one column, of conversations, or two, of prompts and completions; default: "
         "messages, else prompt,completion")  # fmt: skip
     held_out: Share = option(HELD_OUT, "share of the examples, chosen by hash, one at least")
@@ -267,9 +286,6 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     packing: bool = option(True, "one example per sequence")
     epochs: AboveZero = option(3.0, "times to see the data")
     steps: Positive | None = option(None, "steps of the optimizer, instead of --epochs")
-    learning_rate: LearningRate | None = option(
-        None, f"default: {', '.join(f'{rate:g} ({method})' for method, rate in LEARNING_RATES.items())}"
-    )
     weight_decay: NonNegative = option(0.0, "of matrices")
 
     compared = "method"
@@ -302,10 +318,9 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     def column_names(self) -> list[str] | None:
         return self.columns.split(",") if self.columns else None
 
-    def settled(self, steps: int | None = None) -> "FinetuneOptions":
-        if steps is not None:
-            return super().settled(steps)
-        return replace(self, learning_rate=self.learning_rate or LEARNING_RATES[self.method])
+    @property
+    def trained(self) -> str:
+        return self.method
 
 
 @dataclass(kw_only=True)

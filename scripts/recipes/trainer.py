@@ -25,11 +25,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .checkpoints import ADVICE, check_archives, check_same_model, checkpoints, is_untouched, list_files, run_id
 from .folders import FAILURE_FILE, WORK_NAME, begin_work, end_work, no_space_in_one_line, publish, remove
+from .optim import is_depth_attention, uses_deepspeed
 from .process import end_without_a_word, main_process_first
 
 
 OVERRIDDEN = {
-    "_clip_grad_norm": "the norm before clipping, while the step can still be left out",
+    "_clip_grad_norm": "depth attention by itself; the norm before clipping, while the step can still be left out",
     "_load_from_checkpoint": "weights as `from_pretrained` loads them: experts have other names and shapes in a file",
     "_prepare_for_training": "no padding token without an embedding, and FSDP2 of models with buffers",
     "_save_checkpoint": "checkpoints that are complete or absent",
@@ -106,6 +107,7 @@ class RunTrainer(Trainer):
         self.folder = Path(self.args.output_dir)
         self.keep_checkpoints = keep_checkpoints
         self.batches, self.batches_step = [], -1  # the micro-batches of a step
+        self.depth_grad_norm = None  # of a step, before clipping
 
     def create_accelerator_and_postprocess(self):
         state = self.args.distributed_state
@@ -149,11 +151,36 @@ class RunTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+        """Clips depth attention by itself, and everything else. In a model that was just converted the gradients of the
+        queries are several times as long as all others together: one norm for both would hold the others back.
+
+        Returns:
+            The norm of everything else before it is clipped, or that of depth attention if nothing else is trained.
+        """
+        if uses_deepspeed() or self.is_fsdp_enabled and not self.accelerator.is_fsdp2:  # they know one norm alone
+            return self._checked_norm(super()._clip_grad_norm(model), "gradient norm")
+        depth, others = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (depth if is_depth_attention(name) else others).append(parameter)
+        clip = self.accelerator.clip_grad_norm_
+        self.depth_grad_norm = self._checked_norm(
+            clip(depth, self.args.max_grad_norm) if depth else None, "gradient norm of depth attention"
+        )
+        if not others:
+            return self.depth_grad_norm
+        return self._checked_norm(clip(others, self.args.max_grad_norm), "gradient norm")
+
+    def _checked_norm(self, norm, name: str):
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if norm is not None:
-            self._check_finite(norm, "gradient norm", self.state.global_step + 1)
+            self._check_finite(norm, name, self.state.global_step + 1)
         return norm
+
+    def log(self, logs, *args, **kwargs):
+        if "grad_norm" in logs and self.depth_grad_norm is not None:
+            logs["depth_grad_norm"] = float(self.depth_grad_norm)
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
