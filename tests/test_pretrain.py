@@ -1059,3 +1059,14 @@ def test_what_was_saved_is_checked(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="loads again: .*model.layers.1.mlp.up_proj.weight is missing"):
         check_saved(tmp_path, model)
+
+
+@pytest.mark.parametrize("eval_steps", [2, 10])
+def test_a_loss_that_rises_is_said(eval_steps, server, text, donor):
+    """Once, in one line, as soon as an evaluation or five losses in a row tell; not where training improves a model."""
+    lengths = ["--seq-len", 32, "--batch-size", 4, "--steps", 10, "--eval-steps", eval_steps, "--depth-every", 0]
+    run = ["--model", donor, "--data", text, *lengths, "--schedule", "constant", "--warmup", 0]
+    output = server.run(*run, "--learning-rate", 3.0, "--output", f"rises-{eval_steps}")
+    (line,) = [line for line in output.splitlines() if "before training was" in line]
+    assert f"step {min(eval_steps, 6)}: the loss is" in line and "--learning-rate 3 may be too large" in line
+    assert "before training was" not in server.run(*run, "--output", f"falls-{eval_steps}")

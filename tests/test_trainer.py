@@ -8,8 +8,8 @@ import pytest
 import torch
 from attnres_convert import InputError
 from attnres_recipes.trainer import OVERRIDDEN, RunTrainer
-from families import tiny_config
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from families import attn_res_from_donor, perturb, tiny_config, tiny_donor
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import attnres  # noqa: F401
 
@@ -40,13 +40,13 @@ def collate(items: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def new_trainer(folder, **options) -> RunTrainer:
+def new_trainer(folder, model=None, **options) -> RunTrainer:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config("llama", attention_dropout=0.2))
+    model = model or AutoModelForCausalLM.from_config(tiny_config("llama", attention_dropout=0.2))
     data = [{"input_ids": torch.randint(model.config.vocab_size, (16,))} for _ in range(24)]
     arguments = TrainingArguments(
         str(folder),
-        max_steps=6,
+        max_steps=options.pop("max_steps", 6),
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         save_steps=2,
@@ -108,3 +108,45 @@ def test_another_model_is_refused(tmp_path):
     other.model.config.vocab_size += 1
     with pytest.raises(InputError, match="is of a model with vocab_size"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+class Gradients(TrainerCallback):
+    """Keeps those that a step is taken with."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def clipped_gradients(folder, model) -> tuple[dict[str, torch.Tensor], dict]:
+    """Of the first step, and what its log says."""
+    trainer = new_trainer(folder, model, max_steps=1, max_grad_norm=0.01)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    return gradients.found, trainer.state.log_history[0]
+
+
+def test_depth_attention_is_clipped_by_itself(tmp_path):
+    """What a converted model has of its donor gets the gradients that the donor gets, and depth attention no more than
+    as much: the log holds both norms."""
+    donor = perturb(tiny_donor("llama"))
+    model = attn_res_from_donor(donor)
+    expected, donor_log = clipped_gradients(tmp_path / "donor", donor)
+    found, log = clipped_gradients(tmp_path / "converted", model)
+    depth = {name: found.pop(name) for name in list(found) if "depth_attention" in name}
+    assert found.keys() == expected.keys() and len(depth) == 2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+    norm = torch.stack([gradient.norm() for gradient in depth.values()]).norm()
+    assert norm == pytest.approx(0.01, rel=1e-3) and log["depth_grad_norm"] > 0.02
+    assert log["grad_norm"] == pytest.approx(donor_log["grad_norm"], rel=1e-4) and "depth_grad_norm" not in donor_log
+
+
+def test_depth_attention_alone(tmp_path):
+    """The norm in the log is that of what is trained."""
+    model = attn_res_from_donor(tiny_donor("llama"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("depth_attention" in name)
+    found, log = clipped_gradients(tmp_path, model)
+    norm = torch.stack([gradient.norm() for gradient in found.values()]).norm()
+    assert norm == pytest.approx(0.01, rel=1e-3) and log["grad_norm"] == log["depth_grad_norm"] > 0.02
