@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,7 @@ SHOWN = {
         "language": (str, list),
         "datasets": list,
         "evaluation": list,
+        "samples": list,
     },
     "arguments": {
         **dict.fromkeys(("seed", "seq_len"), int),
@@ -78,6 +79,7 @@ SHOWN = {
         "relative_difference": NUMBER,
     },
     "evaluation": {**dict.fromkeys(("metric", "type", "dataset", "dataset_id", "task_id"), str), "value": NUMBER},
+    "sample": dict.fromkeys(("prompt", "answer", "reference"), str),
     "adapter": {"peft_type": str, "base_model_name_or_path": str},
 }
 NEEDED = {  # a field, or one that begins a part, and what is shown with it
@@ -92,8 +94,10 @@ NEEDED = {  # a field, or one that begins a part, and what is shown with it
     "arguments": {"": ("bf16", "learning_rate", "optimizer", "schedule", "seed", "seq_len")},
     "conversion": {"": ("parameters_added",), "relative_difference": ("dtype",)},
     "evaluation": {"": ("metric", "type", "dataset", "value"), "task_id": ("dataset_id",)},
+    "sample": {"": ("prompt", "answer", "reference")},
     "adapter": {},
 }
+SAMPLE_NAMES = {"model": "answer", "data": "reference"}
 CONFIG_FACTS = ("architectures", "attn_res_mode", "attn_res_block_size", "num_hidden_layers", "hidden_size")
 PIPELINE_TAGS = {
     "ForCausalLM": "text-generation",
@@ -173,6 +177,7 @@ class Card:
         about: what Attention Residuals are, or what else the model has.
         base_model: ids on the Hub, never paths.
         making: rows of a table, name and value; `command` stands above it and `notes` below.
+        samples: prompts, answers of the model, and references, those of the data.
         figure: file name of the heat map of depth weights.
         snippet: Python that loads the model.
         limits: sentences.
@@ -197,6 +202,7 @@ class Card:
     command: str | None = None
     making: tuple[tuple[str, str], ...] = ()
     notes: str = ""
+    samples: tuple[dict[str, str], ...] = ()
     figure: str | None = None
     limits: tuple[str, ...] = ()
     donor_card: bool = False
@@ -221,6 +227,8 @@ class Card:
         if self.results:
             rows = [(result.metric, shown(result.value), result.dataset) for result in self.results]
             sections += ["## Results", table([("measured", "value", "on"), *rows], aligned=False).rstrip()]
+        if self.samples:
+            sections += ["## Samples", *_samples(self.samples)]
         if self.figure:
             text = "What each read (row) takes from which source (column), averaged over held-out text; the numbers "
             text += f"are in [{Path(self.figure).stem}.json]({Path(self.figure).stem}.json)."
@@ -291,6 +299,7 @@ def folder_card(
         tags=tuple(dict.fromkeys(tags)),
         results=tuple(Result(**entry) for entry in results.get("evaluation", [])),
         command=results.get("command"),
+        samples=tuple(results.get("samples", [])),
         making=tuple(_making(facts)),
         notes=EXACTNESS if facts.is_converted else "",
         figure=FIGURE_NAME if is_regular(folder / FIGURE_NAME) else None,
@@ -476,6 +485,24 @@ def _limits(facts: Facts) -> list[str]:
     return limits
 
 
+def _samples(samples: tuple[dict[str, str], ...]) -> Iterator[str]:
+    """Paragraphs; the lines that all prompts begin with are shown once."""
+    yield "The first held-out prompts, unselected: the model's most likely answer, and that of the data."
+    start = os.path.commonprefix([sample["prompt"] for sample in samples]).rpartition("\n")[0]
+    start = start if len(samples) > 1 else ""
+    if start:
+        yield f"All prompts begin with\n\n{_quoted(start)}"
+    for sample in samples:
+        answers = (f"{who}: {' '.join(sample[name].split())}" for who, name in SAMPLE_NAMES.items())
+        yield _quoted("\n".join([sample["prompt"].removeprefix(start).strip("\n"), "", *answers]))
+
+
+def _quoted(text: str) -> str:
+    """A block of text, whatever is in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=2))
+    return f"{fence}text\n{text}\n{fence}"
+
+
 def _snippet(facts: Facts) -> str:
     name, code = json.dumps(facts.repo_id, ensure_ascii=False), ", trust_remote_code=True" if facts.needs_code else ""
     auto_class = f"AutoModel{facts.head}"
@@ -536,9 +563,9 @@ def _results(content: dict) -> dict:
     for part in ("arguments", "conversion"):
         if part in results:
             results[part] = _shown(results[part], part)
-    results["evaluation"] = [
-        _shown(entry if isinstance(entry, dict) else {}, "evaluation") for entry in results.get("evaluation", [])
-    ]
+    for parts, part in (("evaluation", "evaluation"), ("samples", "sample")):
+        entries = results.get(parts, [])
+        results[parts] = [_shown(entry if isinstance(entry, dict) else {}, part) for entry in entries]
     versions = {name: x for name, x in results.get("versions", {}).items() if isinstance(x, str)}
     threads = typed(results.get("versions", {}), "threads", int, "versions")
     results["versions"] = versions if threads is None else {**versions, "threads": threads}

@@ -38,6 +38,7 @@ STDLIB_NAMES = {
     ("pretrain", STDLIB): "the source of the standard library of Python {python}",
     ("finetune", STDLIB): "functions of the standard library of Python {python}",
     ("finetune", f"{STDLIB}-chat"): "functions of the standard library of Python {python}, as chats",
+    ("finetune", f"{STDLIB}-docstrings"): "docstrings of the standard library of Python {python}",
 }
 
 
@@ -115,7 +116,8 @@ def model_results(name: str, options: RunOptions, results: dict, config, base: s
         **launched(),
         "evaluation": evaluation,
     }
-    return published({**results, **about})
+    samples = {"samples": results["samples"]} if "samples" in results else {}  # texts, of which none is a path
+    return {**published({**results, **about}), **samples}
 
 
 def parent_folder(options: RunOptions) -> Path | None:

@@ -129,7 +129,8 @@ def load_examples(
     """The rows, with one column of conversations or two of prompts and completions, and `tools` if there is one.
 
     Args:
-        data: `["stdlib"]`, `["stdlib-chat"]` or `["stdlib-docstrings"]`, files or folders of one kind, or `[id]` of a data set on the Hub.
+        data: `["stdlib"]`, `["stdlib-chat"]` or `["stdlib-docstrings"]`, files or folders of one kind, or `[id]` of a
+            data set on the Hub.
         columns: one name or two; by default `messages` if there is such a column, else `prompt` and `completion`.
         config: configuration of a data set on the Hub.
         split: which split, also with a slice as in `train[:1%]`.

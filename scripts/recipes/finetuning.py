@@ -2,6 +2,7 @@
 """Fine-tuning on conversations, or prompts and completions, with adapters, in full, or of depth attention alone."""
 
 import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from .adapters import (
 from .configs import check_context, check_trainable, read_config
 from .data import ShuffledSequences, check_tokens, data_name
 from .examples import (
+    IGNORED,
     collate_padded,
     encoded_examples,
     load_examples,
@@ -42,6 +44,9 @@ from .run import CONVERTED_NAME
 from .start import get_tokenizer, starting_point
 from .trainer import RunTrainer
 from .training import Prepared, Run, spread_out
+
+
+SAMPLE_TOKENS = 128  # of an answer at most
 
 
 class SupervisedTrainer(RunTrainer):
@@ -87,6 +92,8 @@ class Finetuning(Run):
     def check_method(self, config):
         """Refuses a checkpoint that the method can't train, before anything is read or converted."""
         given = self.options
+        if given.samples and PartialState().num_processes > 1:
+            raise InputError("--samples needs a run of one process; leave it out, and use attnres-generate.")
         quantized = (given.quantization if given.method == "qlora" else "") if given.makes_adapter else None
         check_trainable(config, given.model, quantized, given.merge)
 
@@ -185,10 +192,31 @@ class Finetuning(Run):
             tokenizer.save_pretrained(partial)
         return ((logits - expected).abs().max() / expected.abs().max()).item()
 
+    @torch.no_grad()
+    def sample(self, trainer: RunTrainer, prepared: Prepared) -> list[dict[str, str]]:
+        """The most likely answers to the first held-out prompts, and those of the data."""
+        model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), prepared.tokenizer
+        samples = []
+        for row in prepared.held_out.dataset.examples.select(range(min(self.options.samples, len(prepared.held_out)))):
+            prompt, answer = row["input_ids"][: row["first_label"]], row["labels"][row["first_label"] :]
+            answer = list(itertools.takewhile(lambda label: label != IGNORED, answer))
+            input_ids = torch.as_tensor(prompt, device=model.device)[None]
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=SAMPLE_TOKENS,
+                do_sample=False,
+                pad_token_id=prepared.collate.keywords["pad_token_id"],
+            )
+            texts = {"prompt": prompt, "answer": output[0, len(prompt) :], "reference": answer}
+            samples.append({name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in texts.items()})
+        return samples
+
     def finish(self, trainer: RunTrainer, prepared: Prepared) -> dict:
         is_merged = self.options.merge and self.options.makes_adapter
         return {
             "method": self.options.method,
+            "samples": self.sample(trainer, prepared),
             "merged_relative_error": self.save_merged(trainer, prepared.tokenizer) if is_merged else None,
         }
 

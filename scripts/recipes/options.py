@@ -261,6 +261,7 @@ class AdapterOptions(Options):
         "linear layers of attention, MLPs and shared experts", metavar="NAME")  # fmt: skip
     quantization: Literal["nf4", "int8"] = option("nf4", "of qlora: nf4, 4 bits, by bitsandbytes, or int8 by torchao")
     adapter: str | None = option(None, "folder or Hub id of an adapter for --model to train on")
+    samples: Natural = option(0, "answer so many held-out prompts at the end, for the card; the first ones, unselected")
     merge: bool = option(False, "also write the model with its adapter merged, which loads without PEFT")
 
     @property
@@ -277,8 +278,8 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     mode: Literal["donor", "block", "full"] | None = option(
         None, "residual stream or kind of depth attention; default: the model's, or block"
     )
-    data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat; their "
-        "docstrings to write: stdlib-docstrings), files or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
+    data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat; "
+        "their docstrings: stdlib-docstrings), files or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
     columns: str | None = option(None, "one column, of conversations, or two, of prompts and completions; default: "
         "messages, else prompt,completion")  # fmt: skip
     held_out: Share = option(HELD_OUT, "share of the examples, chosen by hash, one at least")

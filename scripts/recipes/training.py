@@ -33,6 +33,7 @@ from .trainer import RunTrainer
 
 
 SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
+NOT_PRINTED = ("arguments", "samples", "versions")  # of the results
 LAST_RATE = {"cosine": "min_lr_rate", "wsd": "min_lr_ratio"}
 
 
@@ -204,7 +205,7 @@ class Run:
         with one_line_errors(cls.name, options.output), enough_memory():
             results = cls.start(options)
         if state.is_main_process:
-            print(json.dumps({name: value for name, value in results.items() if name not in ("arguments", "versions")}))
+            print(json.dumps({name: value for name, value in results.items() if name not in NOT_PRINTED}))
 
 
 def check_same_data(folder: Path, train, is_new: bool):
