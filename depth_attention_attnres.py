@@ -53,9 +53,20 @@ def eager_depth_attention(
     product = product.to(dtype)
     # not a matmul, which autocast would round
     scores = [(v * product).sum(-1) * torch.rsqrt(v.pow(2).mean(-1) + eps) for v in values]
-    weights = torch.stack(scores, dim=1).softmax(dim=1)  # (batch, num_sources, seq)
-    mixed = sum(weight.unsqueeze(-1) * v for weight, v in zip((weights * scale).unbind(1), values))
+    weights, factors = depth_softmax(torch.stack(scores, dim=1), 1, scale)  # (batch, num_sources, seq)
+    mixed = sum(factor.unsqueeze(-1) * v for factor, v in zip(factors.unbind(1), values))
     return mixed.to(sources[0].dtype), weights
+
+
+def depth_softmax(scores: torch.Tensor, dim: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax over `dim`, and that times `scale`.
+
+    Of n equal scores the exponentials are 1 and their sum is n, so that n times the softmax, computed as (1 n) / n, is
+    1 for any n. In float32 n (1 / n) isn't, first for n = 41.
+    """
+    exponentials = (scores - scores.detach().amax(dim, keepdim=True)).exp()
+    total = exponentials.sum(dim, keepdim=True)
+    return exponentials / total, exponentials * scale / total
 
 
 @dataclass(frozen=True)
@@ -356,8 +367,8 @@ class DepthAttentionFunction(torch.autograd.Function):
         scores = scores.movedim(-1, 0).contiguous().mul_(inverse_rms)
         all_scores = scores if before is None else torch.cat([before_lse[None, None], scores], dim=1)
         lse = all_scores.logsumexp(1)
-        weights = (all_scores - lse.unsqueeze(1)).exp()
-        mixed = mixes(sources if before is None else (before, *sources), weights, scale)
+        weights, factors = depth_softmax(all_scores, 1, scale)
+        mixed = mixes(sources if before is None else (before, *sources), factors)
         norm_inverse_rms = None
         if norm_weight is not None:
             mixed[0], norm_inverse_rms = rms_norm_forward(mixed[0].to(sources[0].dtype), norm_weight, norm_eps)
@@ -376,7 +387,7 @@ class DepthAttentionFunction(torch.autograd.Function):
         all_sources = sources if before is None else (before, *sources)
         norm_weight_grad = None
         if norm_weight is not None and mixed_grads[0] is not None:
-            (mixed,) = mixes(all_sources, weights, ctx.scale)  # again
+            (mixed,) = mixes(all_sources, weights * ctx.scale)  # again
             grad, norm_weight_grad = rms_norm_backward(
                 mixed_grads[0], mixed.to(sources[0].dtype), norm_weight, norm_inverse_rms
             )
@@ -412,13 +423,13 @@ def constant(number: float, like: torch.Tensor) -> float | torch.Tensor:
     return like.new_full((), number) if torch.compiler.is_compiling() else number
 
 
-def mixes(sources, weights: torch.Tensor, scale: float) -> list[torch.Tensor]:
-    """For each read, `scale` times the sum of the sources by `weights` `(num_reads, num_sources, batch, seq)`."""
-    mixed = [None] * len(weights)
-    for values, value_weights in zip(sources, weights.unbind(1)):
-        values = values.to(weights.dtype)
-        for read, weight in enumerate((value_weights * scale).unsqueeze(-1)):
-            mixed[read] = values * weight if mixed[read] is None else mixed[read].addcmul_(values, weight)
+def mixes(sources, factors: torch.Tensor) -> list[torch.Tensor]:
+    """For each read, the sum of the sources times its `factors`, `(num_reads, num_sources, batch, seq)`."""
+    mixed = [None] * len(factors)
+    for values, value_factors in zip(sources, factors.unbind(1)):
+        values = values.to(factors.dtype)
+        for read, factor in enumerate(value_factors.unsqueeze(-1)):
+            mixed[read] = values * factor if mixed[read] is None else mixed[read].addcmul_(values, factor)
     return mixed
 
 

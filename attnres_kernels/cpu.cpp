@@ -152,11 +152,13 @@ void combine(float* const* sums, const float* const* rows, int64_t num_rows, con
     for (; k < count; k++) combine<1>(sums + k, rows, num_rows, weights + k, count, width, add);
 }
 
-// Turns scores into softmax weights, and returns the log of the sum of their exponentials.
-float softmax(float* scores, int64_t count, int64_t stride) {
+// Turns scores into softmax weights, and returns the log of the sum of their exponentials. `factors` may be null; they are
+// the weights times a scale, and exactly 1 where as many scores as the scale says are equal.
+float softmax(float* scores, int64_t count, int64_t stride, float scale = 1, float* factors = nullptr) {
     float highest = -INFINITY, sum = 0;
     for (int64_t i = 0; i < count; i++) highest = std::fmax(highest, scores[i * stride]);
     for (int64_t i = 0; i < count; i++) sum += scores[i * stride] = std::exp(scores[i * stride] - highest);
+    for (int64_t i = 0; factors && i < count; i++) factors[i] = scores[i * stride] * scale / sum;
     for (int64_t i = 0; i < count; i++) scores[i * stride] /= sum;
     return highest + std::log(sum);
 }
@@ -482,7 +484,7 @@ void read_forward(int64_t threads, int64_t tokens, int64_t seq, int64_t width, i
 #pragma omp parallel num_threads(threads) if (is_much(tokens, width * count))
     {
         Buffers buffers(count + 4, width);
-        std::vector<float> scores(count);
+        std::vector<float> scores(count), factors(count);
         std::vector<const float*> rows(count);
         const float* gains = gain ? gain.load(0, width, buffers[count]) : nullptr;
         float rms;
@@ -497,13 +499,11 @@ void read_forward(int64_t threads, int64_t tokens, int64_t seq, int64_t width, i
                 }
                 scores[i] = score_of(rows[i], product, width, eps, &rms);
             }
-            softmax(scores.data(), count, 1);
-            for (int64_t i = 0; i < count; i++) {
-                if (weights) weights[(t / seq * count + i) * seq + t % seq] = scores[i];
-                scores[i] *= scale;
-            }
+            softmax(scores.data(), count, 1, scale, factors.data());
+            for (int64_t i = 0; weights && i < count; i++)
+                weights[(t / seq * count + i) * seq + t % seq] = scores[i];
             float* read = hidden ? hidden.place(t, width, buffers[count + 3]) : buffers[count + 3];
-            combine<1>(&read, rows.data(), count, scores.data(), 1, width, false);
+            combine<1>(&read, rows.data(), count, factors.data(), 1, width, false);
             if (gain) normalise(read, gains, norm_eps, norm_dtype, normed, t, width, buffers[count + 1]);
             if (hidden) hidden.store(t, width, read);
         }

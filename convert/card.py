@@ -76,7 +76,7 @@ SHOWN = {
     "conversion": {
         **dict.fromkeys(("donor_class", "dtype", "verification_skipped"), str),
         "parameters_added": int,
-        "relative_difference": NUMBER,
+        **dict.fromkeys(("donor_rounding", "relative_difference", "tolerance"), NUMBER),
     },
     "evaluation": {**dict.fromkeys(("metric", "type", "dataset", "dataset_id", "task_id"), str), "value": NUMBER},
     "sample": dict.fromkeys(("prompt", "answer", "reference"), str),
@@ -447,7 +447,17 @@ def _verification(conversion: dict) -> str:
     if "relative_difference" not in conversion:
         return f"skipped: {conversion.get('verification_skipped', 'nothing is known about it')}"
     difference = conversion["relative_difference"]
-    return f"largest relative difference of the logits {shown(difference)} ({conversion['dtype']})"
+    return f"largest relative difference of the logits {shown(difference)} ({measured(**conversion)})"
+
+
+def measured(dtype: str, tolerance: float | None = None, donor_rounding: float | None = None, **_) -> str:
+    """In which dtype models were compared, and what was tolerated, of the fields of a `Verification`."""
+    if tolerance is None:
+        return dtype
+    if donor_rounding is None:
+        return f"{dtype}, at most {shown(tolerance)} is tolerated"
+    times = f"{tolerance / donor_rounding:.0f} times what rounding does to the donor, " if donor_rounding else ""
+    return f"{dtype}, at most {shown(tolerance)} is tolerated, {times}{shown(donor_rounding)}"
 
 
 def _data(results: dict) -> str:

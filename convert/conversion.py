@@ -43,7 +43,7 @@ from .loading import check_tensors, empty_model
 from .reading import is_regular, is_text, one_line, parse_json, read_json, typed, understood
 from .source import Source, open_source
 from .staging import check_destination, staged
-from .verification import Verification, quiet, reason_to_skip, verify
+from .verification import Verification, possible_dtype, quiet, verify
 from .writing import write_json
 
 
@@ -419,12 +419,12 @@ def _copy_companions(plan: Plan, folder: Path) -> None:
 
 
 def _verify(plan: Plan, donor: Path, attnres: Path, wanted: bool) -> tuple[Verification | None, str | None]:
-    skipped = reason_to_skip(plan.checkpoint) if wanted else "it was switched off"
+    dtype, skipped = possible_dtype(plan.checkpoint) if wanted else (None, "it was switched off")
     if skipped is None and not all(is_text(os.fspath(path)) for path in (donor, attnres)):
         skipped = "safetensors opens no folder whose name isn't UTF-8"
     if skipped is not None:
         return None, skipped
-    return verify(donor, donor_class(plan.attnres_class), attnres, plan.attnres_class, plan.family.donor_type), None
+    return verify(donor, donor_class(plan.attnres_class), attnres, plan.attnres_class, dtype), None
 
 
 def _options(plan: Plan, revision: str | None, link: bool) -> str:

@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The table that a conversion prints."""
 
+from .card import measured
 from .conversion import ConversionResult
 from .reading import one_line
 
@@ -24,7 +25,7 @@ def report(result: ConversionResult) -> str:
             "largest logit difference": f"{found.max_difference:.2e} (relative {found.relative_difference:.2e})",
             "mean logit difference": f"{found.mean_difference:.2e}",
             "top-1 agreement": f"{found.top1_agreement:.2%} of {found.num_predictions} predictions",
-            "dtype": found.dtype,
+            "compared in": measured(**vars(found)),
         }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())

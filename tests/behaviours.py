@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from attnres_convert.verification import Float64
 from families import attn_res_from_donor, relative_error, tiny_donor, tiny_model, tokens
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, StaticCache
 
 
@@ -34,23 +34,20 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert relative_error(actual, expected) <= tolerance
 
 
-class Float64(TorchFunctionMode):
-    """What models compute in float32 whatever they are given (norms, routers, rotations, losses) is in float64 too."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        def widened(value):
-            return torch.float64 if value is torch.float32 else value
-
-        function = torch.Tensor.double if function is torch.Tensor.float else function
-        return function(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
-
-
 def in_float64(model):
     """A copy to run under `Float64`."""
     model = copy.deepcopy(model).double()
     if getattr(type(model), "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("eager")  # others have no float64
     return model
+
+
+@torch.no_grad()
+def error_against_float64(model, input_ids: torch.Tensor) -> float:
+    """How far rounding takes a model's logits, relative to the largest."""
+    with Float64():
+        expected = in_float64(model)(input_ids).logits
+    return relative_error(model(input_ids).logits, expected)
 
 
 class Rounding(NamedTuple):

@@ -24,6 +24,8 @@ COMMON = {
     "pad_token_id": 0,
 }
 
+MASSIVE_TOKENS, MASSIVE_CHANNEL, MASSIVE = slice(8, None, 8), 7, 4000.0
+
 # name: arguments of the tiny configuration. The model type is "attnres" for llama, "attnres_<name>" for the others.
 # Windows and layer patterns fit a few tokens and layers. An epsilon is larger where the stream is so large that
 # reads without their scale would hardly show.
@@ -121,10 +123,24 @@ def perturb(model: torch.nn.Module, std: float = 0.1, seed: int = 0) -> torch.nn
     return model.eval()
 
 
+@torch.no_grad()
+def make_massive(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives some tokens one huge channel, as trained models have it (SmolLM2: 23,000 beside a median of 1 to 12).
+
+    As there, the output's norm leaves that channel out, so that it isn't all that the logits say.
+    """
+    model.get_input_embeddings().weight[MASSIVE_TOKENS, MASSIVE_CHANNEL] = MASSIVE
+    for name, tensor in model.base_model.norm.named_parameters():
+        # Gemma's gains are 1 + weight
+        is_gemma = "gemma" in model.config.model_type
+        tensor[MASSIVE_CHANNEL] = -1 if is_gemma and name == "weight" else 0
+    return model
+
+
 def tiny_donor(family: str = "llama", auto_class=AutoModelForCausalLM, **kwargs) -> torch.nn.Module:
-    """A donor of transformers, every tensor perturbed, in evaluation mode."""
+    """A donor of transformers, every tensor perturbed, with massive activations, in evaluation mode."""
     torch.manual_seed(0)
-    return perturb(auto_class.from_config(tiny_donor_config(family, **kwargs)))
+    return make_massive(perturb(auto_class.from_config(tiny_donor_config(family, **kwargs))))
 
 
 def tiny_qwen3_next_config(**changes) -> PreTrainedConfig:

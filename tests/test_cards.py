@@ -288,7 +288,8 @@ def test_conversion(converted, models):
     assert (converted / "DONOR_results.json").read_bytes() == (models["donor"] / "results.json").read_bytes()
     found = results_of(converted)["conversion"]
     card = (converted / "README.md").read_text()
-    assert f"relative difference of the logits {shown(found['relative_difference'])} (float32)" in card
+    assert found["dtype"] == "float64" and found["tolerance"] == 1e-11 and found["donor_rounding"] is None
+    assert f"logits {shown(found['relative_difference'])} (float64, at most 1.0e-11 is tolerated)" in card
     assert found["parameters_added"] == 2 * 7 * 32 and "| parameters added | 448 (" in card
     assert "in full mode, as here" in card.lower() and card.count("arXiv:2603.15031") == 1
 

@@ -281,6 +281,33 @@ def test_bfloat16_error_is_that_of_the_donor(tmp_path):
 # --- Implementations of depth attention
 
 
+@pytest.mark.parametrize("implementation", ["eager", "two_phase", "cpp"])
+@torch.no_grad()
+def test_zero_queries_weigh_each_source_by_one(implementation):
+    """A scaled read with a zero query is the sum that a donor would compute, to the bit, of any number of sources."""
+    if implementation == "cpp" and compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    read_sources = ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(implementation)
+    outputs = torch.randn(200, 1, 40, 8, generator=torch.Generator().manual_seed(0))  # for few tokens, sums differ
+    stream = torch.zeros(1, 40, 8)
+    for number in range(1, 201):
+        stream = stream + outputs[number - 1]
+        mixed, weights = read_sources(tuple(outputs[:number]), torch.zeros(8), 1e-6, number)
+        assert torch.equal(mixed, stream), number
+        assert weights.unique().tolist() == [torch.tensor(1 / number).item()]
+
+
+@torch.no_grad()
+def test_a_deep_full_model_is_its_donor_to_the_bit():
+    """With eager, Full mode adds in the donor's order: nothing is left of rounding, also with 61 sources."""
+    donor = tiny_donor(num_hidden_layers=30)
+    model = attn_res_from_donor(donor, "full")
+    model.set_attn_res_implementation("eager")
+    outputs, expected = (one(tokens(), output_hidden_states=True) for one in (model, donor))
+    assert torch.equal(outputs.logits, expected.logits)
+    assert all(map(torch.equal, outputs.hidden_states, expected.hidden_states))
+
+
 def outputs_and_gradients(model, implementation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Of a loss that depends on the depth weights too, on enough tokens for both phases."""
     model.set_attn_res_implementation(implementation)

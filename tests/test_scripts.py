@@ -340,3 +340,20 @@ def test_exactness_measures(tmp_path):
     assert json.loads(run.stdout.splitlines()[-1]) == results
     assert [(row["mode"], row["block_size"]) for row in results["rows"]] == [("full", None), ("block", 2)]
     assert all(row["scaled"] < 3e-6 < 1e-4 < row["plain_mean"] for row in results["rows"])
+
+
+def test_a_checkpoint_is_measured(tmp_path):
+    """The conversion of a model of the zoo: equal but for rounding, which is the smaller the wider the dtype."""
+    sizes = ["--tokens", 32, "--new-tokens", 4, "--seq-len", 64, "--sequences", 1]
+    source = SCRIPTS.parent / "model_cards" / "llama-1.3m"
+    run = run_script(BENCHMARKS / "real.py", source, *sizes, "--output", "real", folder=tmp_path)
+    results = json.loads((tmp_path / "real" / "llama-1.3m.json").read_text())
+    assert json.loads(run.stdout.splitlines()[-1]) == results
+    assert results["command"].startswith("python benchmarks/real.py llama-1.3m --tokens 32")
+    assert str(tmp_path) not in json.dumps(results) and results["verification"]["dtype"] == "float64"
+    exact, single, half = results["precision"]
+    assert exact["difference"] < 1e-13 < 1e-8 < single["donor_error"] < 1e-5 < half["donor_error"]
+    assert single["difference"] < 8 * single["donor_error"] and half["difference"] < 8 * half["donor_error"]
+    assert single["same_greedy_text"] and abs(single["converted_perplexity"] / single["donor_perplexity"] - 1) < 1e-5
+    assert all(row["largest"] >= row["median"] > 0 for row in results["activations"])
+    assert all(cost["peak_bytes"] > cost["peak_bytes_of_imports"] for cost in results["conversion"].values())
