@@ -261,7 +261,7 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat), files "
         "or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
     columns: str | None = option(None, "one column, of conversations, or two, of prompts and completions; default: "
-        "messages, else prompt,completion")  # fmt: skip
+        "messages, else prompt,completion, else conversations, else instruction, input and output")  # fmt: skip
     held_out: Share = option(HELD_OUT, "share of the examples, chosen by hash, one at least")
     seq_len: SeqLen = option(512, "tokens per sequence; longer examples lose their ends")
     packing: bool = option(True, "one example per sequence")
