@@ -112,7 +112,8 @@ class RunOptions(DataOptions, TrainingOptions):
     output: Path = option(help="run folder; the same command again resumes what is in it")
     logging_steps: Positive = option(1, "steps between entries of the log")
     eval_steps: Positive | None = option(None, "default: a tenth of --steps")
-    save_steps: Positive | None = option(None, "steps between checkpoints; default: a tenth of --steps")
+    save_steps: Positive | None = option(None, "steps between checkpoints; default: a tenth of --steps, "
+        "a third where a checkpoint has 1 GB or more")  # fmt: skip
     keep_checkpoints: Positive = option(2, "how many of the last ones to keep")
     depth_every: Natural = option(100, "steps between looks at each layer, 0 for none")
     compare: str = option("", "modes to train one after the other, such as donor,block,full,denseformer; of "
@@ -185,11 +186,14 @@ class RunOptions(DataOptions, TrainingOptions):
         """With what depends on other options filled in, and on the number of steps once that is known."""
         steps = self.steps or steps
         logging_steps = min(self.logging_steps, steps)
-        save_steps = self.save_steps or math.ceil(steps / 10 / logging_steps) * logging_steps
-        intervals = {"eval_steps": self.eval_steps or math.ceil(steps / 10), "save_steps": save_steps}
-        return replace(
-            self, steps=steps, logging_steps=logging_steps, warmup=min(self.warmup, steps // 10), **intervals
-        )
+        settled = replace(self, steps=steps, logging_steps=logging_steps, warmup=min(self.warmup, steps // 10))
+        settled.eval_steps = self.eval_steps or math.ceil(steps / 10)
+        settled.save_steps = self.save_steps or settled.save_steps_of(10)
+        return settled
+
+    def save_steps_of(self, checkpoints: int) -> int:
+        """The steps between so many checkpoints at most, once the number of steps is known."""
+        return math.ceil(self.steps / checkpoints / self.logging_steps) * self.logging_steps
 
 
 @dataclass(kw_only=True)
