@@ -10,7 +10,7 @@ import numpy as np
 
 
 # isort: split
-from attnres_convert.writing import table, write_text
+from attnres_convert.writing import decimals, table, write_text
 
 
 NAMES = {"donor": "donor: plain sum", "block": "Block", "full": "Full"}
@@ -77,7 +77,7 @@ def summarise(content: dict) -> dict:
 
 
 def signed(value: float) -> str:
-    return f"{value:+.4f}"
+    return decimals(value, sign="+")
 
 
 def within(bounds: list[float]) -> str:

@@ -30,12 +30,13 @@ from .reading import (
     texts,
     typed,
 )
-from .writing import table, write_text
+from .writing import decimals, table, write_text
 
 
 DONOR_CARD_NAME = "DONOR_README.md"
 RESULTS_NAME = "results.json"
 FIGURE_NAME = "depth_attention.png"
+TOKENIZER_NAME, CHAT_TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
 EVAL_RESULTS = ".eval_results"  # where the Hub looks for results on its benchmarks
 TAG = "attention-residuals"
 PAPER = "https://arxiv.org/abs/2603.15031"
@@ -138,6 +139,13 @@ CITATION = """```bibtex
   archivePrefix = {arXiv}
 }
 ```"""
+
+CHAT = """\
+messages = [{"role": "user", "content": "What is a residual stream?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 EXACTNESS = """All tensors of the source are kept, bit for bit, under their names. With the queries at zero all outputs
 that a read mixes weigh the same, and each read is multiplied by their number, so it is the sum that the source model's
@@ -325,7 +333,9 @@ class Facts:
         self.config = _or_empty(check_config, config, CONFIG_NAME)
         self.conversion = self.results.get("conversion", {})
         self.class_name = (self.config.get("architectures") or [""])[0]
-        self.has_tokenizer = is_regular(folder / "tokenizer_config.json")
+        self.has_tokenizer = is_regular(folder / TOKENIZER_NAME)
+        in_config = self.has_tokenizer and read_json(folder / TOKENIZER_NAME).get("chat_template")
+        self.has_chat_template = self.has_tokenizer and (is_regular(folder / CHAT_TEMPLATE_NAME) or bool(in_config))
         if "attn_res_mode" in self.config:
             mode = self.config["attn_res_mode"]
             self.mode = mode if isinstance(mode, str) and mode in ABOUT else None
@@ -527,7 +537,9 @@ def _snippet(facts: Facts) -> str:
         lines.append(f"model = PeftModel.from_pretrained(base, {name})")
     else:
         lines.append(f"model = {auto_class}.from_pretrained({name}{code})")
-    if facts.has_tokenizer:
+    if facts.has_chat_template and facts.head == "ForCausalLM":
+        lines.append(CHAT)
+    elif facts.has_tokenizer:
         lines.append('inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)')
         if facts.head == "ForCausalLM":
             lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))")
@@ -706,7 +718,7 @@ def renamed(text: str, folder: Path, repo_id: str) -> str:
 def shown(value: float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
+    return decimals(value) if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
 
 
 def _eval_result(result: Result, pipeline_tag: str | None) -> EvalResult:

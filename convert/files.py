@@ -47,14 +47,22 @@ def write_shards(
                     _copy(source, file, shard.size, bar.update)
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raises a ConversionError if the file system of `folder`, or of its nearest parent, lacks `needed` bytes."""
+def check_space(folder: Path, needed: int, what: str = "", advice: str = "") -> None:
+    """
+    Args:
+        needed: bytes, on the file system of `folder` or of its nearest parent.
+        what, advice: what is written, and what helps, for the message.
+
+    Raises:
+        ConversionError: they aren't free.
+    """
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
-            f"not enough disk space in {folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free."
+            f"not enough disk space in {folder}: {needed / 1e9:.2f} GB are needed{what and f' ({what})'} and "
+            f"{free / 1e9:.2f} GB are free{advice and f'; {advice}'}."
         )
 
 

@@ -1,5 +1,6 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Files that appear complete or not at all, as text, JSON and Markdown tables; it needs nothing but Python."""
+"""Files that appear complete or not at all, as text, JSON and Markdown tables of numbers; it needs nothing but
+Python."""
 
 import json
 import secrets
@@ -30,6 +31,16 @@ def write_json(path: Path, content: dict):
 def json_text(content: dict) -> str:
     """As transformers writes JSON, in the order of `content`."""
     return json.dumps(content, indent=2, default=str) + "\n"
+
+
+def decimals(value: float, digits: int = 4, sign: str = "") -> str:
+    """A number with so many decimals; what rounds to zero has no sign.
+
+    Args:
+        sign: "+" for a difference.
+    """
+    rounded = round(value, digits)
+    return f"{rounded:{sign}.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
 def table(rows: list[tuple[str, ...]], aligned: bool = True) -> str:

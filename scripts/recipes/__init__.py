@@ -3,9 +3,9 @@
 commands.
 
 - what a command takes: `options`, read by `parser`; `defaults`
-- what is written: `folders`, `checkpoints`, `run`, `log`, `card`, `figures`
+- what is written: `folders`, `checkpoints`, `space`, `run`, `log`, `card`, `figures`
 - what is loaded: `configs`, `loading`, `start`, `adapters`, `packing`
-- text and examples: `data`, `examples`
+- text and examples: `data`, `chats`, `examples`
 - training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,
   `comparison`
 - looking into models: `look`, `plotting`, `evaluation`, `generation`

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from attnres_convert import InputError, reading
 from attnres_convert.reading import first_line
-from attnres_convert.writing import table, write_json, write_text
+from attnres_convert.writing import decimals, table, write_json, write_text
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -473,7 +473,7 @@ def evaluate_checkpoints(options: EvaluateOptions) -> dict:
 def number(x: float, sign: str = "") -> str:
     """To four decimals or, where it is as large as perplexities may be, with fewer."""
     if abs(x) < 1000:
-        return f"{x:{sign}.4f}"
+        return decimals(x, sign=sign)
     return f"{x:{sign},.0f}" if abs(x) < 1e9 else f"{x:{sign}.3e}"
 
 

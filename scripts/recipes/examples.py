@@ -1,10 +1,10 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Conversations, or prompts and completions, as sequences with labels on the answers alone.
 
-An example is a conversation (`messages`) or a prompt and its completion, both text or both messages. It is cut into
-stretches of text that are context or answer, each tokenised by itself, as they are when the model is used: what the
-user sends, then what the model generates. Examples are packed whole: position ids restart with each, from which
-transformers, as no attention mask is given, keeps attention within an example.
+An example is a conversation, in any form that `chats` knows, or a prompt and its completion, both text or both
+messages. It is cut into stretches of text that are context or answer, each tokenised by itself, as they are when the
+model is used: what the user sends, then what the model generates. Examples are packed whole: position ids restart with
+each, from which transformers, as no attention mask is given, keeps attention within an example.
 """
 
 import ast
@@ -17,18 +17,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
-import jinja2
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from attnres_convert import InputError
 from attnres_convert.reading import first_line, time_limit, understood
 
+from .chats import (
+    ALPACA_COLUMNS,
+    ALPACA_FEATURES,
+    ALPACA_INPUT,
+    CHAT_COLUMNS,
+    REJECTED,
+    UnknownSpeaker,
+    alpaca_messages,
+    first_accepted,
+    is_chat,
+    plain_messages,
+    without_nulls,
+)
 from .data import (
     checked_text,
     data_name,
     held_out_rows,
     load_rows,
     mapped,
+    reading,
     stdlib_files,
     text_hash,
     vocabulary_key,
@@ -37,13 +51,15 @@ from .defaults import STDLIB
 
 
 IGNORED = -100  # the label that transformers' losses leave out
-CHAT_COLUMNS, PROMPT_COLUMNS, TOOLS_COLUMN = ["messages"], ["prompt", "completion"], "tools"
+PROMPT_COLUMNS, TOOLS_COLUMN = ["prompt", "completion"], "tools"
+# whose columns are looked for, the first ones first
+USUAL_COLUMNS = ([CHAT_COLUMNS[0]], PROMPT_COLUMNS, *([name] for name in CHAT_COLUMNS[1:]), ALPACA_COLUMNS)
 STDLIB_CHAT = "stdlib-chat"
 STDLIB_DOCSTRINGS = "stdlib-docstrings"
 STDLIB_CHARACTERS = 2000  # of a function at most
 DOCSTRING_CHARACTERS = (600, 100)  # of a function, and of its docstring's first line, at most
 TEMPLATE_SECONDS = 20  # to fill in a chat template; one conversation takes milliseconds
-ENCODING_VERSION = 2  # part of the cache's key, to be raised when `encode` changes
+ENCODING_VERSION = 3  # part of the cache's key, to be raised when `encode` changes
 EXAMPLE_FEATURES = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -52,13 +68,15 @@ EXAMPLE_FEATURES = datasets.Features(
         "first_label": datasets.Value("int64"),
         "document": datasets.Value("int64"),
         "hash": datasets.Value("int64"),
+        "problem": datasets.Value("string"),  # why a row is left out
+        "folded": datasets.Value("bool"),  # whether the system's turn is in the user's
     }
 )
 # ChatML, with the tokenizer's own end of text after each message, so that generation stops there
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
-{%- if message.tool_calls or message.content is not defined %}
+{%- if message.tool_calls or message.content is not string %}
 {{- raise_exception('this chat template knows messages of text alone; use a tokenizer with one for tools') }}
 {%- endif %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}
@@ -131,7 +149,7 @@ def load_examples(
     Args:
         data: `["stdlib"]`, `["stdlib-chat"]` or `["stdlib-docstrings"]`, files or folders of one kind, or `[id]` of a
             data set on the Hub.
-        columns: one name or two; by default `messages` if there is such a column, else `prompt` and `completion`.
+        columns: one name or two; by default the first of USUAL_COLUMNS that are there. Alpaca's become conversations.
         config: configuration of a data set on the Hub.
         split: which split, also with a slice as in `train[:1%]`.
 
@@ -143,16 +161,21 @@ def load_examples(
         rows = datasets.Dataset.from_generator(generator, gen_kwargs={"python": platform.python_version()})
         return rows.map(as_chat, remove_columns=rows.column_names, desc="chat") if data == [STDLIB_CHAT] else rows
     rows, first = load_rows(data, columns or [], config, split, option="--columns")
-    for usual in (CHAT_COLUMNS, PROMPT_COLUMNS):
-        if columns is None and first.keys() >= set(usual):
-            columns = usual
-    if columns is None:
+    found = columns or next((usual for usual in USUAL_COLUMNS if first.keys() >= set(usual)), None)
+    if found is None:
         raise InputError(
-            f"{data_name(data)} has neither a column 'messages' nor columns 'prompt' and 'completion'; choose with "
-            f"--columns from: {', '.join(first)}."
+            f"{data_name(data)} has neither a column 'messages' nor 'conversations', nor columns 'prompt' and "
+            f"'completion' or 'instruction' and 'output'; choose with --columns from: {', '.join(first)}."
         )
-    tools = [TOOLS_COLUMN] if TOOLS_COLUMN in first and TOOLS_COLUMN not in columns else []
-    return rows.select_columns([*columns, *tools])
+    if columns is None and found == ALPACA_COLUMNS:
+        kept = [name for name in (*ALPACA_COLUMNS, ALPACA_INPUT) if name in first]
+        options = {"fn_kwargs": {"name": data_name(data)}, "features": ALPACA_FEATURES, "remove_columns": kept}
+        with reading(data_name(data)):
+            return rows.select_columns(kept).map(
+                alpaca_messages, batched=True, with_indices=True, desc="chat", **options
+            )
+    tools = [TOOLS_COLUMN] if TOOLS_COLUMN in first and TOOLS_COLUMN not in found else []
+    return rows.select_columns([*found, *tools])
 
 
 def set_chat_template(tokenizer):
@@ -169,40 +192,11 @@ def filled_in(name: str):
         yield
 
 
-def is_chat(value) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
-    )
-
-
 def uses_chat(rows: datasets.Dataset) -> bool:
-    return any(is_chat(value) for name, value in rows[0].items() if name != TOOLS_COLUMN)
-
-
-def without_nulls(value):
-    """Rows of a table have the same fields; those that one lacks are null in it."""
-    if isinstance(value, dict):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def plain_message(message: dict) -> dict:
-    """A message whose content is text, also where it was given as a list of parts.
-
-    Raises:
-        ValueError: a part isn't text.
-    """
-    message = without_nulls(message)
-    parts = message.get("content")
-    if not isinstance(parts, list):
-        return message
-    for part in parts:
-        if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"has a message with a part that isn't text, {kind!r:.40}")
-    return {**message, "content": "".join(part["text"] for part in parts)}
+    """Whether the first row that isn't empty holds conversations."""
+    columns = [name for name in rows.column_names if name != TOOLS_COLUMN]
+    first = next((row for row in rows.select_columns(columns) if any(row.values())), {})
+    return any(map(is_chat, first.values()))
 
 
 Example = list[tuple[str, bool]]  # stretches of text, and whether each is an answer
@@ -230,9 +224,8 @@ def chat_examples(messages: list[dict], tokenizer, first_answer: int = 0, tools:
         tools: definitions that the template may put in front.
 
     Raises:
-        ValueError: the template can't tell where an answer begins, or a message isn't text.
+        ValueError: the template can't tell where an answer begins.
     """
-    messages = list(map(plain_message, messages))
     render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     examples, text = [], None
     for index, message in enumerate(messages):
@@ -254,26 +247,37 @@ def chat_examples(messages: list[dict], tokenizer, first_answer: int = 0, tools:
     return examples
 
 
-def row_examples(values: list, tokenizer, tools=None) -> list[Example]:
-    """The examples in a row.
+class EmptyRow(ValueError):
+    """A row that lacks a conversation, a prompt or a completion."""
+
+
+def row_examples(values: list, tokenizer, tools=None) -> tuple[list[Example], bool]:
+    """The examples in a row, and whether the system's turn had to go into the user's.
 
     Args:
         values: of one column, a conversation, or of two, prompt and completion.
         tools: definitions of tools for a conversation, as a list or as JSON.
 
     Raises:
-        ValueError: they are of another kind.
+        ValueError: they are of another kind, or there are none.
     """
     if all(map(is_chat, values)):
-        first_answer = len(values[0]) if len(values) == 2 else 0
         try:
-            tools = without_nulls(json.loads(tools) if isinstance(tools, str) else tools)
+            tools = without_nulls(json.loads(tools or "null") if isinstance(tools, str) else tools)
         except ValueError:
             raise ValueError(f"has tools that aren't JSON, {tools!r:.40}") from None
-        return chat_examples(sum(values, []), tokenizer, first_answer, tools or None)
+        messages = plain_messages(sum(values, []))
+        first_answer = len(values[0]) if len(values) == 2 else 0
+        examples, given = first_accepted(
+            lambda given: chat_examples(given, tokenizer, first_answer + len(given) - len(messages), tools or None),
+            messages,
+        )
+        return examples, len(given) < len(messages)
     if len(values) == 2 and all(isinstance(value, str) for value in values):
-        return [[(values[0], False), (values[1], True)]]
-    wanted = "a list of messages with role and content"
+        return [[(values[0], False), (values[1], True)]], False
+    if any(value is None or value == [] for value in values):
+        raise EmptyRow("is empty")
+    wanted = "a list of messages with role and content, or from and value"
     wanted = wanted if len(values) == 1 else f"text, or {wanted}, in both columns"
     raise ValueError(f"doesn't hold {wanted}, but {json.dumps(values, default=str):.80}")
 
@@ -320,37 +324,77 @@ def labelled(example: Example, tokenizer, has_template: bool) -> dict[str, list[
 def encode(batch: dict, indices: list[int], tokenizer, name: str) -> dict[str, list]:
     """Rows as examples with tokens and labels. `first_label` is where the first answer begins, or `num_tokens`.
 
-    A row without an answer is an example without tokens, so that it can be counted.
+    A row without an answer is an example without tokens, so that it can be counted; so is one with a `problem`: it is
+    empty, the chat template rejects it, or it isn't understood, unless it is the first one.
+
+    Raises:
+        InputError: the first row isn't understood, nobody knows who speaks in one, or one is too long.
     """
     encoded = {name: [] for name in EXAMPLE_FEATURES}
     tools = batch.get(TOOLS_COLUMN, [None] * len(indices))
     columns = [values for column, values in batch.items() if column != TOOLS_COLUMN]
     for index, tool_list, *values in zip(indices, tools, *columns):
+        examples, folded, problem = [], False, None
         try:
             with time_limit(TEMPLATE_SECONDS, f"row {index} of {name}: the chat template doesn't come to an end"):
-                examples = row_examples(values, tokenizer, tool_list)
+                examples, folded = row_examples(values, tokenizer, tool_list)
         except InputError:
             raise
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise InputError(f"row {index} of {name} doesn't go with the chat template: {first_line(error)}.") from None
+        except REJECTED as error:
+            problem = f"doesn't go with the chat template: {first_line(error)}"
         except ValueError as error:
-            raise InputError(f"row {index} of {name} {first_line(error)}.") from None
+            problem = first_line(error)
+            if isinstance(error, UnknownSpeaker) or index == 0 and not isinstance(error, EmptyRow):
+                raise InputError(f"row {index} of {name} {problem}.") from None
         for example in examples or [[("", False)]]:
             checked_text("".join(text for text, _ in example), index, " and ".join(batch))
-            item = labelled(example, tokenizer, has_template=is_chat(values[0]))
+            item = labelled(example, tokenizer, has_template=not examples or is_chat(values[0]))
             length = len(item["input_ids"])
             first = next((at for at, label in enumerate(item["labels"]) if label != IGNORED), length)
             item |= {"num_tokens": length, "first_label": first, "document": index, "hash": text_hash(example[0][0])}
+            item |= {"problem": problem, "folded": folded}
             for key, value in item.items():
                 encoded[key].append(value)
     return encoded
 
 
 def encoded_examples(rows: datasets.Dataset, tokenizer, name: str) -> datasets.Dataset:
-    """All examples, kept in the cache of `datasets` for the next run with the same data, tokenizer and template."""
+    """All examples, kept in the cache of `datasets` for the next run with the same data, tokenizer and template.
+
+    Raises:
+        InputError: what [`encode`] raises, or there is a problem with each row.
+    """
     key = f"{rows._fingerprint} {ENCODING_VERSION} {rows.column_names} {vocabulary_key(tokenizer)}"
     key += f" {tokenizer.chat_template}"
-    return mapped(rows, encode, {"tokenizer": tokenizer, "name": name}, EXAMPLE_FEATURES, key, name)
+    examples = mapped(rows, encode, {"tokenizer": tokenizer, "name": name}, EXAMPLE_FEATURES, key, name)
+    first = examples[0]
+    if first["problem"] and not has_no_problem(examples).any():
+        raise InputError(f"none of the {len(rows)} rows can be learned from: row 0 of {name} {first['problem']}.")
+    return examples
+
+
+def has_no_problem(examples: datasets.Dataset) -> np.ndarray:
+    problems = examples.with_format("arrow")["problem"][:]
+    return pc.is_null(problems).to_numpy(zero_copy_only=False)
+
+
+def without_problems(examples: datasets.Dataset) -> tuple[datasets.Dataset, dict[str, int], list[str]]:
+    """The examples that there is no problem with; how many rows there are, are left out (`skipped`), and have the
+    system's turn in the user's; and a line for each that isn't zero."""
+    columns = examples.with_format("numpy")
+    documents, folded, is_good = columns["document"][:], columns["folded"][:], has_no_problem(examples)
+    rows = len(np.unique(documents))
+    counts = {"rows": rows, "skipped": int((~is_good).sum()), "system_in_user_turn": len(np.unique(documents[folded]))}
+    lines = []
+    if counts["system_in_user_turn"]:
+        reason = "the chat template rejects it"
+        lines.append(f"{counts['system_in_user_turn']} of {rows} rows have the system's turn in the user's: {reason}")
+    if not counts["skipped"]:
+        return examples, counts, lines
+    first = examples[int(is_good.argmin())]
+    reason = f"row {first['document']} {first['problem']}"
+    lines.append(f"{counts['skipped']} of {rows} rows are left out; the first one: {reason}")
+    return examples.select(np.flatnonzero(is_good)), counts, lines
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from attnres_convert import InputError
-from attnres_convert.writing import write_bytes, write_json
+from attnres_convert.writing import decimals, write_bytes, write_json
 from matplotlib import colormaps, colors, font_manager, ft2font, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -190,7 +190,7 @@ def write_numbers(axes, image, cells: np.ndarray):
             red, green, blue, _ = image.cmap(image.norm(value))
             is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             text_color = "white" if is_dark else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=text_color)
+            axes.text(column, row, decimals(value, 2), ha="center", va="center", fontsize=7, color=text_color)
 
 
 def outline_open_blocks(axes, config):

@@ -35,6 +35,7 @@ from .examples import (
     set_chat_template,
     split_and_pack_examples,
     uses_chat,
+    without_problems,
 )
 from .folders import whole_folder
 from .look import decoder
@@ -106,18 +107,21 @@ class Finetuning(Run):
         name = data_name(given.data)
         examples = encoded_examples(rows, tokenizer, name)
         check_tokens(examples, vocab_size, tokenizer, name)
+        examples, counts, lines = without_problems(examples)
         train, test, amount = split_and_pack_examples(examples, given.seq_len, given.held_out, given.packing)
         for count, what in (
             (amount["truncated"], f"longer than --seq-len {given.seq_len} and lose their ends"),
             (amount["without_answer"], f"left out: no answer in their first {given.seq_len} tokens"),
         ):
-            if count and is_main:
+            if count:
                 number = amount["examples"] + amount["without_answer"]
-                print(f"{count} of {number} examples are {what}", file=sys.stderr)
+                lines.append(f"{count} of {number} examples are {what}")
+        if is_main:
+            print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
         per_step = given.batch_size * given.accumulate * PartialState().num_processes
         steps = given.steps or math.ceil(given.epochs * len(train) / per_step)
         held_out = spread_out(test, given.eval_sequences)  # of long and short examples
-        amount |= {
+        amount |= counts | {
             "training_tokens": train.num_tokens,
             "training_sequences": len(train),
             "epochs": steps * per_step / len(train),

@@ -11,6 +11,7 @@ import transformers
 from attnres_convert import InputError, reading
 from transformers import TextStreamer
 
+from .chats import generation_prompt
 from .data import MAX_DOCUMENT
 from .examples import filled_in
 from .loading import Checkpoint, load_checkpoint, open_checkpoint
@@ -57,7 +58,7 @@ class Conversation:
             return input_ids
         system = [{"role": "system", "content": self.system}] if self.system else []
         with filled_in("the chat template can't be filled"):
-            text = tokenizer.apply_chat_template(system + turns, tokenize=False, add_generation_prompt=True)
+            text = generation_prompt(tokenizer, system + turns)
             if len(text) > MAX_DOCUMENT:  # no time limit ends a tokenizer
                 raise InputError(
                     f"the chat template makes {len(text):,} characters; at most {MAX_DOCUMENT:,} are read."

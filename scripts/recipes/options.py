@@ -120,7 +120,8 @@ class RunOptions(DataOptions, TrainingOptions):
     output: Path = option(help="run folder; the same command again resumes what is in it")
     logging_steps: Positive = option(1, "steps between entries of the log")
     eval_steps: Positive | None = option(None, "default: a tenth of --steps")
-    save_steps: Positive | None = option(None, "steps between checkpoints; default: a tenth of --steps")
+    save_steps: Positive | None = option(None, "steps between checkpoints; default: a tenth of --steps, "
+        "a third where a checkpoint has 1 GB or more")  # fmt: skip
     keep_checkpoints: Positive = option(2, "how many of the last ones to keep")
     depth_every: Natural = option(100, "steps between looks at each layer, 0 for none")
     compare: str = option("", "modes to train one after the other, such as donor,block,full,denseformer; of "
@@ -201,10 +202,15 @@ class RunOptions(DataOptions, TrainingOptions):
         if steps is None:
             return replace(self, **rates)
         logging_steps = min(self.logging_steps, steps)
-        save_steps = self.save_steps or math.ceil(steps / 10 / logging_steps) * logging_steps
-        intervals = {"eval_steps": self.eval_steps or math.ceil(steps / 10), "save_steps": save_steps}
         warmup = min(self.warmup, steps // 10)
-        return replace(self, steps=steps, logging_steps=logging_steps, warmup=warmup, **intervals, **rates)
+        settled = replace(self, steps=steps, logging_steps=logging_steps, warmup=warmup, **rates)
+        settled.eval_steps = self.eval_steps or math.ceil(steps / 10)
+        settled.save_steps = self.save_steps or settled.save_steps_of(10)
+        return settled
+
+    def save_steps_of(self, checkpoints: int) -> int:
+        """The steps between so many checkpoints at most, once the number of steps is known."""
+        return math.ceil(self.steps / checkpoints / self.logging_steps) * self.logging_steps
 
 
 @dataclass(kw_only=True)
@@ -279,9 +285,9 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
         None, "residual stream or kind of depth attention; default: the model's, or block"
     )
     data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat; "
-        "their docstrings: stdlib-docstrings), files or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
+        "docstrings: stdlib-docstrings), files or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
     columns: str | None = option(None, "one column, of conversations, or two, of prompts and completions; default: "
-        "messages, else prompt,completion")  # fmt: skip
+        "messages, else prompt,completion, else conversations, else instruction, input and output")  # fmt: skip
     held_out: Share = option(HELD_OUT, "share of the examples, chosen by hash, one at least")
     seq_len: SeqLen = option(512, "tokens per sequence; longer examples lose their ends")
     packing: bool = option(True, "one example per sequence")

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ROOT if (ROOT / "attnres.py").is_file() else None  # installed, it is beside libraries: no folder to leave out
 MODULES = ["attnres", "configuration_attnres", "depth_attention_attnres", "families_attnres", "modeling_attnres"]
 MODULES += ["attnres_commands", "attnres_convert", "attnres_kernels", "attnres_recipes"]
+TEST_PROMPT, TEST_MESSAGE = "import", "Hello"  # the second of a chat
 TEST_TOKENS = 4
 SECONDS, SECONDS_PER_GB = 600, 60
 MAX_OUTPUT = 100_000_000  # bytes, of any file that is written
@@ -207,7 +208,15 @@ def generated(torch, transformers, task: dict) -> str:
         with doing("the code doesn't load", model_again):
             check_classes(config, folder)
     with doing("the tokenizer doesn't load", tokenizer_again):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=with_code)
+        # of an adapter, which may have brought a chat template
+        own = adapter if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")) else folder
+        tokenizer = transformers.AutoTokenizer.from_pretrained(own, trust_remote_code=with_code and own == folder)
+    prompt, options = TEST_PROMPT, {}
+    if tokenizer.chat_template:
+        with doing("the chat template can't be filled", "correct it, or leave it out"):
+            messages = [{"role": "user", "content": TEST_MESSAGE}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            options = {"add_special_tokens": False}
     with doing("the model doesn't load", model_again):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -230,7 +239,7 @@ def generated(torch, transformers, task: dict) -> str:
                 f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; enlarge "
                 "it with model.resize_token_embeddings"
             )
-        inputs = tokenizer("import", return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, **options)
         with torch.no_grad():
             if not model(**inputs).logits.isfinite().all():
                 raise ValueError("the model's logits are not finite")

@@ -28,6 +28,7 @@ from .optim import is_depth_attention, new_optimizer, uses_deepspeed
 from .options import RunOptions
 from .process import enough_memory, main_process_first, peak_memory, start_process, versions
 from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_errors, open_run, read_results, unlock
+from .space import FEW, LARGE, check_run_space, sizes
 from .start import load_model
 from .trainer import RunTrainer
 
@@ -103,6 +104,14 @@ class Run:
             optimizer = new_optimizer(
                 prepared.model, options.optimizer, options.learning_rate, options.weight_decay, options.depth_lr_scale
             )
+            needed = sizes(prepared.model, optimizer, getattr(options, "merge", False))
+            if self.given.save_steps is None and needed.checkpoint >= LARGE:
+                options.save_steps = arguments["save_steps"] = options.save_steps_of(FEW)
+                if state.is_main_process:
+                    what = f"a checkpoint has {needed.checkpoint / 1e9:.1f} GB and is written"
+                    print(f"{what} every {options.save_steps} steps; --save-steps changes that", file=sys.stderr)
+            with main_process_first():
+                check_run_space(self.folder, options, needed, checkpoint)
         # before they are sharded
         trained = {name: p.numel() for name, p in prepared.model.named_parameters() if p.requires_grad}
         tokens_per_step = round(
