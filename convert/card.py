@@ -61,7 +61,7 @@ SHOWN = {
         **dict.fromkeys(("tokens", "trained_parameters", "training_tokens"), int),
         **dict.fromkeys(("held_out_loss_before", "merged_relative_error"), NUMBER),
         **dict.fromkeys(("base_is_hub", "converted"), bool),
-        **dict.fromkeys(("arguments", "conversion", "model_config", "versions"), dict),
+        **dict.fromkeys(("arguments", "conversion", "dequantized", "model_config", "versions"), dict),
         "language": (str, list),
         "datasets": list,
         "evaluation": list,
@@ -77,6 +77,7 @@ SHOWN = {
         "parameters_added": int,
         "relative_difference": NUMBER,
     },
+    "dequantized": dict.fromkeys(("architecture", "dtype", "file", "format", "name", "quantization"), str),
     "evaluation": {**dict.fromkeys(("metric", "type", "dataset", "dataset_id", "task_id"), str), "value": NUMBER},
     "adapter": {"peft_type": str, "base_model_name_or_path": str},
 }
@@ -91,6 +92,7 @@ NEEDED = {  # a field, or one that begins a part, and what is shown with it
     },
     "arguments": {"": ("bf16", "learning_rate", "optimizer", "schedule", "seed", "seq_len")},
     "conversion": {"": ("parameters_added",), "relative_difference": ("dtype",)},
+    "dequantized": {"": ("dtype", "format", "quantization")},
     "evaluation": {"": ("metric", "type", "dataset", "value"), "task_id": ("dataset_id",)},
     "adapter": {},
 }
@@ -388,6 +390,8 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
     if facts.base:
         first = ", converted to Attention Residuals first" if results.get("converted") and not facts.is_adapter else ""
         rows.append(("made from", _link(facts.base, results) + first))
+    if "dequantized" in results:
+        rows.append(("dequantised", _dequantized(results["dequantized"])))
     if facts.class_name:
         source = conversion.get("donor_class")
         rows.append(("class", f"`{facts.class_name}`" + (f", from `{source}`" if source else "")))
@@ -428,6 +432,14 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
     if packages:
         rows.append(("versions", ", ".join(packages)))
     return rows
+
+
+def _dequantized(made: dict) -> str:
+    """From what the floats were made: `model.gguf`, GGUF of the architecture llama, Q4_1."""
+    file = f"`{made['file']}`, " if "file" in made else ""
+    architecture = f" of the architecture {made['architecture']}" if "architecture" in made else ""
+    name = f' ("{made["name"]}")' if "name" in made else ""
+    return f"from {file}{made['format']}{architecture}{name}, quantised as {made['quantization']}, to {made['dtype']}"
 
 
 def _sharded(results: dict) -> str:
@@ -533,7 +545,7 @@ def _shown(content: dict, part: str) -> dict:
 def _results(content: dict) -> dict:
     """What a card shows of `results.json`, all of the right types."""
     results = _shown(content, "results")
-    for part in ("arguments", "conversion"):
+    for part in ("arguments", "conversion", "dequantized"):
         if part in results:
             results[part] = _shown(results[part], part)
     results["evaluation"] = [

@@ -25,11 +25,17 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or Hub id")
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, GGUF file, or Hub id")
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--mode", choices=("block", "full"), help="block (default) or full Attention Residuals")
     parser.add_argument("--block-size", type=int, metavar="N", help="decoder layers per block (default: an eighth)")
     parser.add_argument("--num-blocks", type=int, metavar="N", help="number of blocks, instead of --block-size")
+    parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the folder or repository SRC")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the weights from a GGUF file (default: bfloat16 if it is quantised or in bfloat16, otherwise float32)",
+    )
     parser.add_argument("--link", action="store_true", help="hard-link the weights; SRC and DST then share the files")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     parser.add_argument("--force", action="store_true", help="replace DST, after everything else is done")

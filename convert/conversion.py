@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import platform
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,10 @@ from .checkpoint import (
 from .code_references import AUTO_MAP, local_code
 from .families import ATTN_RES_FIELDS, Family, code_files, find_attnres_family, find_family
 from .files import FIRST_OF_TWO, check_space, copy_file, new_index, write_shards
+from .gguf_donor import check_dtype, gguf_donor
 from .loading import check_tensors, empty_model
 from .reading import is_regular, is_text, one_line, parse_json, read_json, typed, understood
-from .source import Source, open_source
+from .source import Source, find_gguf, open_source
 from .staging import check_destination, staged
 from .verification import Verification, quiet, reason_to_skip, verify
 from .writing import write_json
@@ -105,11 +107,13 @@ def convert_checkpoint(
     revision: str | None = None,
     force: bool = False,
     progress: bool = False,
+    gguf_file: str | None = None,
+    dtype: str | None = None,
 ) -> ConversionResult:
     """Writes the Attention Residuals form of a checkpoint, which computes what the checkpoint computes.
 
     Args:
-        src: a checkpoint folder of a supported family, or a Hub id.
+        src: a checkpoint folder of a supported family, a GGUF file or a Hub id.
         dst: the folder to write.
         mode: `"block"` or `"full"`.
         block_size: decoder layers per block, by default `ceil(layers / 8)`. Only for block mode.
@@ -119,6 +123,9 @@ def convert_checkpoint(
         revision: branch, tag or commit of a Hub id.
         force: replace `dst`, after everything else is done.
         progress: show a progress bar.
+        gguf_file: the name of a GGUF file in the folder or repository `src`.
+        dtype: `"bfloat16"` or `"float32"`, of the weights that a GGUF file gives; default: bfloat16 if the file is
+            quantised or in bfloat16, float32 otherwise.
 
     Raises:
         ConversionError: nothing was written; the message says why.
@@ -129,17 +136,34 @@ def convert_checkpoint(
         raise ConversionError("give either a block size or a number of blocks, not both.")
     if mode == "full" and (block_size is not None or num_blocks is not None):
         raise ConversionError("full mode has no blocks; leave out the block size and the number of blocks.")
+    check_dtype(dtype)
     with clear_errors(dst):
-        dst = _check_paths(src, dst, force)
-        source = open_source(src, revision, find_family)
-        plan = _plan_attnres(source, mode, block_size, num_blocks)
-        _check_space(plan, dst, link)
-        with staged(dst, force) as folder:
-            _write_attnres(plan, folder, link, progress)
-            comparison, skipped = _verify(plan, source.folder, folder, verify)
-            command = f"attnres-convert {source.name} {one_line(dst.name)}" + _options(plan, revision, link)
-            _write_card(plan, folder, one_line(dst.name), command, comparison, skipped)
+        dst = check_paths(src, dst, force)
+        with _opened(src, dst, revision, gguf_file, dtype, link, progress) as (source, warnings):
+            plan = _plan_attnres(source, mode, block_size, num_blocks, warnings)
+            is_made = source.dequantized is not None  # nothing else needs the files that it has
+            _check_space(plan, dst, link or is_made)
+            with staged(dst, force) as folder:
+                _write_attnres(plan, folder, link or is_made, progress)
+                comparison, skipped = _verify(plan, source.folder, folder, verify)
+                command = f"attnres-convert {source.name} {one_line(dst.name)}" + _options(plan, revision, link)
+                _write_card(plan, folder, one_line(dst.name), command, comparison, skipped)
     return _result(plan, dst, comparison, skipped)
+
+
+@contextmanager
+def _opened(src, dst: Path, revision: str | None, gguf_file: str | None, dtype: str | None, link: bool, progress: bool):
+    """The source, and warnings; the floats of a GGUF file are there until the block ends."""
+    found = find_gguf(src, revision, gguf_file)
+    if found is None:
+        if dtype is not None:
+            raise ConversionError(f"a dtype is for GGUF files only; the weights of {src} keep their own.")
+        yield open_source(src, revision, find_family), []
+        return
+    if link:
+        raise ConversionError("a GGUF file has no weights to share as they are; leave out --link.")
+    with gguf_donor(found, dst, dtype, progress) as opened:
+        yield opened
 
 
 def convert_to_donor(
@@ -159,7 +183,7 @@ def convert_to_donor(
         ConversionError: nothing was written; the message says why. Among the reasons: a query isn't zero.
     """
     with clear_errors(dst):
-        dst = _check_paths(src, dst, force)
+        dst = check_paths(src, dst, force)
         source = open_source(src, revision, find_attnres_family)
         plan = _plan_donor(source)
         _check_space(plan, dst, link)
@@ -169,7 +193,7 @@ def convert_to_donor(
     return _result(plan, dst, comparison, skipped)
 
 
-def _check_paths(src, dst, force: bool) -> Path:
+def check_paths(src, dst, force: bool) -> Path:
     """The absolute destination, once it is known that it may be written and has nothing to do with the source."""
     with understood(f"{src} and {dst} are not both paths"):
         dst = Path(os.path.abspath(Path(dst).expanduser()))
@@ -183,7 +207,7 @@ def _check_paths(src, dst, force: bool) -> Path:
     return dst
 
 
-def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks: int | None) -> Plan:
+def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks: int | None, found: list[str]) -> Plan:
     donor = read_checkpoint(source.folder)
     family = find_family(donor.config)
     attnres_class = family.head(donor.config.get("architectures"))
@@ -194,7 +218,7 @@ def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks:
         )
     companions, warnings = _plan_companions(donor)
     kept, more = local_code(donor.config, companions, CONFIG_NAME)
-    warnings += more
+    warnings += [*found, *more]
     content = kept | {"model_type": family.config_class.model_type, "attn_res_sum_scale": True}
     if donor.config.get("architectures"):
         content["architectures"] = [attnres_class.__name__]
@@ -430,6 +454,9 @@ def _verify(plan: Plan, donor: Path, attnres: Path, wanted: bool) -> tuple[Verif
 def _options(plan: Plan, revision: str | None, link: bool) -> str:
     full = plan.config.attn_res_mode == "full"
     shape = " --mode full" if full else f" --mode block --block-size {plan.config.attn_res_block_size}"
+    if (made := plan.source.dequantized) is not None:
+        file = "" if plan.source.name == made["file"] else f" --gguf-file {made['file']}"
+        shape += f"{file} --dtype {made['dtype']}"
     return shape + (f" --revision {revision}" if revision else "") + (" --link" if link else "")
 
 
@@ -455,8 +482,11 @@ def _write_card(
             "transformers": transformers.__version__,
         },
     }
+    if source.dequantized is not None:
+        results["dequantized"] = source.dequantized
     write_json(folder / RESULTS_NAME, results)
-    metadata = inherit(read_metadata(source.folder), source.name if source.is_hub else None, is_trained=False)
+    metadata = read_metadata(source.folder) if source.metadata is None else source.metadata
+    metadata = inherit(metadata, source.name if source.is_hub else None, is_trained=False)
     write_card(folder, folder_card(folder, title, metadata))
 
 
