@@ -8,6 +8,7 @@ taken from the file here, and a file of which something would still be lost is r
 import gc
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -140,10 +141,13 @@ def write_gguf_donor(file: GgufFile, folder: Path, work: Path, dtype: str, progr
         )
         if lost := sorted(info["missing_keys"] | info["unexpected_keys"] | {k for k, *_ in info["mismatched_keys"]}):
             raise ConversionError(f"transformers finds no {lost[0]} in {file.name} ({len(lost)} tensors in all).")
-        # what is left is a plain model
+        # what is left is a plain model, saved under the names that its family has on disk
         model.hf_quantizer = None
+        vars(model).pop("_weight_conversions", None)
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        for shard in folder.glob("*.safetensors"):  # which safetensors writes for this user alone
+            shard.chmod(stat.S_IMODE((folder / CONFIG_NAME).stat().st_mode))
     del model
     gc.collect()
     return _write_tokenizer(file, folder, work, where)
@@ -289,7 +293,7 @@ def _write_tokenizer(file: GgufFile, folder: Path, work: Path, where: dict) -> l
         texts = [*PROBES, "".join(tokenizer.all_special_tokens)]
         if any(tokenizer(text)["input_ids"] != saved(text)["input_ids"] for text in texts):
             raise ConversionError("it gives other tokens once it is saved")
-        size = read_json(folder / CONFIG_NAME)["vocab_size"]
-        if len(tokenizer) > size:
-            raise ConversionError(f"it has {len(tokenizer):,} tokens where the model has {size:,}")
-    return []
+    size = read_json(folder / CONFIG_NAME)["vocab_size"]
+    if len(tokenizer) <= size:
+        return []
+    return [f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings of the first {size:,} only."]

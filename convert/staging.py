@@ -167,7 +167,7 @@ def staged(dst: Path, force: bool = False, check: Callable[[Path, Path], None] |
 
 @contextmanager
 def scratch(dst: Path) -> Iterator[Path]:
-    """A hidden folder beside `dst` for what is needed until the block ends; [`recover`] removes that of a killed run."""
+    """A hidden folder beside `dst` for what is needed until the block ends; [`recover`] removes a killed run's."""
     with made(dst.parent), _work(dst) as work:
         yield work
 

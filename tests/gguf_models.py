@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "gemma3": ("gemma3_text", {"sliding_window_pattern": 6}),
     "gpt-oss": ("gpt_oss", {}),
 }
+SENTENCEPIECE = ("gemma2", "gemma3", "phi3")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
 )
@@ -34,6 +35,16 @@ def byte_level_vocabulary() -> tuple[list[str], list[str], list[int]]:
     merges = ["h e", "l l", "he ll", "hell o", "\u0120 w"]
     tokens += ["".join(pair.split()) for pair in merges]
     return [*SPECIAL, *tokens], merges, [3] * len(SPECIAL) + [1] * len(tokens)
+
+
+def sentencepiece_vocabulary() -> tuple[list[str], list[float], list[int]]:
+    """Tokens, scores and types, with all bytes: 1 is a word, 2 unknown, 3 control, 6 a byte."""
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>"]
+    types = [3, 3, 3, 2, 3, 3, 3] + [6] * 256
+    tokens += [f"<0x{byte:02X}>" for byte in range(256)]
+    words = ["he", "ll", "hell", "hello", "\u2581w", "\u2581wo", *"helo\u2581wrd0123456789abc", "\u2581\u2581"]
+    scores = [0.0] * len(tokens) + [-float(i) for i in range(len(words))]
+    return tokens + words, scores, types + [1] * len(words)
 
 
 def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -79,15 +90,18 @@ def gguf_tensors(model, arch: str) -> dict[str, torch.Tensor]:
     return {name: tensor.float().contiguous() for name, tensor in found.items()}
 
 
-def write_gguf(path, arch: str = "llama", kind=None, tokenizer: bool = True, fields: dict | None = None, **options):
+def write_gguf(path, arch="llama", kind=None, tokenizer=True, sentencepiece=None, fields=None, tensors=None, **options):
     """A tiny file of an architecture; returns the model that it was written from, with a vocabulary of the file's.
 
     Args:
         kind: how matrices are quantised, a `gguf.GGMLQuantizationType`; default: they are float32.
+        tokenizer: whether the file has one, and `sentencepiece` whether it is of that kind; default: as in real files.
         fields: further ones, by their full name; `None` leaves one out that would be there.
+        tensors: further ones, and changed ones, by their name.
     """
     family, changes = ARCHITECTURES[arch]
-    tokens, merges, types = byte_level_vocabulary()
+    is_sentencepiece = arch in SENTENCEPIECE if sentencepiece is None else sentencepiece
+    tokens, ranks, types = (sentencepiece_vocabulary if is_sentencepiece else byte_level_vocabulary)()
     model = tiny_donor(family, **{"vocab_size": len(tokens), **changes, **options})
     config, writer = model.config, gguf.GGUFWriter(path, arch)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -101,9 +115,7 @@ def write_gguf(path, arch: str = "llama", kind=None, tokenizer: bool = True, fie
         f"{arch}.embedding_length": config.hidden_size,
         f"{arch}.attention.head_count": config.num_attention_heads,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.rope.freq_base": float(
-            (config.rope_parameters.get("full_attention") or config.rope_parameters)["rope_theta"]
-        ),
+        f"{arch}.rope.freq_base": float(rope["rope_theta"]),
         f"{arch}.vocab_size": config.vocab_size,
     }
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -123,16 +135,19 @@ def write_gguf(path, arch: str = "llama", kind=None, tokenizer: bool = True, fie
         )
     if tokenizer:
         values |= {
-            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.model": "llama" if is_sentencepiece else "gpt2",
             "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.add_bos_token": is_sentencepiece,
             "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.token_type": types,
-            "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.scores" if is_sentencepiece else "tokenizer.ggml.merges": ranks,
             "tokenizer.ggml.bos_token_id": 1,
             "tokenizer.ggml.eos_token_id": 2,
             "tokenizer.ggml.padding_token_id": 0,
             "tokenizer.chat_template": CHAT_TEMPLATE,
         }
+    if tokenizer and is_sentencepiece:
+        values["tokenizer.ggml.unknown_token_id"] = 3
     for name, value in (values | (fields or {})).items():
         if isinstance(value, bool):
             writer.add_bool(name, value)
@@ -144,7 +159,7 @@ def write_gguf(path, arch: str = "llama", kind=None, tokenizer: bool = True, fie
             writer.add_string(name, value)
         elif value is not None:
             writer.add_array(name, value)
-    for name, tensor in gguf_tensors(model, arch).items():
+    for name, tensor in (gguf_tensors(model, arch) | (tensors or {})).items():
         data = tensor.numpy().astype(np.float32)
         if kind is not None and tensor.dim() > 1:
             writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
