@@ -360,6 +360,8 @@ def _summary(facts: Facts) -> str:
         return (
             f"{_link(facts.base, results)} with [Attention Residuals]({PAPER}), converted exactly and not yet trained."
         )
+    if "dequantized" in results:
+        return f"{_link(facts.base, results)}, its weights made {results['dequantized']['dtype']}, else unchanged."
     stream = {"donor": "the plain residual stream", "denseformer": "fixed weights over depth"}
     kind = stream.get(facts.mode, f"Attention Residuals in {facts.mode} mode" if facts.mode else "Attention Residuals")
     if facts.is_adapter:
@@ -461,6 +463,10 @@ def _data(results: dict) -> str:
 
 def _limits(facts: Facts) -> list[str]:
     results, limits = facts.results, []
+    if "dequantized" in results:
+        limits.append(
+            f"Its weights keep the rounding of their quantisation ({results['dequantized']['quantization']})."
+        )
     if facts.is_converted:
         limits.append("It is no better than its source until it has been trained, and has all limits of its source.")
     if "tokens" in results:

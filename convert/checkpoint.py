@@ -4,7 +4,7 @@
 import errno
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -127,7 +127,10 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.end - tensor.start for tensor in self.tensors.values())
+        return self.num_bytes_of(self.tensors)
+
+    def num_bytes_of(self, names: Iterable[str]) -> int:
+        return sum(self.tensors[name].end - self.tensors[name].start for name in names)
 
     def file_of(self, tensor: str) -> str:
         return next(name for name, shard in self.shards.items() if tensor in shard.tensors)

@@ -146,11 +146,16 @@ def write_gguf_donor(file: GgufFile, folder: Path, work: Path, dtype: str, progr
         vars(model).pop("_weight_conversions", None)
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-        for shard in folder.glob("*.safetensors"):  # which safetensors writes for this user alone
-            shard.chmod(stat.S_IMODE((folder / CONFIG_NAME).stat().st_mode))
+        make_readable(folder)
     del model
     gc.collect()
     return _write_tokenizer(file, folder, work, where)
+
+
+def make_readable(folder: Path) -> None:
+    """Gives shards, which safetensors writes for this user alone, the mode of other files."""
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod(stat.S_IMODE((folder / CONFIG_NAME).stat().st_mode))
 
 
 def _config(file: GgufFile, work: Path, where: dict) -> tuple[PreTrainedConfig, Family]:
