@@ -329,7 +329,7 @@ def _turn_mxfp4(parts: dict[str, torch.Tensor], dtype: torch.dtype, config: dict
 
     blocks, scales = parts["weight"], parts["scales"]
     if blocks.dim() != 4 or blocks.shape[:-1] != scales.shape:
-        raise ConversionError(f"its blocks are {list(blocks.shape)} and its scales {list(scales.shape)}.")
+        raise ValueError(f"its blocks are {list(blocks.shape)} and its scales {list(scales.shape)}")
     return convert_moe_packed_tensors(blocks, scales, dtype=dtype, rows_per_chunk=ROWS_AT_ONCE)
 
 
@@ -351,7 +351,7 @@ def _turn_fp8(parts: dict[str, torch.Tensor], dtype: torch.dtype, config: dict) 
         # transformers finds the size of a block by division, which the last ones, cut off, would make wrong
         missing = [size * count - length for size, count, length in zip(block, scales.shape[-2:], shape[-2:])]
         if not all(0 <= number < size for number, size in zip(missing, block)):
-            raise ConversionError(f"{list(scales.shape)} scales don't fit {list(shape)} weights in blocks of {block}.")
+            raise ValueError(f"{list(scales.shape)} scales don't fit {list(shape)} weights in blocks of {block}")
         if any(missing):
             weight = pad(weight.float(), (0, missing[1], 0, missing[0]))
     found = Fp8Dequantize(None).convert({"matrix": weight, f"matrix{SCALE}": scales.float()})["matrix"][0]
@@ -380,10 +380,10 @@ def _turn_4bit(parts: dict[str, torch.Tensor], dtype: torch.dtype, config: dict)
     # bitsandbytes believes what it is told about the sizes of what it reads
     for level, codes in levels:
         if level.blocksize < 1 or -(-count // level.blocksize) != level.absmax.numel() or level.code.numel() != codes:
-            raise ConversionError("its scales don't fit its size.")
+            raise ValueError("its scales don't fit its size")
         count = level.absmax.numel()
     if weight.dtype != torch.uint8 or -(-math.prod(state.shape) // 2) != weight.numel():
-        raise ConversionError(f"it is stored as {list(weight.shape)} bytes where its shape is {list(state.shape)}.")
+        raise ValueError(f"it is stored as {list(weight.shape)} bytes where its shape is {list(state.shape)}")
     state.dtype = dtype
     return dequantize_4bit(weight, state).reshape(state.shape)
 
@@ -405,9 +405,9 @@ def _turn_8bit(parts: dict[str, torch.Tensor], dtype: torch.dtype, config: dict)
 
     weight, scales = parts["weight"], parts["scales"]
     if weight.dtype != torch.int8 or weight.dim() != 2 or scales.shape != weight.shape[:1]:
-        raise ConversionError(f"its {list(scales.shape)} scales don't fit {list(weight.shape)} weights.")
+        raise ValueError(f"its {list(scales.shape)} scales don't fit {list(weight.shape)} weights")
     if "format" in parts and parts["format"].any():
-        raise ConversionError("its rows are in an order of one graphics card; save it again with bitsandbytes.")
+        raise ValueError("its rows are in an order of one graphics card; save it again with bitsandbytes")
     return int8_vectorwise_dequant(weight, scales.float())
 
 

@@ -46,6 +46,8 @@ NO_SCALING = (None, "none")
 ONE_FOR_ALL = "rope_freqs"
 # Gemma's largest models divide scores by the root of another number than their heads' size; no field of a file says so
 GEMMA_LARGE = {"gemma2": 46, "gemma3_text": 62}  # and have so many layers
+TOKENIZER_CONFIG = "tokenizer_config.json"
+AS_SAVED = "TokenizersBackend"  # the class that adds nothing to a tokenizer.json
 PROBES = ("The quick brown fox, 12345 times:\n\tdef f(x): return x  # naïve 日本 🙂", " a  b\n\n", "")
 
 
@@ -290,15 +292,26 @@ def _write_tokenizer(file: GgufFile, folder: Path, work: Path, where: dict) -> l
     with understood(f"the tokenizer in {file.name} can't be used", kind=ConversionError), quiet():
         tokenizer = AutoTokenizer.from_pretrained(work, **where)
         tokenizer.save_pretrained(folder)
-        content = read_json(folder / "tokenizer_config.json")
+        content = read_json(folder / TOKENIZER_CONFIG)
         for name in ("is_local", "local_files_only", "gguf_file", "name_or_path"):  # of this run
             content.pop(name, None)
-        write_json(folder / "tokenizer_config.json", content)
-        saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        texts = [*PROBES, "".join(tokenizer.all_special_tokens)]
-        if any(tokenizer(text)["input_ids"] != saved(text)["input_ids"] for text in texts):
-            raise ConversionError("it gives other tokens once it is saved")
+        write_json(folder / TOKENIZER_CONFIG, content)
+        if not _is_saved(tokenizer, folder):
+            # the class of the family makes another one of what is saved; this takes it as it is
+            write_json(folder / TOKENIZER_CONFIG, {**content, "tokenizer_class": AS_SAVED})
+            if not _is_saved(tokenizer, folder):
+                raise ConversionError(f"the tokenizer in {file.name} gives other tokens once it is saved.")
     size = read_json(folder / CONFIG_NAME)["vocab_size"]
     if len(tokenizer) <= size:
         return []
     return [f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings of the first {size:,} only."]
+
+
+def _is_saved(tokenizer, folder: Path) -> bool:
+    """Whether the tokenizer in a folder gives the tokens that this one gives."""
+    texts = [*PROBES, "".join(tokenizer.all_special_tokens)]
+    try:
+        saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:  # of all kinds: the class of a family may ask for tokens that this vocabulary lacks
+        return False
+    return all(tokenizer(text)["input_ids"] == saved(text)["input_ids"] for text in texts)

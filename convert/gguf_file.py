@@ -149,9 +149,10 @@ def read_gguf(path: Path, name: str) -> GgufFile:
 def _types() -> dict[int, tuple[str, int, int]]:
     """The name, the numbers of a block and the bytes of a block, by the number of a tensor's type."""
     try:
+        import accelerate  # noqa: F401  which transformers asks for
         import gguf
-    except ImportError:
-        raise ConversionError("GGUF files need the package gguf: pip install 'attnres[gguf]'") from None
+    except ImportError as error:
+        raise ConversionError(f"GGUF files need the package {error.name}: pip install 'attnres[gguf]'") from None
     return {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 
 

@@ -16,8 +16,8 @@ ARCHITECTURES = {
     "qwen3moe": ("qwen3_moe", {"attention_bias": False, "mlp_only_layers": []}),
     "phi3": ("phi3", {"sliding_window": 4}),
     "starcoder2": ("starcoder2", {"sliding_window": 4}),
-    "gemma2": ("gemma2", {}),
-    "gemma3": ("gemma3_text", {"sliding_window_pattern": 6}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 12}),
+    "gemma3": ("gemma3_text", {"sliding_window_pattern": 6, "query_pre_attn_scalar": 12}),
     "gpt-oss": ("gpt_oss", {}),
 }
 SENTENCEPIECE = ("gemma2", "gemma3", "phi3")
@@ -39,8 +39,8 @@ def byte_level_vocabulary() -> tuple[list[str], list[str], list[int]]:
 
 def sentencepiece_vocabulary() -> tuple[list[str], list[float], list[int]]:
     """Tokens, scores and types, with all bytes: 1 is a word, 2 unknown, 3 control, 6 a byte."""
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>"]
-    types = [3, 3, 3, 2, 3, 3, 3] + [6] * 256
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+    types = [3, 3, 3, 2, *[3] * 5] + [6] * 256
     tokens += [f"<0x{byte:02X}>" for byte in range(256)]
     words = ["he", "ll", "hell", "hello", "\u2581w", "\u2581wo", *"helo\u2581wrd0123456789abc", "\u2581\u2581"]
     scores = [0.0] * len(tokens) + [-float(i) for i in range(len(words))]

@@ -6,7 +6,6 @@ import math
 import os
 import struct
 
-import gguf
 import pytest
 import torch
 from attnres_convert import ConversionError, convert_checkpoint
@@ -14,10 +13,13 @@ from attnres_convert.cli import main
 from attnres_convert.gguf_donor import ARCHITECTURES as READ
 from attnres_convert.gguf_file import read_gguf
 from convert_models import relative, tensor_bytes, tokens, tree
-from gguf_models import ARCHITECTURES, CHAT_TEMPLATE, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnres  # noqa: F401  registers the classes
+
+
+gguf = pytest.importorskip("gguf")
+from gguf_models import ARCHITECTURES, CHAT_TEMPLATE, write_gguf  # noqa: E402  needs it
 
 
 TEXTS = ("hello world", "def f(x):\n\treturn 12345  # naïve 日本", "<|im_start|>user\nhello<|im_end|>\n", "  hell o ")
