@@ -58,6 +58,7 @@ setup(
         "generate": MODELS_AND_DATA,
         "plot": [*MODELS_AND_DATA, "matplotlib>=3.8"],
         "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
+        "gguf": ["accelerate>=1.6", "gguf>=0.17"],  # for attnres-convert model.gguf
         "trl": ["trl>=1.0"],
         "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for attnres-evaluate --lm-eval
         "test": [

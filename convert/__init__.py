@@ -8,10 +8,12 @@ from importlib import import_module
 _MODULES = {
     "ConversionError": "checkpoint",
     "ConversionResult": "conversion",
+    "DequantizationResult": "dequantization",
     "InputError": "reading",
     "Verification": "verification",
     "convert_checkpoint": "conversion",
     "convert_to_donor": "conversion",
+    "dequantize_checkpoint": "dequantization",
 }
 __all__ = list(_MODULES)
 

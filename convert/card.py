@@ -62,7 +62,7 @@ SHOWN = {
         **dict.fromkeys(("tokens", "trained_parameters", "training_tokens"), int),
         **dict.fromkeys(("held_out_loss_before", "merged_relative_error"), NUMBER),
         **dict.fromkeys(("base_is_hub", "converted"), bool),
-        **dict.fromkeys(("arguments", "conversion", "model_config", "versions"), dict),
+        **dict.fromkeys(("arguments", "conversion", "dequantized", "model_config", "versions"), dict),
         "language": (str, list),
         "datasets": list,
         "evaluation": list,
@@ -79,6 +79,7 @@ SHOWN = {
         "parameters_added": int,
         **dict.fromkeys(("donor_rounding", "relative_difference", "tolerance"), NUMBER),
     },
+    "dequantized": dict.fromkeys(("architecture", "dtype", "file", "format", "name", "quantization"), str),
     "evaluation": {**dict.fromkeys(("metric", "type", "dataset", "dataset_id", "task_id"), str), "value": NUMBER},
     "sample": dict.fromkeys(("prompt", "answer", "reference"), str),
     "adapter": {"peft_type": str, "base_model_name_or_path": str},
@@ -94,6 +95,7 @@ NEEDED = {  # a field, or one that begins a part, and what is shown with it
     },
     "arguments": {"": ("bf16", "learning_rate", "optimizer", "schedule", "seed", "seq_len")},
     "conversion": {"": ("parameters_added",), "relative_difference": ("dtype",)},
+    "dequantized": {"": ("dtype", "format", "quantization")},
     "evaluation": {"": ("metric", "type", "dataset", "value"), "task_id": ("dataset_id",)},
     "sample": {"": ("prompt", "answer", "reference")},
     "adapter": {},
@@ -377,6 +379,8 @@ def _summary(facts: Facts) -> str:
         return (
             f"{_link(facts.base, results)} with [Attention Residuals]({PAPER}), converted exactly and not yet trained."
         )
+    if "dequantized" in results:
+        return f"{_link(facts.base, results)}, its weights made {results['dequantized']['dtype']}, else unchanged."
     stream = {"donor": "the plain residual stream", "denseformer": "fixed weights over depth"}
     kind = stream.get(facts.mode, f"Attention Residuals in {facts.mode} mode" if facts.mode else "Attention Residuals")
     if facts.is_adapter:
@@ -407,6 +411,8 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
     if facts.base:
         first = ", converted to Attention Residuals first" if results.get("converted") and not facts.is_adapter else ""
         rows.append(("made from", _link(facts.base, results) + first))
+    if "dequantized" in results:
+        rows.append(("dequantised", _dequantized(results["dequantized"])))
     if facts.class_name:
         source = conversion.get("donor_class")
         rows.append(("class", f"`{facts.class_name}`" + (f", from `{source}`" if source else "")))
@@ -449,6 +455,14 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
     return rows
 
 
+def _dequantized(made: dict) -> str:
+    """From what the floats were made: `model.gguf`, GGUF of the architecture llama, Q4_1."""
+    file = f"`{made['file']}`, " if "file" in made else ""
+    architecture = f" of the architecture {made['architecture']}" if "architecture" in made else ""
+    name = f' ("{made["name"]}")' if "name" in made else ""
+    return f"from {file}{made['format']}{architecture}{name}, quantised as {made['quantization']}, to {made['dtype']}"
+
+
 def _sharded(results: dict) -> str:
     return f", sharded with {results['sharding']}" if results.get("sharding") else ""
 
@@ -478,6 +492,10 @@ def _data(results: dict) -> str:
 
 def _limits(facts: Facts) -> list[str]:
     results, limits = facts.results, []
+    if "dequantized" in results:
+        limits.append(
+            f"Its weights keep the rounding of their quantisation ({results['dequantized']['quantization']})."
+        )
     if facts.is_converted:
         limits.append("It is no better than its source until it has been trained, and has all limits of its source.")
     if "tokens" in results:
@@ -582,7 +600,7 @@ def _shown(content: dict, part: str) -> dict:
 def _results(content: dict) -> dict:
     """What a card shows of `results.json`, all of the right types."""
     results = _shown(content, "results")
-    for part in ("arguments", "conversion"):
+    for part in ("arguments", "conversion", "dequantized"):
         if part in results:
             results[part] = _shown(results[part], part)
     for parts, part in (("evaluation", "evaluation"), ("samples", "sample")):

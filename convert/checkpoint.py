@@ -4,7 +4,7 @@
 import errno
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -42,6 +42,8 @@ DTYPE_BITS = {
 }
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 
+LICENCES = ("license*", "licence*", "notice*", "copying*", "use_policy*")
+
 # What comes along with the weights; compared in lower case. Optimizer states, logs and other formats stay behind.
 COMPANIONS = (
     "*.json",
@@ -54,11 +56,7 @@ COMPANIONS = (
     "*.spm",
     "*.bpe",
     "*.vocab",
-    "license*",
-    "licence*",
-    "notice*",
-    "copying*",
-    "use_policy*",
+    *LICENCES,
     f"{TEMPLATE_FOLDER}/*",
 )
 NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "trainer_state.json", ADAPTER_NAME)
@@ -129,7 +127,10 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.end - tensor.start for tensor in self.tensors.values())
+        return self.num_bytes_of(self.tensors)
+
+    def num_bytes_of(self, names: Iterable[str]) -> int:
+        return sum(self.tensors[name].end - self.tensors[name].start for name in names)
 
     def file_of(self, tensor: str) -> str:
         return next(name for name, shard in self.shards.items() if tensor in shard.tensors)
@@ -240,7 +241,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     index = read_index(folder)
     names = shard_names(index)
     if missing := [name for name in names if not os.path.lexists(folder / name)]:
-        raise ConversionError(f"{INDEX_NAME} names {_some(missing)}, which {folder} doesn't have.")
+        raise ConversionError(f"{INDEX_NAME} names {some(missing)}, which {folder} doesn't have.")
     for name in [CONFIG_NAME, *([INDEX_NAME] if index else []), *names]:
         check_inside(folder, folder / name)
     checkpoint = Checkpoint(folder, config, {name: read_shard(folder / name) for name in names}, index)
@@ -275,5 +276,5 @@ def _no_weights(folder: Path) -> str:
     return f"{text}."
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

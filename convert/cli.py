@@ -7,14 +7,19 @@ import sys
 
 
 DESCRIPTION = """Convert a transformers checkpoint to Attention Residuals, exactly: the result computes what SRC
-computes until it is trained. Weights are copied as files, never loaded."""
+computes until it is trained. Weights are copied as files, never loaded; those of a GGUF file become floats first."""
 
 EXAMPLES = """examples:
   attnres-convert path/to/llama path/to/llama-attnres
   attnres-convert organisation/model ./converted --revision main --block-size 4
   attnres-convert path/to/llama ./full --mode full --link
   attnres-convert --to-donor ./converted ./llama-again
+  attnres-convert model.Q4_K_M.gguf ./converted --dtype bfloat16
+  attnres-convert organisation/model-GGUF ./converted --gguf-file model.Q8_0.gguf
+  attnres-convert --dequantize bfloat16 openai/gpt-oss-20b ./gpt-oss-bf16
 """
+DTYPES = ("bfloat16", "float32")
+BY_ITSELF = "default"  # what --dequantize means without a dtype
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,11 +30,17 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or Hub id")
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, GGUF file, or Hub id")
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--mode", choices=("block", "full"), help="block (default) or full Attention Residuals")
     parser.add_argument("--block-size", type=int, metavar="N", help="decoder layers per block (default: an eighth)")
     parser.add_argument("--num-blocks", type=int, metavar="N", help="number of blocks, instead of --block-size")
+    parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the folder or repository SRC")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights from a GGUF file (default: bfloat16 if it is quantised or in bfloat16, otherwise float32)",
+    )
     parser.add_argument("--link", action="store_true", help="hard-link the weights; SRC and DST then share the files")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     parser.add_argument("--force", action="store_true", help="replace DST, after everything else is done")
@@ -42,11 +53,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to-donor", action="store_true", help="convert back to the donor; exact, so only while all queries are zero"
     )
+    parser.add_argument(
+        "--dequantize",
+        choices=(BY_ITSELF, *DTYPES),
+        metavar="DTYPE",
+        help="write no AttnRes model but SRC itself, which is stored quantised (MXFP4, fp8, bitsandbytes, GGUF), with "
+        "float weights: bfloat16 or float32; the dtype may be left out",
+    )
     return parser
 
 
+def _with_dtype(words: list[str]) -> list[str]:
+    """The command line in which --dequantize has a value, so that argparse doesn't take the next word for it."""
+    following = [*words[1:], ""]
+    return [
+        f"{word}={BY_ITSELF}" if word == "--dequantize" and after not in DTYPES else word
+        for word, after in zip(words, following)
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(_with_dtype(sys.argv[1:] if argv is None else argv))
     try:
         # not before, as these take seconds
         from .checkpoint import ConversionError
@@ -73,15 +100,27 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(arguments: argparse.Namespace):
     from .checkpoint import ConversionError
     from .conversion import convert_checkpoint, convert_to_donor
+    from .dequantization import dequantize_checkpoint
 
-    options = vars(arguments)
-    shape = {name: options.pop(name) for name in ("mode", "block_size", "num_blocks")}
-    given = {name: value for name, value in shape.items() if value is not None}
-    if not options.pop("to_donor"):
-        return convert_checkpoint(**options, **given, progress=True)
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConversionError(f"--to-donor takes the shape from SRC; leave out {names}.")
+    options = {name: value for name, value in vars(arguments).items() if value is not None}
+    to_donor, dtype = options.pop("to_donor"), options.pop("dequantize", None)
+    shape, gguf = ("mode", "block_size", "num_blocks"), ("gguf_file", "dtype")
+
+    def refuse(names: tuple[str, ...], why: str):
+        if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name, False) is not False]:
+            raise ConversionError(f"{why}; leave out {', '.join(given)}.")
+
+    if dtype is not None:
+        if to_donor:
+            raise ConversionError("--dequantize writes no AttnRes model; leave out --to-donor.")
+        refuse((*shape, "link"), "--dequantize writes new weights, and no AttnRes model")
+        refuse(("dtype",), "--dequantize takes the dtype itself")
+        del options["link"], options["verify"]
+        return dequantize_checkpoint(**options, dtype=None if dtype == BY_ITSELF else dtype, progress=True)
+    if not to_donor:
+        return convert_checkpoint(**options, progress=True)
+    refuse(shape, "--to-donor takes the shape from SRC")
+    refuse(gguf, "--to-donor takes an AttnRes checkpoint, which is no GGUF file")
     return convert_to_donor(**options, progress=True)
 
 

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import platform
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,10 @@ from .checkpoint import (
 from .code_references import AUTO_MAP, local_code
 from .families import ATTN_RES_FIELDS, Family, code_files, find_attnres_family, find_family
 from .files import FIRST_OF_TWO, check_space, copy_file, new_index, write_shards
+from .gguf_donor import check_dtype, gguf_donor
 from .loading import check_tensors, empty_model
 from .reading import is_regular, is_text, one_line, parse_json, read_json, typed, understood
-from .source import Source, open_source
+from .source import Source, find_gguf, open_source
 from .staging import check_destination, staged
 from .verification import Verification, possible_dtype, quiet, verify
 from .writing import write_json
@@ -105,11 +107,13 @@ def convert_checkpoint(
     revision: str | None = None,
     force: bool = False,
     progress: bool = False,
+    gguf_file: str | None = None,
+    dtype: str | None = None,
 ) -> ConversionResult:
     """Writes the Attention Residuals form of a checkpoint, which computes what the checkpoint computes.
 
     Args:
-        src: a checkpoint folder of a supported family, or a Hub id.
+        src: a checkpoint folder of a supported family, a GGUF file or a Hub id.
         dst: the folder to write.
         mode: `"block"` or `"full"`.
         block_size: decoder layers per block, by default `ceil(layers / 8)`. Only for block mode.
@@ -119,6 +123,9 @@ def convert_checkpoint(
         revision: branch, tag or commit of a Hub id.
         force: replace `dst`, after everything else is done.
         progress: show a progress bar.
+        gguf_file: the name of a GGUF file in the folder or repository `src`.
+        dtype: `"bfloat16"` or `"float32"`, of the weights that a GGUF file gives; default: bfloat16 if the file is
+            quantised or in bfloat16, float32 otherwise.
 
     Raises:
         ConversionError: nothing was written; the message says why.
@@ -129,17 +136,34 @@ def convert_checkpoint(
         raise ConversionError("give either a block size or a number of blocks, not both.")
     if mode == "full" and (block_size is not None or num_blocks is not None):
         raise ConversionError("full mode has no blocks; leave out the block size and the number of blocks.")
+    check_dtype(dtype)
     with clear_errors(dst):
-        dst = _check_paths(src, dst, force)
-        source = open_source(src, revision, find_family)
-        plan = _plan_attnres(source, mode, block_size, num_blocks)
-        _check_space(plan, dst, link)
-        with staged(dst, force) as folder:
-            _write_attnres(plan, folder, link, progress)
-            comparison, skipped = _verify(plan, source.folder, folder, verify)
-            command = f"attnres-convert {source.name} {one_line(dst.name)}" + _options(plan, revision, link)
-            _write_card(plan, folder, one_line(dst.name), command, comparison, skipped)
+        dst = check_paths(src, dst, force)
+        with _opened(src, dst, revision, gguf_file, dtype, link, progress) as (source, warnings):
+            plan = _plan_attnres(source, mode, block_size, num_blocks, warnings)
+            is_made = source.dequantized is not None  # nothing else needs the files that it has
+            _check_space(plan, dst, link or is_made)
+            with staged(dst, force) as folder:
+                _write_attnres(plan, folder, None if is_made else link, progress)
+                comparison, skipped = _verify(plan, source.folder, folder, verify)
+                command = f"attnres-convert {source.name} {one_line(dst.name)}" + _options(plan, revision, link)
+                _write_card(plan, folder, one_line(dst.name), command, comparison, skipped)
     return _result(plan, dst, comparison, skipped)
+
+
+@contextmanager
+def _opened(src, dst: Path, revision: str | None, gguf_file: str | None, dtype: str | None, link: bool, progress: bool):
+    """The source, and warnings; the floats of a GGUF file are there until the block ends."""
+    found = find_gguf(src, revision, gguf_file)
+    if found is None:
+        if dtype is not None:
+            raise ConversionError(f"a dtype is for GGUF files only; the weights of {src} keep their own.")
+        yield open_source(src, revision, find_family), []
+        return
+    if link:
+        raise ConversionError("a GGUF file has no weights to share as they are; leave out --link.")
+    with gguf_donor(found, dst, dtype, progress) as opened:
+        yield opened
 
 
 def convert_to_donor(
@@ -159,7 +183,7 @@ def convert_to_donor(
         ConversionError: nothing was written; the message says why. Among the reasons: a query isn't zero.
     """
     with clear_errors(dst):
-        dst = _check_paths(src, dst, force)
+        dst = check_paths(src, dst, force)
         source = open_source(src, revision, find_attnres_family)
         plan = _plan_donor(source)
         _check_space(plan, dst, link)
@@ -169,7 +193,7 @@ def convert_to_donor(
     return _result(plan, dst, comparison, skipped)
 
 
-def _check_paths(src, dst, force: bool) -> Path:
+def check_paths(src, dst, force: bool) -> Path:
     """The absolute destination, once it is known that it may be written and has nothing to do with the source."""
     with understood(f"{src} and {dst} are not both paths"):
         dst = Path(os.path.abspath(Path(dst).expanduser()))
@@ -183,7 +207,7 @@ def _check_paths(src, dst, force: bool) -> Path:
     return dst
 
 
-def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks: int | None) -> Plan:
+def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks: int | None, found: list[str]) -> Plan:
     donor = read_checkpoint(source.folder)
     family = find_family(donor.config)
     attnres_class = family.head(donor.config.get("architectures"))
@@ -192,20 +216,20 @@ def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks:
             f"{source.folder} holds {taken[0]} of an AttnRes model, and its {CONFIG_NAME} is that of a donor; give it "
             "the one that it was saved with."
         )
-    companions, warnings = _plan_companions(donor)
+    companions, warnings = plan_companions(donor)
     kept, more = local_code(donor.config, companions, CONFIG_NAME)
-    warnings += more
+    warnings += [*found, *more]
     content = kept | {"model_type": family.config_class.model_type, "attn_res_sum_scale": True}
     if donor.config.get("architectures"):
         content["architectures"] = [attnres_class.__name__]
     content |= {"auto_map": family.config_class.hub_classes(), "attn_res_mode": mode}
-    num_layers = _build_config(family, content).num_hidden_layers
-    _check_layers(num_layers, donor)
+    num_layers = build_config(family.config_class, content).num_hidden_layers
+    check_layers(num_layers, donor)
     content["attn_res_block_size"] = _block_size(num_layers, block_size, num_blocks)
-    config = _build_config(family, content)
+    config = build_config(family.config_class, content)
     content["attn_res_norm_eps"] = config.attn_res_norm_eps
 
-    model = _build_model(attnres_class, config)
+    model = build_model(attnres_class, config)
     new = {
         name: (initial, tuple(tensor.shape))
         for suffix, initial in INITIAL_VALUES.items()
@@ -213,7 +237,7 @@ def _plan_attnres(source: Source, mode: str, block_size: int | None, num_blocks:
         if name.endswith(suffix)
     }
     shapes = _shapes(donor) | {name: shape for name, (_, shape) in new.items()}
-    warnings += check_tensors(model, shapes, _num_mtp_layers(donor.config))
+    warnings += check_tensors(model, shapes, num_mtp_layers(donor.config))
     depth = {name: initial(shape) for name, (initial, shape) in new.items()}
     shard_names = {name: FIRST_OF_TWO if name == SINGLE_SHARD_NAME else name for name in donor.shards}
     return Plan(
@@ -236,13 +260,13 @@ def _plan_donor(source: Source) -> Plan:
     family = find_attnres_family(checkpoint.config)
     donor_name = family.donor_head(checkpoint.config.get("architectures"))
     attnres_class = family.heads[donor_name]
-    config = _build_config(family, checkpoint.config)
+    config = build_config(family.config_class, checkpoint.config)
     if config.attn_res_mode not in MODES:
         raise ConversionError(f"only models of mode {' or '.join(MODES)} convert back; this is {config.attn_res_mode}.")
-    _check_layers(config.num_hidden_layers, checkpoint)
-    companions, warnings = _plan_companions(checkpoint)
-    shapes, num_mtp_layers = _shapes(checkpoint), _num_mtp_layers(checkpoint.config)
-    warnings += check_tensors(_build_model(attnres_class, config), shapes, num_mtp_layers)
+    check_layers(config.num_hidden_layers, checkpoint)
+    companions, warnings = plan_companions(checkpoint)
+    shapes, num_mtp = _shapes(checkpoint), num_mtp_layers(checkpoint.config)
+    warnings += check_tensors(build_model(attnres_class, config), shapes, num_mtp)
     depth = _read_depth(checkpoint)
     _check_uniform(depth, config)
 
@@ -272,7 +296,7 @@ def _plan_donor(source: Source) -> Plan:
     )
 
 
-def _plan_companions(checkpoint: Checkpoint) -> tuple[dict[str, dict | None], list[str]]:
+def plan_companions(checkpoint: Checkpoint) -> tuple[dict[str, dict | None], list[str]]:
     """The small files that come along, as in a plan, and warnings."""
     companions = dict.fromkeys(name for name in checkpoint.companions() if name not in NOT_COPIED)
     warnings = []
@@ -284,11 +308,11 @@ def _plan_companions(checkpoint: Checkpoint) -> tuple[dict[str, dict | None], li
     return companions, warnings
 
 
-def _num_mtp_layers(config: dict) -> int:
+def num_mtp_layers(config: dict) -> int:
     return typed(config, "num_nextn_predict_layers", int, CONFIG_NAME) or 0
 
 
-def _check_layers(num_layers: int, checkpoint: Checkpoint) -> None:
+def check_layers(num_layers: int, checkpoint: Checkpoint) -> None:
     """Before a model is built, which takes time for each layer."""
     if num_layers > len(checkpoint.tensors):
         raise ConversionError(
@@ -296,12 +320,13 @@ def _check_layers(num_layers: int, checkpoint: Checkpoint) -> None:
         )
 
 
-def _build_config(family: Family, content: dict) -> PreTrainedConfig:
-    with understood(f"{CONFIG_NAME} is not a valid {family.donor_type} configuration", kind=ConversionError), quiet():
-        return family.config_class.from_dict(copy.deepcopy(content))  # nested values are changed in place
+def build_config(config_class: type, content: dict) -> PreTrainedConfig:
+    donor_type = getattr(config_class, "donor_config_class", lambda: config_class)().model_type
+    with understood(f"{CONFIG_NAME} is not a valid {donor_type} configuration", kind=ConversionError), quiet():
+        return config_class.from_dict(copy.deepcopy(content))  # nested values are changed in place
 
 
-def _build_model(model_class: type, config: PreTrainedConfig):
+def build_model(model_class: type, config: PreTrainedConfig):
     with understood(f"no model can be built from {CONFIG_NAME}", kind=ConversionError):
         return empty_model(model_class, config)
 
@@ -373,7 +398,7 @@ def _check_space(plan: Plan, dst: Path, link: bool) -> None:
     check_space(dst, sum(sizes) + sum(tensor.nbytes for tensor in plan.depth.values()) + SPACE_FOR_SMALL_FILES)
 
 
-def _write_attnres(plan: Plan, folder: Path, link: bool, progress: bool) -> None:
+def _write_attnres(plan: Plan, folder: Path, link: bool | None, progress: bool) -> None:
     write_shards(plan.checkpoint, plan.shard_names, set(), folder, link, progress)
     name = SECOND_OF_TWO if FIRST_OF_TWO in plan.shard_names.values() else DEPTH_SHARD_NAME
     metadata = {"format": "pt"}
@@ -383,7 +408,7 @@ def _write_attnres(plan: Plan, folder: Path, link: bool, progress: bool) -> None
         file.write(serialize(plan.depth, metadata))
     weights = dict.fromkeys(plan.depth, name)
     write_json(folder / INDEX_NAME, new_index(plan.checkpoint, plan.shard_names, weights, _depth_size(plan, 1)))
-    _copy_companions(plan, folder)
+    copy_companions(plan.companions, plan.source.folder, folder)
     for file in plan.family.config_class.hub_files():
         copy_file(file, folder / file.name)
     write_json(folder / CONFIG_NAME, plan.new_config)
@@ -395,7 +420,7 @@ def _write_donor(plan: Plan, folder: Path, link: bool, progress: bool) -> None:
         index = new_index(plan.checkpoint, plan.shard_names, {}, _depth_size(plan, -1))
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in plan.depth}
         write_json(folder / INDEX_NAME, index)
-    _copy_companions(plan, folder)
+    copy_companions(plan.companions, plan.source.folder, folder)
     for name, donor_name in DONOR_FILES.items():
         if is_regular(plan.source.folder / donor_name):
             copy_file(plan.source.folder / donor_name, folder / name)
@@ -409,11 +434,11 @@ def _depth_size(plan: Plan, sign: int) -> dict[str, int]:
     }
 
 
-def _copy_companions(plan: Plan, folder: Path) -> None:
-    for name, content in plan.companions.items():
+def copy_companions(companions: dict[str, dict | None], source: Path, folder: Path) -> None:
+    for name, content in companions.items():
         (folder / name).parent.mkdir(exist_ok=True)
         if content is None:
-            copy_file(plan.source.folder / name, folder / name)
+            copy_file(source / name, folder / name)
         else:
             write_json(folder / name, content)
 
@@ -430,6 +455,9 @@ def _verify(plan: Plan, donor: Path, attnres: Path, wanted: bool) -> tuple[Verif
 def _options(plan: Plan, revision: str | None, link: bool) -> str:
     full = plan.config.attn_res_mode == "full"
     shape = " --mode full" if full else f" --mode block --block-size {plan.config.attn_res_block_size}"
+    if (made := plan.source.dequantized) is not None:
+        file = "" if plan.source.name == made["file"] else f" --gguf-file {made['file']}"
+        shape += f"{file} --dtype {made['dtype']}"
     return shape + (f" --revision {revision}" if revision else "") + (" --link" if link else "")
 
 
@@ -449,15 +477,23 @@ def _write_card(
         "revision": source.commit,
         "model_config": config_facts(plan.new_config),
         "conversion": {"donor_class": donor_class(plan.attnres_class).__name__, "parameters_added": added, **found},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
+    if source.dequantized is not None:
+        results["dequantized"] = source.dequantized
     write_json(folder / RESULTS_NAME, results)
-    metadata = inherit(read_metadata(source.folder), source.name if source.is_hub else None, is_trained=False)
+    metadata = read_metadata(source.folder) if source.metadata is None else source.metadata
+    metadata = inherit(metadata, source.name if source.is_hub else None, is_trained=False)
     write_card(folder, folder_card(folder, title, metadata))
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the results."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _result(plan: Plan, dst: Path, comparison: Verification | None, skipped: str | None) -> ConversionResult:

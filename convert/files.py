@@ -22,13 +22,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_shards(
-    checkpoint: Checkpoint, names: dict[str, str], removed: set[str], folder: Path, link: bool, progress: bool
+    checkpoint: Checkpoint, names: dict[str, str], removed: set[str], folder: Path, link: bool | None, progress: bool
 ) -> None:
     """Writes the shards `names` (old name to new name) of a checkpoint into `folder`.
 
     Args:
         removed: names of tensors to leave out; only the shards that hold one are rewritten.
-        link: hard-link the other shards instead of copying them.
+        link: hard-link the other shards instead of copying them; `None`: where the file system can.
     """
     shards = {new: checkpoint.shards[old] for old, new in names.items()}
     total = sum(shard.size for shard in shards.values() if not link or removed & shard.tensors.keys())
@@ -42,7 +42,7 @@ def write_shards(
                 _write_without(shard, removed, target, bar.update)
             elif link:
                 _link(shard.path, target)
-            else:
+            elif link is not None or not _is_linked(shard.path, target):
                 with _open(shard.path) as source, open(target, "xb", buffering=0) as file:
                     _copy(source, file, shard.size, bar.update)
 
@@ -100,6 +100,14 @@ def _link(source: Path, target: Path) -> None:
         else:
             reason = f"hard links fail here ({error.strerror})"
         raise ConversionError(f"{reason}; leave out --link to copy the weights.") from None
+
+
+def _is_linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def _copy(source: BinaryIO, target: BinaryIO, count: int, advance: Callable[[int], object]) -> None:

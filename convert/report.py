@@ -3,14 +3,29 @@
 
 from .card import measured
 from .conversion import ConversionResult
+from .dequantization import DequantizationResult
 from .reading import one_line
 
 
 MAX_PATH = 4096
 
 
-def report(result: ConversionResult) -> str:
+def report(result: ConversionResult | DequantizationResult) -> str:
     """The result as aligned lines: a name and a value each."""
+    rows = _dequantized(result) if isinstance(result, DequantizationResult) else _converted(result)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _dequantized(result: DequantizationResult) -> dict[str, str]:
+    return {
+        "written": one_line(str(result.path), MAX_PATH),
+        "dequantised": f"from {result.quantization} to {result.dtype}",
+        "parameters": f"{result.num_parameters:,}",
+    }
+
+
+def _converted(result: ConversionResult) -> dict[str, str]:
     reads = result.depth_sources
     rows = {
         "written": one_line(str(result.path), MAX_PATH),
@@ -27,5 +42,4 @@ def report(result: ConversionResult) -> str:
             "top-1 agreement": f"{found.top1_agreement:.2%} of {found.num_predictions} predictions",
             "compared in": measured(**vars(found)),
         }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return rows

@@ -166,6 +166,13 @@ def staged(dst: Path, force: bool = False, check: Callable[[Path, Path], None] |
 
 
 @contextmanager
+def scratch(dst: Path) -> Iterator[Path]:
+    """A hidden folder beside `dst` for what is needed until the block ends; [`recover`] removes a killed run's."""
+    with made(dst.parent), _work(dst) as work:
+        yield work
+
+
+@contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A name for a file that takes the place of `path` when the block ends, and goes if the block raises."""
     recover(path)

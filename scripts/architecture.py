@@ -73,7 +73,8 @@ FORWARD = [
 ]
 CONVERT = [
     (f"{CONVERSION}.convert_checkpoint", None, "or convert_to_donor, the way back"),
-    ("attnres_convert.source.open_source", f"{CONVERSION}.convert_checkpoint", "a folder or a Hub id: a Source"),
+    (f"{CONVERSION}._opened", f"{CONVERSION}.convert_checkpoint", "of a GGUF file: its floats, in a hidden folder"),
+    ("attnres_convert.source.open_source", f"{CONVERSION}._opened", "a folder or a Hub id: a Source"),
     (f"{CONVERSION}._plan_attnres", f"{CONVERSION}.convert_checkpoint", "all that is decided: a Plan"),
     (f"{CONVERSION}._check_space", f"{CONVERSION}.convert_checkpoint", "on the disk of the destination"),
     (

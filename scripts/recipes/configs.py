@@ -91,6 +91,8 @@ def check_trainable(config: PreTrainedConfig, model: str, adapters: str | None =
     if kind is None or kind in MADE_PLAIN and not adapters:
         return
     advice = "give the checkpoint that it was made from"
+    if kind in (*MADE_PLAIN, "bitsandbytes"):
+        advice += ", or the float one that attnres-convert --dequantize writes"
     if kind == "bitsandbytes":
         if adapters is not None and adapters != "int8" and not merge:
             if importlib.util.find_spec("bitsandbytes") is None:
