@@ -82,7 +82,7 @@ class QuickstartOptions(DocumentOptions, DonorOptions):
     new_tokens: Positive | None = option(None, "how long that may get; default: 60, of small models 80")
     mode: Literal["block", "full"] = option("block", "kind of Attention Residuals")
     block_size: Positive | None = option(None, "decoder layers per block; default: an eighth of the layers")
-    steps: Positive | None = option(None, "steps of each run; default: 48, of small models 60")
+    steps: Positive | None = option(None, "steps of each run; default: 40, of small models 60")
     batch_size: Batch | None = option(None, "sequences per step; default: 2, of small models 4")
     seq_len: SeqLen = option(256, "tokens per sequence")
     eval_sequences: Positive = option(32, "held-out sequences to evaluate at most")
@@ -90,7 +90,8 @@ class QuickstartOptions(DocumentOptions, DonorOptions):
     continue_learning_rate: AboveZero | None = option(None, "of the runs; default: 0.001, of the small model 0.0003 "
         "and 0.002 for LoRA, with --train-donor as before, with --model 5e-5 and for LoRA that of "
         "fine-tuning")  # fmt: skip
-    depth_lr_scale: NonNegative = option(DEPTH_LR_SCALE, "depth attention's learning rate as a multiple")
+    depth_lr_scale: NonNegative | None = option(None, "depth attention's learning rate as a multiple; default: 0.1, of "
+        f"small models {DEPTH_LR_SCALE:g}")  # fmt: skip
     lora_rank: Annotated[int, Limits(1, 2**16)] | None = option(
         None, "rank of the adapters; default: 16, of small models 8"
     )

@@ -15,7 +15,7 @@ from attnres_convert.report import report
 from attnres_convert.writing import table, write_text
 from attnres_recipes.configs import check_context
 from attnres_recipes.data import load_documents
-from attnres_recipes.defaults import HELD_OUT, STDLIB
+from attnres_recipes.defaults import DEPTH_LR_SCALE, HELD_OUT, STDLIB
 from attnres_recipes.evaluation import evaluate, notes, report_table
 from attnres_recipes.examples import TOOLS_COLUMN, load_examples, row_examples
 from attnres_recipes.figures import plot_losses
@@ -34,11 +34,8 @@ from attnres_recipes.process import versions
 ROOT = Path(__file__).resolve().parents[1]
 ZOO_DONOR = Path("model_cards/llama-1.3m")
 CHATS = ROOT / "examples" / "captain.jsonl"
-QUESTIONS = [
-    "How do I keep bread fresh?",
-    "What is a lighthouse for?",
-    "I can't sleep. What should I do?",
-]  # not in CHATS
+# None of them is in CHATS
+QUESTIONS = ["How do I keep bread fresh?", "What is a lighthouse for?", "I can't sleep. What should I do?"]
 CONVERSION = "Every sublayer now reads a softmax over depth, at first uniform: the same function."
 FOLDERS = {"donor + LoRA": "donor-lora", "AttnRes + LoRA": "attnres-lora"}
 COLUMN = 37  # characters of an answer beside others
@@ -130,8 +127,8 @@ class Story:
 class ChatStory(Story):
     """A chat model in a GGUF file: its answers, before and after a style was learned, with and without AttnRes."""
 
-    defaults = {"steps": 48, "batch_size": 2, "held_out": 0.15, "lora_rank": 16, "new_tokens": 60}
-    defaults |= {"examples": [str(CHATS)], "continue_learning_rate": 1e-3}
+    defaults = {"steps": 40, "batch_size": 2, "held_out": 0.15, "lora_rank": 16, "new_tokens": 60}
+    defaults |= {"examples": [str(CHATS)], "continue_learning_rate": 1e-3, "depth_lr_scale": 0.1}
     is_chat = True
     sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
 
@@ -247,6 +244,7 @@ class SmallStory(Story):
 
     defaults = {"steps": 60, "batch_size": 4, "held_out": HELD_OUT, "lora_rank": 8, "new_tokens": 80}
     defaults |= {"text": [STDLIB], "examples": [STDLIB], "prompt": "    def __init__(self"}
+    defaults |= {"depth_lr_scale": DEPTH_LR_SCALE}
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50}
 
     def __init__(self, options, partial: Path):
