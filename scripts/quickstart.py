@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from attnres_convert import InputError, reading, staging
-from attnres_convert.reading import read_json, sha256
+from attnres_convert.card import read_json
+from attnres_convert.reading import sha256
 from attnres_convert.writing import write_json
 from attnres_recipes.defaults import DEPTH_LR_SCALE
 from attnres_recipes.folders import RESULTS_FILE
@@ -82,7 +83,7 @@ class QuickstartOptions(DocumentOptions, DonorOptions):
     new_tokens: Positive | None = option(None, "how long that may get; default: 60, of small models 80")
     mode: Literal["block", "full"] = option("block", "kind of Attention Residuals")
     block_size: Positive | None = option(None, "decoder layers per block; default: an eighth of the layers")
-    steps: Positive | None = option(None, "steps of each run; default: 40, of small models 60")
+    steps: Positive | None = option(None, "steps of each run; default: 36, of small models 60")
     batch_size: Batch | None = option(None, "sequences per step; default: 2, of small models 4")
     seq_len: SeqLen = option(256, "tokens per sequence")
     eval_sequences: Positive = option(32, "held-out sequences to evaluate at most")

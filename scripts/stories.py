@@ -127,7 +127,7 @@ class Story:
 class ChatStory(Story):
     """A chat model in a GGUF file: its answers, before and after a style was learned, with and without AttnRes."""
 
-    defaults = {"steps": 40, "batch_size": 2, "held_out": 0.15, "lora_rank": 16, "new_tokens": 60}
+    defaults = {"steps": 36, "batch_size": 2, "held_out": 0.15, "lora_rank": 16, "new_tokens": 60}
     defaults |= {"examples": [str(CHATS)], "continue_learning_rate": 1e-3, "depth_lr_scale": 0.1}
     is_chat = True
     sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
