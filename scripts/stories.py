@@ -219,16 +219,7 @@ class ChatStory(Story):
 
     def numbers(self, runs: dict, conversion: dict, same: int, tokens: int) -> str:
         """Exactness of the conversion, and losses on held-out answers."""
-        heading = (
-            "model",
-            "logits differ by",
-            "same tokens",
-            "loss before",
-            "loss after",
-            "trained",
-            "tokens",
-            "seconds",
-        )
+        heading = ("model", "logits off by", "same tokens", "loss before", "loss after", "trained", "tokens", "seconds")
         error = conversion["relative_error"]
         exact = ("-" if error is None else f"{error:.1e}", f"{same} of {tokens}")
         rows = [heading]
