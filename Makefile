@@ -26,7 +26,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,plot,trl,lm-eval,gguf,test,lint]'
 	@touch $@
 
-quickstart: $(READY) ## convert, train on, adapt and compare a small model; writes outputs/quickstart
+quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--tiny a small one; writes outputs/quickstart
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest

@@ -2,6 +2,7 @@
 """What a machine is; it needs nothing but Python."""
 
 import platform
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,3 +13,11 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16, without which float32 is faster, as far as Linux tells."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text) is not None
+    return False
