@@ -11,7 +11,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	tests/test_modeling_attnres.py tests/test_trainer.py \
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
-.PHONY: help setup quickstart test test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
+.PHONY: help setup quickstart test test-real test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
 	gpu gpu-evidence conformance architecture clean
 
 help: ## list the commands
@@ -30,7 +30,11 @@ quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not real" $(ARGS)
+
+test-real: $(READY) ## run the tests on a real chat model, which is downloaded (93 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torchao
+	$(BIN)/python -m pytest -m real $(ARGS)
 
 fuzz: $(READY) ## damage folders in made-up ways for MINUTES, and see that the commands hold
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES) $(ARGS)
