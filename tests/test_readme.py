@@ -172,7 +172,7 @@ def test_config_file(tmp_path):
     (block,) = code_blocks("yaml")
     (tmp_path / "run.yaml").write_text(block)
     options = pretrain.parse_arguments(["--config-file", str(tmp_path / "run.yaml"), "--output", "out"])
-    assert (options.model, options.data, options.learning_rate) == ("my-llama", ["my-text"], 1e-3)
+    assert (options.model, options.data, options.learning_rate) == ("my-llama", ["my-text"], 5e-5)
     assert len(options.variants()) == 3
 
 

@@ -250,7 +250,7 @@ def test_a_run_from_python(tmp_path, monkeypatch):
 def test_a_run_of_an_old_version_is_taken_up(tmp_path):
     """Also where its record names options that are gone, unless they were used."""
     given = FinetuneOptions(model="m", output=tmp_path / "run", columns="a,b").settled()
-    assert given.arguments["columns"] == ["a", "b"] and given.arguments["learning_rate"] == 2e-4
+    assert given.arguments["columns"] == ["a", "b"] and given.arguments["learning_rate"] == 5e-4
     open_run(given.output, {**given.arguments, "train_tokenizer": 0, "config": None})
     open_run(given.output, given.arguments)
     record = json.loads((given.output / "run.json").read_text())

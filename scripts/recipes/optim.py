@@ -6,7 +6,7 @@ import os
 import torch
 from attnres_convert import InputError
 
-from .defaults import DEPTH_LR_SCALE
+from .defaults import RATES
 
 
 def uses_deepspeed() -> bool:
@@ -76,14 +76,21 @@ def new_optimizer(
     name: str = "adamw",
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
-    depth_lr_scale: float = DEPTH_LR_SCALE,
+    depth_lr_scale: float | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> torch.optim.Optimizer:
     """The optimizer `"adamw"` or `"muon"` for the parameters of `model` that are trained.
 
+    Args:
+        depth_lr_scale: depth attention's learning rate as a multiple of `learning_rate`; default: that of RATES for a
+            model that was converted, or for one from scratch.
+
     Raises:
         InputError: Muon can't be had: this torch has none, DeepSpeed trains, or no matrices are trained.
     """
+    if depth_lr_scale is None:
+        is_converted = getattr(model.config, "attn_res_sum_scale", False)
+        depth_lr_scale = RATES["continued" if is_converted else "from scratch"]["depth_lr_scale"]
     groups = parameter_groups(model, learning_rate, weight_decay, depth_lr_scale)
     if name == "adamw":
         return torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas)
