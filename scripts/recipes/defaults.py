@@ -8,8 +8,8 @@
 # run. Where a wider model isn't trained with a learning rate that is smaller by sqrt(hidden), this has to be smaller.
 DEPTH_LR_SCALE = 3.0
 LORA_RATES = {"learning_rate": 5e-4, "depth_lr_scale": 0.1}
-# By what a run trains. Those of checkpoints that are trained on were found on SmolLM2-135M-Instruct (results/real): rates
-# at which it improves at once, and at which queries, which start at zero, are never worse than none
+# By what a run trains. Those of checkpoints that are trained on were found on SmolLM2-135M-Instruct (results/real): it
+# improves at once, and with queries, which start at zero, it is never worse than without
 RATES = {
     "from scratch": {"learning_rate": 1e-3, "depth_lr_scale": DEPTH_LR_SCALE},
     "continued": {"learning_rate": 5e-5, "depth_lr_scale": 0.3},
