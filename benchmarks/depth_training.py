@@ -46,6 +46,7 @@ class Way:
         by_row: Adam's second moment is one for each query instead of one for each number in it.
         gains: key norms begin at the inverse size of each channel of the keys, at most 1, which changes nothing while
             the queries are zero.
+        warmup: steps.
         but_first: the first token of a sequence, which holds the largest activations, gives queries no gradient.
     """
 
@@ -53,6 +54,7 @@ class Way:
     one_norm: bool = False
     by_row: bool = False
     gains: bool = False
+    warmup: int = WARMUP
     but_first: bool = False
 
 
@@ -64,6 +66,7 @@ WAYS = {
     "x 3": Way(3),
     "x 1, second moment by row": Way(1, by_row=True),
     "x 1, gains by channel": Way(1, gains=True),
+    "x 1, warmed up": Way(1, warmup=STEPS // 2),
     "x 1, without the first token": Way(1, but_first=True),
 }
 
@@ -158,16 +161,16 @@ def train(folder: Path, way: Way, seed: int, sequences: torch.Tensor, held_out: 
     for parameter in (query, key_norm):
         parameter.requires_grad_(bool(way.scale))
     groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": WEIGHT_DECAY, "scale": 1},
-        {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0, "scale": 1},
-        *([{"params": depth, "weight_decay": 0.0, "scale": way.scale}] if depth else []),
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": WEIGHT_DECAY, "scale": 1, "warmup": WARMUP},
+        {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0, "scale": 1, "warmup": WARMUP},
+        *([{"params": depth, "weight_decay": 0.0, "scale": way.scale, "warmup": way.warmup}] if depth else []),
     ]
     optimizer, by_row = torch.optim.AdamW(groups, betas=BETAS), AdamByRow(depth) if way.by_row else None
     losses, norms = [], []
     for step in range(STEPS):
         decay = LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / (STEPS - 1)))
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * group["scale"] * min(1, (step + 1) / WARMUP) * decay
+            group["lr"] = LEARNING_RATE * group["scale"] * min(1, (step + 1) / group["warmup"]) * decay
         batch = sequences[order[step * BATCH_SIZE :][:BATCH_SIZE]]
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(batch, labels=batch, use_cache=False).loss
