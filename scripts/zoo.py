@@ -145,9 +145,9 @@ RECIPES = {
     "attnres-smollm2-135m": Recipe(
         "SmolLM2-135M-Instruct, converted, with LoRA that writes docstrings",
         FinetuneOptions,
-        {"model": str(SMOLLM2), "data": "stdlib-docstrings", "seq_len": 256, "batch_size": 2, "steps": 100, "seed": 0}
-        | {"learning_rate": 2e-3, "depth_lr_scale": 0.05, "lora_rank": 8, "eval_sequences": 48, "eval_steps": 50}
-        | {"save_steps": 50, "depth_every": 0, "samples": 10},
+        {"model": str(SMOLLM2), "data": "stdlib-docstrings", "seq_len": 256, "batch_size": 2, "steps": 60, "seed": 0}
+        | {"learning_rate": 2e-3, "depth_lr_scale": 0.05, "lora_rank": 8, "eval_sequences": 32, "eval_steps": 60}
+        | {"save_steps": 30, "depth_every": 0, "samples": 10},
         SMOLLM2,
     ),
     "kimi-linear-block": Recipe(
