@@ -179,12 +179,12 @@ def main(argv: list[str] | None = None):
     given = parse_arguments(argv)
     need("train")
     need("evaluate")
-    from accelerate import PartialState  # these take seconds
-    from attnres_recipes.process import start_process
-    from stories import tell
-
-    start_process()
     try:
+        from accelerate import PartialState  # these take seconds
+        from attnres_recipes.process import start_process
+        from stories import tell
+
+        start_process()
         if PartialState().num_processes > 1:
             raise InputError("it runs in one process; start it without accelerate launch.")
         if given.model is not None and not (given.model / "config.json").is_file():

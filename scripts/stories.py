@@ -14,10 +14,10 @@ from attnres_convert import InputError, convert_checkpoint, reading
 from attnres_convert.report import report
 from attnres_convert.writing import table, write_text
 from attnres_recipes.configs import check_context
-from attnres_recipes.data import load_documents
+from attnres_recipes.data import data_name, load_documents
 from attnres_recipes.defaults import DEPTH_LR_SCALE, HELD_OUT, STDLIB
 from attnres_recipes.evaluation import evaluate, notes, report_table
-from attnres_recipes.examples import TOOLS_COLUMN, load_examples, row_examples
+from attnres_recipes.examples import encoded_examples, load_examples, without_problems
 from attnres_recipes.figures import plot_losses
 from attnres_recipes.finetuning import finetune
 from attnres_recipes.folders import METRICS_FILE
@@ -209,13 +209,11 @@ class ChatStory(Story):
             lines += [f"> {question}", *("  ".join(cell.ljust(COLUMN) for cell in row).rstrip() for row in rows), ""]
         return "\n".join(lines)
 
-    def rendered(self, model: Path):
+    def rendered(self, model: Path) -> list[str]:
         """The examples as text, as the model sees them."""
-        tokenizer = load_tokenizer(str(model))
-        for row in load_examples(self.options.examples):
-            tools = row.pop(TOOLS_COLUMN, None)
-            for example in row_examples(list(row.values()), tokenizer, tools):
-                yield "".join(text for text, _ in example)
+        tokenizer, data = load_tokenizer(str(model)), self.options.examples
+        examples, _, _ = without_problems(encoded_examples(load_examples(data), tokenizer, data_name(data)))
+        return tokenizer.batch_decode(examples["input_ids"][:])
 
     def numbers(self, runs: dict, conversion: dict, same: int, tokens: int) -> str:
         """Exactness of the conversion, and losses on held-out answers."""

@@ -182,13 +182,19 @@ def test_calls_without_content(given, saved, tmp_path):
 
 
 def test_null_content(tokenizer, tmp_path):
-    """A message of nothing else than null is empty."""
+    """A message of nothing else than null is empty, also in the first row of ShareGPT's form."""
     rows = [
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": text, "tool_calls": None}]
         for text in (None, "")
     ]
     null, empty = found(tmp_path / "a.jsonl", [{"messages": row} for row in rows], tokenizer)
     assert null == {**empty, "document": 0}
+    rows = [[{"from": "human", "value": "q"}, {"from": "gpt", "value": text}] for text in (None, "")]
+    assert found(tmp_path / "b.jsonl", [{"conversations": row} for row in rows], tokenizer)[:2] == {
+        name: [null[name], empty[name]] for name in empty
+    }
+    with pytest.raises(InputError, match="row 0 of data has a turn of 'gpt' without a value"):
+        found(tmp_path / "c.jsonl", [{"conversations": [{"from": "gpt", "text": "q"}]}], tokenizer)
 
 
 def test_system_turns(strict, tmp_path):
@@ -272,3 +278,42 @@ def test_run(saved, strict, tmp_path, capsys):
         "2 of 12 rows are left out; the first one: row 5 doesn't go with the chat template: Conversation roles must "
         "alternate user/assistant/user/assistant/",
     ]
+
+
+def test_samples(saved, strict, tmp_path):
+    """The first held-out prompts, as many as are asked for, also where several are in a sequence."""
+    strict.save_pretrained(tmp_path / "tokenizer")
+    turns = ({"role": "user", "content": "{n} dogs?"}, {"role": "assistant", "content": "{n} birds."})
+    rows = [{"messages": [{**turn, "content": turn["content"].format(n=n)} for turn in turns]} for n in range(40)]
+    run = {"model": str(saved), "tokenizer": str(tmp_path / "tokenizer")}
+    run |= {
+        "data": [write(tmp_path / "chats.jsonl", rows)],
+        "steps": 1,
+        "batch_size": 2,
+        "seq_len": 128,
+        "held_out": 0.2,
+        "depth_every": 0,
+        "samples": 4,
+    }
+    results = finetune(FinetuneOptions(**run, output=tmp_path / "run"))
+    assert results["held_out_sequences"] < 4
+    samples = json.loads((tmp_path / "run" / "results.json").read_text())["samples"]
+    assert len(samples) == 4
+    for sample in samples:
+        (number,) = re.findall(r"\d+", sample["prompt"])
+        assert sample["prompt"] == f"<user>{number} dogs?<assistant>" and sample["reference"] == f"{number} birds."
+
+
+def test_a_run_of_an_old_version_goes_on(saved, tmp_path):
+    """It has kept what was given alone, also with a number of steps."""
+    rows = [{"prompt": f"{n} dogs", "completion": " sat"} for n in range(30)]
+    run = {"model": str(saved), "data": [write(tmp_path / "rows.jsonl", rows)], "seq_len": 16, "held_out": 0.2}
+    run |= {"steps": 2, "batch_size": 2, "depth_every": 0, "output": tmp_path / "run"}
+    expected = finetune(FinetuneOptions(**run))
+    file = tmp_path / "run" / "run.json"
+    content = json.loads(file.read_text())
+    del content["arguments"]["samples"]
+    given = {"warmup": 100, "eval_steps": None, "save_steps": None}
+    file.write_text(json.dumps({**content, "arguments": {**content["arguments"], **given}}))
+    (tmp_path / "run" / "results.json").unlink()
+    assert finetune(FinetuneOptions(**run))["held_out_loss"] == expected["held_out_loss"]

@@ -9,8 +9,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import datasets
 import pytest
-from transformers import AutoModelForCausalLM
+from attnres_recipes.examples import set_chat_template
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnres
 
@@ -106,6 +108,20 @@ def test_the_chats_have_one_style():
     for question, answer in CHATS:
         assert (question["role"], answer["role"]) == ("user", "assistant")
         assert answer["content"].startswith("Ship's log, ") and answer["content"].endswith(" Steady as she goes.")
+
+
+def test_chats_are_drawn_as_the_model_sees_them(tmp_path, monkeypatch):
+    """Those of `--examples` that can be learned from."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model_cards" / "llama-1.3m")
+    set_chat_template(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    rows = [{"messages": messages} for messages in (CHATS[0], [], CHATS[1])]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = quickstart.QuickstartOptions(examples=[str(tmp_path / "chats.jsonl")])
+    texts = stories.ChatStory(options, tmp_path, tmp_path / "model.gguf").rendered(tmp_path)
+    rendered = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in CHATS[:2]]
+    assert texts == list(map(str.rstrip, rendered))
 
 
 def test_the_readme_shows_a_recorded_run():

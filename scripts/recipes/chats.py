@@ -67,9 +67,10 @@ def plain_messages(conversation: list[dict]) -> list[dict]:
 
 def _plain_message(message: dict) -> dict:
     if "role" not in message:
-        if "value" not in message:
+        if "value" not in message and message.keys() != {"from"}:
             raise ValueError(f"has a turn of {message['from']!r} without a value")
-        message = {"role": SPEAKERS[message["from"].strip().lower()], "content": message["value"]}
+        content = message.get("value", "")
+        message = {"role": SPEAKERS[message["from"].strip().lower()], "content": content}
     parts = message.get("content")
     if isinstance(parts, list):
         for part in parts:

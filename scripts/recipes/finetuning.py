@@ -200,8 +200,8 @@ class Finetuning(Run):
     def sample(self, trainer: RunTrainer, prepared: Prepared) -> list[dict[str, str]]:
         """The most likely answers to the first held-out prompts, and those of the data."""
         model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), prepared.tokenizer
-        samples = []
-        for row in prepared.held_out.dataset.examples.select(range(min(self.options.samples, len(prepared.held_out)))):
+        samples, examples = [], prepared.held_out.dataset.examples
+        for row in examples.select(range(min(self.options.samples, len(examples)))):
             prompt, answer = row["input_ids"][: row["first_label"]], row["labels"][row["first_label"] :]
             answer = list(itertools.takewhile(lambda label: label != IGNORED, answer))
             input_ids = torch.as_tensor(prompt, device=model.device)[None]

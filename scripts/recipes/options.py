@@ -195,15 +195,17 @@ class RunOptions(DataOptions, TrainingOptions):
         """What is trained, of RATES."""
         raise NotImplementedError
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates that aren't given."""
+        return {name: rate for name, rate in RATES[self.trained].items() if getattr(self, name) is None}
+
     def settled(self, steps: int | None = None) -> "RunOptions":
         """With what depends on other options filled in, and on the number of steps once that is known."""
-        rates = {name: rate for name, rate in RATES[self.trained].items() if getattr(self, name) is None}
         steps = self.steps or steps
-        if steps is None:
-            return replace(self, **rates)
         logging_steps = min(self.logging_steps, steps)
         warmup = min(self.warmup, steps // 10)
-        settled = replace(self, steps=steps, logging_steps=logging_steps, warmup=warmup, **rates)
+        settled = replace(self, steps=steps, logging_steps=logging_steps, warmup=warmup, **self.rates)
         settled.eval_steps = self.eval_steps or math.ceil(steps / 10)
         settled.save_steps = self.save_steps or settled.save_steps_of(10)
         return settled
@@ -328,6 +330,9 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     @property
     def trained(self) -> str:
         return self.method
+
+    def settled(self, steps: int | None = None) -> "FinetuneOptions":
+        return replace(self, **self.rates) if steps is None else super().settled(steps)
 
 
 @dataclass(kw_only=True)
