@@ -171,8 +171,10 @@ def test_folders_and_names(tmp_path, capsys):
     convert_checkpoint(folder, tmp_path / "only")
     write_gguf(folder / "sub" / "b.gguf", "qwen2")
     os.symlink(folder / "a.gguf", tmp_path / "link.gguf")
-    convert_checkpoint(folder, tmp_path / "chosen", gguf_file="sub/b.gguf", verify=False)
-    assert json.loads((tmp_path / "chosen" / "config.json").read_text())["model_type"] == "attnres_qwen2"
+    convert_checkpoint(folder, tmp_path / "a choice", gguf_file="sub/b.gguf", verify=False)
+    command = json.loads((tmp_path / "a choice" / "results.json").read_text())["command"]
+    assert command.startswith("attnres-convert folder 'a choice' ") and " --gguf-file sub/b.gguf " in command
+    assert json.loads((tmp_path / "a choice" / "config.json").read_text())["model_type"] == "attnres_qwen2"
     convert_checkpoint(tmp_path / "link.gguf", tmp_path / "linked", verify=False)
     assert tensor_bytes(tmp_path / "linked") == tensor_bytes(tmp_path / "only")
     assert agrees(tmp_path / "only", model) < 2e-6

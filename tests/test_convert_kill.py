@@ -73,6 +73,18 @@ def test_killed_in_mid_copy(tmp_path, error_file):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
 
 
+def test_a_gguf_file_is_killed_before_every_operation(tmp_path):
+    """Also what a file becomes on its way, floats beside the destination, is cleaned up by the next run."""
+    gguf_models = pytest.importorskip("gguf_models")
+    gguf_models.write_gguf(tmp_path / "src", num_hidden_layers=1, layer_types=None)
+    kills = sweep(tmp_path)
+    operations = [kill["operation"] for kill in kills]
+    assert "os.mkdir donor" in operations and any(o.startswith("os.link") for o in operations)
+    assert {kill["killed"] for kill in kills} == {"absent", "after"}
+    assert [kill["recovered"] for kill in kills] == [kill["killed"] for kill in kills]
+    assert all(kill["left"] == (["dst"] if kill["killed"] == "after" else []) for kill in kills)
+
+
 def test_interrupted(tmp_path, error_file):
     """Ctrl-C removes what was written and says so, without a traceback."""
     size = write_sparse_donor(tmp_path / "src", vocab_size=245_000)
