@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import platform
+import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,8 @@ def convert_checkpoint(
             with staged(dst, force) as folder:
                 _write_attnres(plan, folder, None if is_made else link, progress)
                 comparison, skipped = _verify(plan, source.folder, folder, verify)
-                command = f"attnres-convert {source.name} {one_line(dst.name)}" + _options(plan, revision, link)
+                words = ["attnres-convert", source.name, one_line(dst.name)]
+                command = shlex.join(words) + _options(plan, revision, link)
                 _write_card(plan, folder, one_line(dst.name), command, comparison, skipped)
     return _result(plan, dst, comparison, skipped)
 
@@ -456,7 +458,7 @@ def _options(plan: Plan, revision: str | None, link: bool) -> str:
     full = plan.config.attn_res_mode == "full"
     shape = " --mode full" if full else f" --mode block --block-size {plan.config.attn_res_block_size}"
     if (made := plan.source.dequantized) is not None:
-        file = "" if plan.source.name == made["file"] else f" --gguf-file {made['file']}"
+        file = "" if plan.source.name == made["file"] else f" --gguf-file {shlex.quote(made['file'])}"
         shape += f"{file} --dtype {made['dtype']}"
     return shape + (f" --revision {revision}" if revision else "") + (" --link" if link else "")
 

@@ -6,6 +6,7 @@ What isn't quantised keeps its bytes. The result is a checkpoint like any other:
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -291,11 +292,11 @@ def _finish(source: Source, folder: Path, dst: Path, revision: str | None, warni
     """Writes `results.json` and the card."""
     make_readable(folder)
     made, title = source.dequantized, one_line(dst.name)
-    command = f"attnres-convert --dequantize {made['dtype']} {source.name} {title}"
+    words = ["attnres-convert", "--dequantize", made["dtype"], source.name, title]
     if made.get("file", source.name) != source.name:
-        command += f" --gguf-file {made['file']}"
-    command += f" --revision {revision}" if revision else ""
-    results = {"command": command, "base": source.name, "revision": source.commit, "dequantized": made}
+        words += ["--gguf-file", made["file"]]
+    words += ["--revision", revision] if revision else []
+    results = {"command": shlex.join(words), "base": source.name, "revision": source.commit, "dequantized": made}
     write_json(folder / RESULTS_NAME, {**results, "versions": versions()})
     if is_regular(folder / CARD_NAME):
         os.rename(folder / CARD_NAME, folder / DONOR_CARD_NAME)

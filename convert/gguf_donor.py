@@ -66,7 +66,7 @@ def gguf_donor(found: GgufSource, dst: Path, dtype: str | None, progress: bool) 
     Raises:
         InputError: as [`read_gguf`] and [`write_gguf_donor`].
     """
-    file = read_gguf(found.path, one_line(found.path.name))
+    file = read_gguf(found.path, found.file)
     dtype = dtype or default_dtype(file)
     with scratch(dst) as work:
         donor, alone = work / "donor", work / "gguf"

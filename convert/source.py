@@ -65,10 +65,12 @@ class Source:
 
 @dataclass(frozen=True)
 class GgufSource:
-    """A GGUF file. `folder` has the card and the licence that go with it; a file that was given alone has none."""
+    """A GGUF file. `file` is its name in `folder`, which has the card and the licence that go with it; a file that was
+    given alone has none, and is itself what `name` says."""
 
     path: Path
     name: str
+    file: str
     commit: str | None = None
     folder: Path | None = None
 
@@ -95,20 +97,20 @@ def find_gguf(src: str | Path, revision: str | None, gguf_file: str | None) -> G
     check_name(gguf_file)
     _check_repo_id(str(src))
     folder = _download(str(src), revision, [glob.escape(gguf_file), CARD_NAME, *LICENCES])
-    return GgufSource(in_folder(folder, gguf_file), str(src), folder.name, folder)
+    return GgufSource(in_folder(folder, gguf_file), str(src), one_line(gguf_file), folder.name, folder)
 
 
 def _local_gguf(path: Path, gguf_file: str | None) -> GgufSource | None:
     if not path.is_dir():
         if gguf_file is not None:
             raise ConversionError(f"{path} is a file itself; leave out --gguf-file.")
-        return GgufSource(path, one_line(path.name)) if is_gguf(path) else None
+        return GgufSource(path, one_line(path.name), one_line(path.name)) if is_gguf(path) else None
     names = gguf_names(path) if gguf_file is None else [gguf_file]
     if gguf_file is None and (not names or os.path.lexists(path / CONFIG_NAME) and _has_weights(path)):
         return None
     if len(names) > 1:
         raise ConversionError(f"{path} holds several GGUF files; choose one with --gguf-file: {some(names)}.")
-    return GgufSource(in_folder(path, names[0]), one_line(path.resolve().name), None, path)
+    return GgufSource(in_folder(path, names[0]), one_line(path.resolve().name), one_line(names[0]), None, path)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -108,7 +108,7 @@ def write_gguf(path, arch="llama", kind=None, tokenizer=True, sentencepiece=None
     values = {
         "general.name": "Tiny",
         "general.license": "apache-2.0",
-        "general.file_type": 3 if kind is not None else 0,
+        "general.file_type": gguf.LlamaFileType[f"MOSTLY_{kind.name}"] if kind is not None else 0,
         f"{arch}.context_length": config.max_position_embeddings,
         f"{arch}.block_count": config.num_hidden_layers,
         f"{arch}.feed_forward_length": config.intermediate_size,

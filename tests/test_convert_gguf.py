@@ -120,7 +120,7 @@ def test_quantised_file_gives_what_the_gguf_package_reads(kind, tmp_path):
     }.items():
         assert torch.equal(found[f"model.layers.3.{name}.weight"], stored[f"blk.3.{other}.weight"].to(dtype))
     made = json.loads((tmp_path / "converted" / "results.json").read_text())["dequantized"]
-    assert made["quantization"] == {"BF16": "BF16", "F16": "F16"}.get(kind, kind) or made["quantization"] == "Q4_1"
+    assert made["quantization"] == kind
     config = json.loads((tmp_path / "converted" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert not {"quantization_config", "_name_or_path", "_model_name_or_path", "gguf_file"} & config.keys()
@@ -171,8 +171,10 @@ def test_folders_and_names(tmp_path, capsys):
     convert_checkpoint(folder, tmp_path / "only")
     write_gguf(folder / "sub" / "b.gguf", "qwen2")
     os.symlink(folder / "a.gguf", tmp_path / "link.gguf")
-    convert_checkpoint(folder, tmp_path / "chosen", gguf_file="sub/b.gguf", verify=False)
-    assert json.loads((tmp_path / "chosen" / "config.json").read_text())["model_type"] == "attnres_qwen2"
+    convert_checkpoint(folder, tmp_path / "a choice", gguf_file="sub/b.gguf", verify=False)
+    command = json.loads((tmp_path / "a choice" / "results.json").read_text())["command"]
+    assert command.startswith("attnres-convert folder 'a choice' ") and " --gguf-file sub/b.gguf " in command
+    assert json.loads((tmp_path / "a choice" / "config.json").read_text())["model_type"] == "attnres_qwen2"
     convert_checkpoint(tmp_path / "link.gguf", tmp_path / "linked", verify=False)
     assert tensor_bytes(tmp_path / "linked") == tensor_bytes(tmp_path / "only")
     assert agrees(tmp_path / "only", model) < 2e-6

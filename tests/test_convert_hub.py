@@ -13,6 +13,14 @@ from hub_server import serve_hub
 from huggingface_hub import metadata_load
 
 
+gguf = pytest.importorskip("gguf")
+from gguf_models import write_gguf  # noqa: E402  needs it
+
+
+# rows that a quantised type can hold
+GGUF_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
@@ -26,7 +34,11 @@ def hub(tmp_path_factory):
     save_donor(root / "post_norm", num_hidden_layers=2)
     config = root / "post_norm" / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"olmo2"'))
-    names = ("good", "pickle", "post_norm")
+    (root / "gguf" / "small").mkdir(parents=True)
+    (root / "gguf" / "README.md").write_text("---\nlicense: mit\nbase_model: test/good\n---\nFiles.\n")
+    write_gguf(root / "gguf" / "small" / "m.gguf", kind=gguf.GGMLQuantizationType.Q8_0, **GGUF_SIZES)
+    (root / "gguf" / "other.gguf").write_bytes(b"x")
+    names = ("good", "gguf", "pickle", "post_norm")
     with serve_hub() as hub:
         for name in names:
             hub.add(f"test/{name}", root / name)
@@ -52,6 +64,10 @@ CASES = {
     "missing": (["test/nothing", "dst_missing"], "neither a folder nor a repository"),
     "gated": (["test/gated", "dst_gated"], "gated"),
     "revision": (["test/good", "dst_revision", "--revision", "nowhere"], "no revision"),
+    "gguf_unnamed": (["test/gguf", "dst_unnamed"], "choose one with --gguf-file: other.gguf, small/m.gguf"),
+    "gguf_missing": (["test/gguf", "dst_gguf_missing", "--gguf-file", "n.gguf"], "has no file n.gguf"),
+    "gguf_outside": (["test/gguf", "dst_gguf_outside", "--gguf-file", "../m.gguf"], "no name of a file inside"),
+    "gguf": (["test/gguf", "dst_gguf", "--gguf-file", "small/m.gguf"], None),
     "good": (["test/good", "dst", "--revision", "main", "--link"], None),
 }
 
@@ -89,6 +105,21 @@ def test_a_repository(hub, converted):
     assert not any(path.is_symlink() for path in (folder / "dst").iterdir())
 
 
+def test_a_gguf_file(hub, converted):
+    """One file of a repository is downloaded, and the card names it, the repository and its commit."""
+    folder, results = converted
+    code, output, error = results["gguf"]
+    assert code == 0, error
+    assert "float64" in output
+    made = json.loads((folder / "dst_gguf" / "results.json").read_text())
+    command = "attnres-convert test/gguf dst_gguf --mode block --block-size 1 --gguf-file small/m.gguf --dtype bfloat16"
+    assert (made["command"], made["revision"]) == (command, hub[1].repositories["test/gguf"].branches["main"])
+    assert made["dequantized"]["quantization"] == "Q8_0"
+    metadata = metadata_load(folder / "dst_gguf" / "README.md")
+    assert (metadata["license"], metadata["base_model"]) == ("mit", "test/gguf")
+    assert not any(request.path.endswith("other.gguf") for request in hub[1].sent("GET", "/"))
+
+
 def test_only_what_is_needed_is_downloaded(hub, converted):
     """No pickles, no other formats, and no weights of a family that is refused."""
     fetched = {request.path for request in hub[1].sent("GET", "/")}
@@ -98,7 +129,7 @@ def test_only_what_is_needed_is_downloaded(hub, converted):
     assert not any("post_norm" in path and path.endswith(".safetensors") for path in fetched)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "good"])
+@pytest.mark.parametrize("case", [case for case, (_, message) in CASES.items() if message])
 def test_refused(converted, case):
     folder, results = converted
     code, output, error = results[case]

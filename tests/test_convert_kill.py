@@ -73,6 +73,19 @@ def test_killed_in_mid_copy(tmp_path, error_file):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
 
 
+def test_killed_with_the_floats_of_a_gguf_file(tmp_path, error_file):
+    """What such a file becomes on its way, beside the destination, goes with the next run."""
+    pytest.importorskip("gguf_models").write_gguf(tmp_path / "src")
+    process = start(tmp_path / "src", tmp_path / "dst", error_file=error_file)
+    wait_for(lambda: any(tmp_path.glob(".dst.attnres-tmp-*/donor/config.json")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert all(path.name == "src" or path.name.startswith(".dst.attnres-tmp-") for path in tmp_path.iterdir())
+    convert_checkpoint(tmp_path / "src", tmp_path / "dst", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
+
+
 def test_interrupted(tmp_path, error_file):
     """Ctrl-C removes what was written and says so, without a traceback."""
     size = write_sparse_donor(tmp_path / "src", vocab_size=245_000)
