@@ -86,7 +86,9 @@ def models(server) -> dict[str, Path]:
     server.run("--model", HUB_ID, *data, "--seed=7", "--output", folder / "out" / "continued")
     server.script = "finetune"
     lora = ["--model", "out/continued/model", "--data", folder / "pairs.jsonl", "--seq-len=48", "--held-out=0.2"]
-    server.run(*lora, *SHORT, "--lora-rank=4", "--merge", "--output", "out/lora")
+    server.run(
+        *lora, *SHORT, "--lora-rank=4", "--learning-rate=2e-4", "--depth-lr-scale=3", "--merge", "--output", "out/lora"
+    )
     return {
         "donor": donor,
         "continued": folder / "out" / "continued" / "model",
