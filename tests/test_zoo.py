@@ -395,15 +395,16 @@ def test_committed_folder(name, monkeypatch):
 def test_snippets_of_the_cards_run(tmp_path):
     """What a card says loads its model, from the root of a clone and without this project being imported."""
     snippets = []
-    for name in COMMITTED:
+    names = [name for name, recipe in COMMITTED.items() if recipe.needs != zoo.SMOLLM2]  # which isn't in a clone
+    for name in names:
         card = (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
         snippets += re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL)
-    assert len(snippets) == len(COMMITTED)
+    assert len(snippets) == len(names)
     script = "import json, sys\nfor snippet in json.loads(sys.argv[1]):\n    exec(snippet, {})\n    print('done')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-I", "-c", script, json.dumps(snippets)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.splitlines().count("done") == len(COMMITTED), run.stderr
+    assert run.returncode == 0 and run.stdout.splitlines().count("done") == len(names), run.stderr
 
 
 def test_table_of_the_readme(monkeypatch):

@@ -92,13 +92,13 @@ def check_trainable(config: PreTrainedConfig, model: str, adapters: str | None =
         return
     advice = "give the checkpoint that it was made from"
     if kind in (*MADE_PLAIN, "bitsandbytes"):
-        advice += ", or the float one that attnres-convert --dequantize writes"
+        advice += ", or a float one of attnres-convert --dequantize"
     if kind == "bitsandbytes":
         if adapters is not None and adapters != "int8" and not merge:
             if importlib.util.find_spec("bitsandbytes") is None:
                 raise InputError(f"{model} needs bitsandbytes: pip install bitsandbytes")
             return
-        advice += ", or train an adapter (finetune.py --method qlora) without --merge"
+        advice += ", or use --method qlora without --merge"
     elif kind in MADE_PLAIN:
         advice += ", or train with another --method, for which its weights are made plain"
     raise InputError(f"{model} is quantised ({kind}), which can't be trained in this way; {advice}.")

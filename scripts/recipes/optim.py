@@ -89,7 +89,7 @@ def new_optimizer(
         InputError: Muon can't be had: this torch has none, DeepSpeed trains, or no matrices are trained.
     """
     if depth_lr_scale is None:
-        is_converted = getattr(model.config, "attn_res_sum_scale", False)
+        is_converted = getattr(getattr(model, "config", None), "attn_res_sum_scale", False)
         depth_lr_scale = RATES["continued" if is_converted else "from scratch"]["depth_lr_scale"]
     groups = parameter_groups(model, learning_rate, weight_decay, depth_lr_scale)
     if name == "adamw":
