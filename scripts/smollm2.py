@@ -85,7 +85,7 @@ def check(path: Path, expected: str):
         raise InputError(f"{path.name} isn't the file that is known here: its SHA-256 begins with {found[:12]}")
 
 
-def main(argv: list[str] | None = None):
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "smollm2.py",
         description=__doc__.split("\n\n", 1)[1],
@@ -94,7 +94,11 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--donor", action="store_true", help="write the model without Attention Residuals")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
     from attnres_convert import convert_checkpoint, dequantize_checkpoint  # take seconds
     from attnres_convert.report import report
 
