@@ -119,8 +119,9 @@ def test_methods_improve_it(method, converted, tmp_path):
     (sample,) = results["samples"]
     assert sample["reference"].startswith("Ship's log, ") and sample["answer"]
     model, _ = load(tmp_path / "run" / "model")
-    query = next(value for name, value in model.named_parameters() if name.endswith("depth_attention.query"))
-    assert query.any() and torch.isfinite(query).all()
+    # PEFT keeps that of the base beside the trained one
+    queries = [q for name, q in model.named_parameters() if "depth_attention" in name and name.endswith("query")]
+    assert any(query.any() for query in queries) and all(query.isfinite().all() for query in queries)
 
 
 @pytest.mark.parametrize("mode", ["donor", "block", "full"])

@@ -9,7 +9,7 @@
 DEPTH_LR_SCALE = 3.0
 LORA_RATES = {"learning_rate": 5e-4, "depth_lr_scale": 0.03}
 # By what a run trains. Those of checkpoints that are trained on were found on SmolLM2-135M-Instruct (results/real): it
-# improves at once, and with queries, which start at zero, it is never worse than without
+# improves at once, and queries that move so slowly did it no harm
 RATES = {
     "from scratch": {"learning_rate": 1e-3, "depth_lr_scale": DEPTH_LR_SCALE},
     "continued": {"learning_rate": 5e-5, "depth_lr_scale": 0.3},
