@@ -255,12 +255,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def is_inside(name: str) -> bool:
+    """Whether this can be the relative name of a file in a folder or repository, and of none outside it."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not (name.startswith("/") or ".." in parts or "\\" in name or ":" in name or "\0" in name)
+
+
 def _check_weight_map(weight_map) -> None:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise ConversionError(f"{INDEX_NAME} has no weight_map from tensors to files.")
     for name in set(weight_map.values()):
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name or "\0" in name:
+        if not is_inside(name):
             raise ConversionError(f"{INDEX_NAME} names {name!r}, which is outside the folder.")
         if not name.endswith(".safetensors"):
             raise ConversionError(f"{INDEX_NAME} names {name!r}, which is not a safetensors file.")

@@ -10,9 +10,9 @@ import os
 import struct
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from .checkpoint import MAX_DIMENSIONS, MAX_SIZE, ConversionError
+from .checkpoint import MAX_DIMENSIONS, MAX_SIZE, ConversionError, is_inside
 from .reading import MAX_JSON, MAX_LAYERS, check_inside, is_regular, one_line, open_regular
 
 
@@ -101,8 +101,7 @@ def gguf_names(folder: Path) -> list[str]:
 
 def check_name(name: str) -> str:
     """The relative name of a file in a folder or repository, which can't lie outside it."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith(("/", "~")) or ".." in parts or "\\" in name or ":" in name or "\0" in name:
+    if not is_inside(name) or name.startswith("~"):
         raise ConversionError(f"{name!r} is no name of a file inside SRC; give it as it is there, such as model.gguf.")
     return name
 

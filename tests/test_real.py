@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnres_convert import InputError, convert_checkpoint, dequantize_checkpoint
+from attnres_convert import InputError, convert_checkpoint, convert_to_donor, dequantize_checkpoint
 from attnres_recipes import FinetuneOptions, PretrainOptions, finetune, pretrain
 from attnres_recipes.data import stdlib_files
 from attnres_recipes.generation import Conversation
@@ -96,8 +96,6 @@ def test_speaks_as_its_donor(folder, converted):
 
 def test_goes_back(folder, converted):
     """To the donor's tensors, bit for bit."""
-    from attnres_convert import convert_to_donor
-
     convert_to_donor(converted, folder / "again", verify=False)
     tensors, expected = (load(folder / name)[0].state_dict() for name in ("again", "donor"))
     assert tensors.keys() == expected.keys()
