@@ -67,8 +67,7 @@ def verify(first: Path, first_class: type, second: Path, second_class: type, dty
     Raises:
         ConversionError: their logits differ by more than rounding.
     """
-    with understood(f"{first_class.__name__} can't be run to verify the result", "see --no-verify", ConversionError):
-        expected, donor_rounding = _logits(first, first_class, dtype, with_rounding=dtype == torch.float32)
+    expected, donor_rounding = _logits(first, first_class, dtype, with_rounding=dtype == torch.float32)
     gc.collect()  # the first model
     actual, _ = _logits(second, second_class, dtype)
     if expected.shape != actual.shape:
@@ -141,11 +140,19 @@ def _host_memory() -> int | None:
         return None
 
 
-@torch.inference_mode()
 def _logits(
     folder: Path, model_class: type, dtype: torch.dtype, with_rounding: bool = False
 ) -> tuple[torch.Tensor, float | None]:
     """What a model puts out, in float64, and what rounding does to it, if that is asked for."""
+    with understood(f"{model_class.__name__} can't be run to verify the result", "see --no-verify", ConversionError):
+        logits, rounding = _run(folder, model_class, dtype, with_rounding)
+    if not logits.isfinite().all():
+        raise ConversionError(f"{folder} gives logits that are not finite, so it can't be verified; see --no-verify.")
+    return logits, rounding
+
+
+@torch.inference_mode()
+def _run(folder: Path, model_class: type, dtype: torch.dtype, with_rounding: bool) -> tuple[torch.Tensor, float | None]:
     with quiet():
         options = {"dtype": dtype, "local_files_only": True, **OUTPUTS}
         model = model_class.from_pretrained(os.fspath(folder), **options).eval().to(dtype)
@@ -162,8 +169,6 @@ def _logits(
         return torch.stack([outputs[name] for name in names]).double()
 
     logits, rounding = run(), None
-    if not logits.isfinite().all():
-        raise ConversionError(f"{folder} gives logits that are not finite, so it can't be verified; see --no-verify.")
     if with_rounding:
         with _rounded_layers(model, generator):
             rounding = relative_difference(run(), logits)
