@@ -303,6 +303,7 @@ class AttnResGraniteConfig(AttnResConfigMixin, GraniteConfig):
     """[`~transformers.GraniteConfig`] with the fields of [`AttnResConfig`]."""
 
     model_type = "attnres_granite"
+    logit_scale = property(lambda self: 1 / self.logits_scaling)  # the name that serving engines know
 
 
 @strict

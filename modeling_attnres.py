@@ -242,6 +242,9 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
     """A donor's decoder that carries sources instead of hidden states from layer to layer."""
 
     layer_class: type[AttnResDecoderLayerMixin]
+    # The layers that are here, of a pipeline's stage. All but the last stage return what the next takes for
+    # `inputs_embeds`: the sources of its first layer, side by side, (batch, seq, num_sources * hidden).
+    stage = slice(0, None)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -297,8 +300,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
 
     def check_layers(self):
         """Raises a `ValueError` if layers have changed without [`place_layers`]; those at the end may be missing."""
-        rows = [layer.depth_row for layer in self.layers]
-        if rows != list(range(0, 2 * len(rows), 2)) or 2 * len(rows) > self.output_read.place.row:
+        rows, first = [layer.depth_row for layer in list(self.layers)[self.stage]], 2 * self.stage.start
+        if rows != list(range(first, first + 2 * len(rows), 2)) or first + 2 * len(rows) > self.output_read.place.row:
             raise ValueError(
                 "The list of layers has been changed in place, so that depth attention doesn't know with which of its "
                 "rows they read. Give the model a new list, as in model.layers = torch.nn.ModuleList([...])."
@@ -317,26 +320,30 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         place = block[0].place
         if torch.is_grad_enabled():  # what layers hand on is kept, and the sum is one source for all that read it
             sources = joined(sources, place.num_sources)
-        if self.training and any(layer.gradient_checkpointing for layer in block):
+        is_open = place.num_sources > place.num_closed_sources  # already, in another stage
+        if is_open or self.training and any(layer.gradient_checkpointing for layer in block):
             return sources, len(products) * [shared]  # what reads share would be kept for the backward pass
 
         def norms() -> tuple:
-            return self.norm, *(norm for layer in block for norm in (layer.attention_norm, layer.mlp_norm))
+            norm_of_output = () if self.stage.stop else (self.norm,)
+            return *norm_of_output, *(norm for layer in block for norm in (layer.attention_norm, layer.mlp_norm))
 
         return self.output_read.implementation.open_block(place, products, sources, norms, shared, watched)
 
-    def read_over_depth(self, embedding: torch.Tensor, with_weights: bool, layer_kwargs: Callable) -> tuple:
-        """The normalised output of the layers and the weights of all reads, or Nones; `embedding` is the first source,
-        `layer_kwargs(layer_idx)` what a layer's attention takes."""
+    def read_over_depth(self, sources: Sources, with_weights: bool, layer_kwargs: Callable) -> tuple:
+        """The normalised output of the layers (or what the stage hands on) and the weights of all reads, or Nones;
+        `sources` are those of the first layer, `layer_kwargs(layer_idx)` what a layer's attention takes."""
         self.check_layers()
-        layers = list(self.layers)[: self.config.num_hidden_layers]  # of which the last may be left out
+        stage = range(len(self.layers))[: self.config.num_hidden_layers][self.stage]  # the last may be left out
+        layers = list(self.layers)[: stage.stop]
         block_size, output_read = self.config.attn_res_block_size, self.output_read
         watched = with_weights or any(has_forward_hooks(layer) for layer in layers)
         eps, products = output_read.place.eps, self.depth_attention()
-        embedding, products, shared = output_read.implementation.begin(embedding, products, eps, watched)
-        sources, product_of_read, all_weights = (embedding,), products.unbind(0), []
-        for first in range(0, len(layers), block_size):
-            block = layers[first : first + block_size]
+        embedding, products, shared = output_read.implementation.begin(sources[0], products, eps, watched)
+        sources, product_of_read, all_weights = (embedding, *sources[1:]), products.unbind(0), []
+        for start in range(stage.start - stage.start % block_size, stage.stop, block_size):
+            first = max(start, stage.start)
+            block = layers[first : start + block_size]
             end = 2 * (first + len(block))
             end += end == output_read.place.row  # the last block shares with the output's read
             sources, shares = self.open_block(block, products[2 * first : end], sources, shared, watched)
@@ -353,8 +360,10 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                 sources = (*sources[:num_unchanged], *written)
                 all_weights += [attention_weights, mlp_weights]
 
-        if 2 * len(layers) < output_read.place.row:  # whose place is that after all layers
-            sources = joined(sources, self.config.num_depth_sources(2 * len(layers)))
+        if 2 * stage.stop < output_read.place.row:  # whose place is that after all layers
+            sources = joined(sources, self.config.num_depth_sources(2 * stage.stop))
+        if self.stage.stop:
+            return torch.cat(sources, dim=-1), tuple(all_weights)
         device = sources[-1].device  # layers may lie on several devices
         sources = tuple(source.to(device) for source in sources)
         output_shared = (shares[2 * len(block) :] or [shared])[0].to(device)
@@ -413,7 +422,11 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions
         with_weights = output_depth_attentions or depth_attentions is not None
-        hidden_states, weights = self.read_over_depth(self.embed(inputs_embeds), with_weights, layer_kwargs)
+        sources = (
+            inputs_embeds.split(self.config.hidden_size, dim=-1) if self.stage.start else [self.embed(inputs_embeds)]
+        )
+        sources = tuple(source.contiguous() for source in sources)
+        hidden_states, weights = self.read_over_depth(sources, with_weights, layer_kwargs)
         if with_weights and weights[-1] is None:
             raise ValueError(
                 f"The implementation {self.config._attn_res_implementation!r} of depth attention returns no weights; "

@@ -42,8 +42,13 @@ setup(
         "modeling_attnres",
         *(f"attnres_commands.{module}" for module in ("__init__", *COMMANDS.values())),
     ],
-    packages=["attnres_convert", "attnres_kernels", "attnres_recipes"],
-    package_dir={"attnres_commands": "scripts", "attnres_convert": "convert", "attnres_recipes": "scripts/recipes"},
+    packages=["attnres_convert", "attnres_kernels", "attnres_recipes", "attnres_serving"],
+    package_dir={
+        "attnres_commands": "scripts",
+        "attnres_convert": "convert",
+        "attnres_recipes": "scripts/recipes",
+        "attnres_serving": "serving",
+    },
     package_data={"attnres_kernels": ["*.cpp"], "attnres_recipes": ["evaluation_modules/*/*.py"]},
     install_requires=[
         "torch>=2.6",
@@ -78,7 +83,8 @@ setup(
         "console_scripts": [
             "attnres-convert = attnres_convert.cli:main",
             *(f"attnres-{name} = attnres_commands.{module}:main" for name, module in COMMANDS.items()),
-        ]
+        ],
+        "vllm.general_plugins": ["attnres = attnres_serving.vllm_plugin:register"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )
