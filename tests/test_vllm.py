@@ -1,0 +1,120 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""vLLM serves AttnRes models: the tokens of transformers, and the log-probabilities of float64 but for rounding.
+
+`make test-serving` runs these in an environment with vLLM for CPUs. A model that loses its depth attention, a soft cap
+or the scale of its logits is off by more than 1e-2.
+"""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+from served import compare, reference, save_model, serve
+
+
+pytestmark = [
+    pytest.mark.serving,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-serving"),
+]
+
+BOUND = 1e-3
+
+
+def check(result: dict, folder: Path, bound: float = BOUND):
+    different, worst = compare(result, reference(folder))
+    assert (different, worst < bound) == (0, True), (different, worst)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Makes a model, and tells its folder; the same one for the same arguments."""
+    root, known = tmp_path_factory.mktemp("models"), {}
+
+    def make(family: str, **changes) -> Path:
+        key = json.dumps([family, changes])
+        if key not in known:
+            known[key] = root / str(len(known))
+            save_model(known[key], family, **changes)
+        return known[key]
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, model, tmp_path):
+    """Block and Full, with the scale of converted models; and that only a model of trained queries would show."""
+    folders = [model(family, attn_res_mode=mode, attn_res_sum_scale=True) for mode in ("block", "full")]
+    results = serve([{"path": str(folder)} for folder in folders], tmp_path)
+    for folder, result in zip(folders, results, strict=True):
+        check(result, folder)
+        assert result["implementation"] in ("cpp", "triton")
+    assert compare(results[0], reference(folders[1]))[1] > 10 * BOUND
+
+
+def test_modes(model, tmp_path):
+    """DenseFormer's mix, the paper's mean, and blocks of one layer."""
+    changes = [{"attn_res_mode": "denseformer"}, {"attn_res_mode": "full"}, {"attn_res_block_size": 1}]
+    folders = [model("llama", **change) for change in changes]
+    for folder, result in zip(folders, serve([{"path": str(folder)} for folder in folders], tmp_path), strict=True):
+        check(result, folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "kimi_linear"])
+def test_prompts_in_pieces(family, model, tmp_path):
+    """Prompts come in chunks, and the state or cache of one request's beginning serves the next."""
+    folder = model(family, attn_res_mode="block")
+    shared = list(range(3, 3 + 90))
+    prompts = [[*shared, 120, 7], [*shared, 99, 11], [5]]
+    request = {"path": str(folder), "prompts": prompts, "new_tokens": 8}
+    settings = [{"max_num_batched_tokens": 16}, {"max_num_batched_tokens": 32, "enable_prefix_caching": True}]
+    expected = reference(folder, prompts, 8)
+    for result in serve([{**request, **setting} for setting in settings], tmp_path):
+        different, worst = compare(result, expected)
+        assert different == 0 and worst < BOUND
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_compiled(family, model, tmp_path):
+    """vLLM's compiled graph has our operators in it."""
+    folder = model(family, attn_res_mode="block")
+    (result,) = serve([{"path": str(folder), "enforce_eager": False}], tmp_path)
+    check(result, folder)
+    assert "attnres::depth_read" in result["operators"]
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "kimi_linear", "gpt_oss"])
+def test_tensor_parallel(family, model, tmp_path):
+    folder = model(family, attn_res_mode="block", num_attention_heads=4, num_key_value_heads=4)
+    (result,) = serve([{"path": str(folder), "tensor_parallel_size": 2}], tmp_path, processes=True)
+    check(result, folder)
+
+
+@pytest.mark.parametrize("family, mode", [("llama", "block"), ("llama", "full"), ("kimi_linear", "block")])
+def test_pipeline_parallel(family, mode, model, tmp_path):
+    """Also where the second stage begins in the middle of a block. Compiled, as vLLM's pipelines need it on CPUs."""
+    folder = model(family, attn_res_mode=mode, attn_res_block_size=3, num_hidden_layers=5)
+    request = {"path": str(folder), "pipeline_parallel_size": 2, "enforce_eager": False}
+    (result,) = serve([request], tmp_path, processes=True)
+    check(result, folder)
+
+
+def test_bfloat16(model, tmp_path):
+    """Depth attention stays in float32."""
+    folder = model("llama", attn_res_mode="full")
+    (result,) = serve([{"path": str(folder), "dtype": "bfloat16"}], tmp_path)
+    assert compare(result, reference(folder))[1] < 0.3
+
+
+def test_remote_code(model, tmp_path, monkeypatch):
+    """A folder loads where the plugin is off, by its own code, if that is allowed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(model("granite", attn_res_mode="block"), folder)
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    with pytest.raises(RuntimeError, match="trust_remote_code|trust-remote-code"):
+        serve([{"path": str(folder)}], tmp_path)
+    (result,) = serve([{"path": str(folder), "trust_remote_code": True}], tmp_path)
+    check(result, folder)
