@@ -2,8 +2,9 @@
 """python benchmarks/support_table.py
 
 Fills the table of supported families in the README. Every cell is measured or read from a result: a tiny model of each
-family, every tensor away from its initial value, is converted, generates, and is trained for a few steps; the last
-column comes from `results/conformance.json`, which `make conformance` writes.
+family, every tensor away from its initial value, is converted, generates, and is trained for a few steps. Serving and
+conformance come from `results/serving.json`, which `benchmarks/serving.py` writes, and from what `make conformance`
+writes, `results/conformance.json`.
 
 Prints the table, then the results as one line of JSON. Ends with an error if a family fails.
 """
@@ -74,8 +75,9 @@ def train(family: str) -> list[float]:
     return losses
 
 
-def measure(family: str, conformance: dict | None) -> dict:
-    """The results of a family; `conformance` is its row in the results of `benchmarks/conformance.py`."""
+def measure(family: str, conformance: dict | None, served: dict | None = None) -> dict:
+    """The results of a family; `conformance` and `served` are its rows in those of `benchmarks/conformance.py` and of
+    `benchmarks/serving.py`."""
     bound = ERROR_BOUNDS.get(family, ERROR_BOUND)
     comparison = compare_with_donor(family)
     losses = train(family)
@@ -89,8 +91,15 @@ def measure(family: str, conformance: dict | None) -> dict:
         "training": losses[-1] < 0.8 * losses[0],
         "first_loss": losses[0],
         "last_loss": losses[-1],
+        "served": None,
         "conformance": None,
     }
+    if served is not None:
+        modes = [served[mode] for mode in ("block", "full")]
+        row["served"] = {
+            "error": max(mode["logprob_error"] for mode in modes),
+            "same_tokens": not any(mode["different_tokens"] for mode in modes),
+        }
     if conformance is not None:
         worse = len(conformance["regressions"]) + len(conformance["exceptions"])
         row["conformance"] = {
@@ -111,7 +120,7 @@ def is_supported(row: dict) -> bool:
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table, with the exceptions below it."""
     lines = [
-        ["model", "`model_type` of the donor", "exact conversion", "generation", "training", "conformance"],
+        ["model", "`model_type` of the donor", "exact conversion", "generation", "training", "vLLM", "conformance"],
     ]
     notes = []
     for row in rows:
@@ -123,6 +132,10 @@ def markdown(rows: list[dict]) -> str:
             notes += [f"- `{row['model']}`, `{test}`: {reason}" for test, reason in conformance["exceptions"].items()]
         cells = [f"{'yes' if row['exact'] else 'no'}, {row['error']:.0e}"]
         cells += ["yes" if row[name] else "no" for name in ("generation", "training")]
+        served = row["served"]
+        cells.append(
+            "not run" if served is None else f"{'yes' if served['same_tokens'] else 'no'}, {served['error']:.0e}"
+        )
         lines.append([f"`{row['model']}`", f"`{row['family']}`", *cells, passed])
     return "\n".join([table(lines, aligned=False).rstrip(), *([""] if notes else []), *notes])
 
@@ -130,6 +143,7 @@ def markdown(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--conformance", type=Path, default=ROOT / "results" / "conformance.json", help="its results")
+    parser.add_argument("--serving", type=Path, default=ROOT / "results" / "serving.json", help="its results")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "support.json", help="JSON file to write")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Markdown file to fill")
     args = parser.parse_args(argv)
@@ -138,7 +152,8 @@ def main(argv: list[str] | None = None):
     torch.set_num_threads(1)  # the models are tiny
 
     conformance = json.loads(args.conformance.read_text())["rows"] if args.conformance.is_file() else {}
-    rows = [measure(family, conformance.get(family)) for family in FAMILIES]
+    served = json.loads(args.serving.read_text())["families"] if args.serving.is_file() else {}
+    rows = [measure(family, conformance.get(family), served.get(family)) for family in FAMILIES]
     results = {
         "command": "python benchmarks/support_table.py",
         "hardware": f"CPU, {platform.machine()}",

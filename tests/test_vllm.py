@@ -96,7 +96,11 @@ def test_tensor_parallel(family, model, tmp_path):
 @pytest.mark.parametrize("family, mode", [("llama", "block"), ("llama", "full"), ("kimi_linear", "block")])
 def test_pipeline_parallel(family, mode, model, tmp_path):
     """Also where the second stage begins in the middle of a block. Compiled, as vLLM's pipelines need it on CPUs."""
-    folder = model(family, attn_res_mode=mode, attn_res_block_size=3, num_hidden_layers=5)
+    changes = {"attn_res_mode": mode, "attn_res_block_size": 3, "num_hidden_layers": 5}
+    if family == "kimi_linear":  # each stage needs a layer of either kind
+        linear, full = "linear_attention", "full_attention"
+        changes["layer_types"] = [linear, full, linear, linear, full]
+    folder = model(family, **changes)
     request = {"path": str(folder), "pipeline_parallel_size": 2, "enforce_eager": False}
     (result,) = serve([request], tmp_path, processes=True)
     check(result, folder)

@@ -45,7 +45,9 @@ def serve(path: str, prompts: list[list[int]], new_tokens: int, operators: bool 
         "prompt_logprobs": [as_numbers(output.prompt_logprobs[1:]) for output in outputs],
         "operators": sorted({event.key for event in profile.key_averages() if event.key.startswith("attnres::")}),
     }
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and "attnres" in str(
+        llm.llm_engine.model_config.hf_config.model_type
+    ):
         (result["implementation"],) = llm.apply_model(lambda model: model.config._attn_res_implementation)
     return result
 

@@ -137,9 +137,10 @@ def test_bad_options(options, message, capsys):
 def test_support_table(tmp_path, monkeypatch):
     """The table is filled in place from measured rows; a family that fails is shown and makes the command fail."""
     counts = {"donor": {"passed": 9}, "regressions": {}, "exceptions": {}, "versions": {"transformers": "5"}}
-    good = support_table.measure("llama", counts)
+    right = {"different_tokens": 0, "logprob_error": 2e-5}
+    good = support_table.measure("llama", counts, {"block": right, "full": right})
     assert support_table.is_supported(good) and 0 < good["error"] <= 3e-6 and good["last_loss"] < good["first_loss"]
-    assert support_table.markdown([good]).splitlines()[-1].endswith("| yes | yes | 9 of 9 |")
+    assert support_table.markdown([good]).splitlines()[-1].endswith("| yes | yes | yes, 2e-05 | 9 of 9 |")
     monkeypatch.setattr(support_table, "ERROR_BOUND", good["error"] / 2)
     bad = support_table.measure("llama", {**counts, "regressions": {"test_a": "it failed"}})
     assert not bad["exact"] and not support_table.is_supported(bad)
