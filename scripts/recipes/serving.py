@@ -6,13 +6,15 @@ import json
 import shlex
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from unittest.mock import patch
 
 from attnres_convert import InputError, reading
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 from transformers.cli.serve import Serve
-from transformers.cli.serving import model_manager
+from transformers.cli.serving import model_manager, server
 
 from .chats import first_accepted
 from .examples import filled_in
@@ -67,6 +69,18 @@ def with_refusals(tokenizer):
     return tokenizer
 
 
+def build_app(at_end: ExitStack, *handlers, generation_state, build_server=server.build_server, **options):
+    """transformers' app, whose refusals have the form in which clients of OpenAI's API look for a reason."""
+    app = build_server(*handlers, generation_state=generation_state, **options)
+    at_end.callback(generation_state.shutdown)  # or the thread that batches keeps the process from ending
+
+    @app.exception_handler(HTTPException)
+    async def refuse(_, error: HTTPException):
+        return JSONResponse({"error": {"message": error.detail}}, error.status_code)
+
+    return app
+
+
 def check_address(host: str, port: int):
     """
     Raises:
@@ -107,8 +121,12 @@ def serve(options: ServeOptions):
     checkpoint = open_checkpoint(options.model, options.base, options.tokenizer, options.trust_remote_code)
     manager = OneModel(checkpoint, force_model=options.model, **taken_by(model_manager.ModelManager, options))
     print(how_to_ask(options, bool(checkpoint.tokenizer.chat_template)), flush=True)
-    # where the server looks for what has its models
-    with patch.object(model_manager, "ModelManager", lambda **_: manager), suppress(KeyboardInterrupt):
+    with (
+        ExitStack() as at_end,
+        patch.object(model_manager, "ModelManager", lambda **_: manager),  # where the server looks for them
+        patch.object(server, "build_server", partial(build_app, at_end)),
+        suppress(KeyboardInterrupt),
+    ):
         Serve(force_model=options.model, **taken_by(Serve, options))
 
 
