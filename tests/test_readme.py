@@ -94,8 +94,11 @@ def test_code_blocks_run(workplace):
     assert commands and len(code) >= 7
     table = run(["bash", "-euc", "\n".join(commands)], workplace)
     assert "largest logit difference" in table
-    (workplace / "readme.py").write_text("\n".join(code), encoding="utf-8")
-    lines = run([sys.executable, "readme.py"], workplace).splitlines()
+    (command,) = (line for line in "".join(code_blocks("console")).splitlines() if line.startswith("$ attnres-serve"))
+    served = Running(command.split()[2], folder=workplace)
+    (workplace / "readme.py").write_text("\n".join(code).replace("8000", str(served.port)), encoding="utf-8")
+    with served.started():
+        lines = run([sys.executable, "readme.py"], workplace).splitlines()
     assert float(lines[0]) < 3e-6  # the bound of conversion in float32
     assert any(line.startswith("def main") for line in lines)
     assert "trainable params" in "\n".join(lines)

@@ -26,7 +26,7 @@ OWN = {  # files that no save replaces
     "model.fp16.safetensors": "another variant",
     "notes.txt": "text",
 }
-SHARDED = {"max_shard_size": "80KB"}
+SHARDED = {"max_shard_size": "160KB"}
 
 
 def by_engine(folder: Path, variant: str = "") -> dict[str, torch.Tensor]:

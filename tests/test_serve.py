@@ -3,17 +3,11 @@
 template. What it answers is what `generate` gives."""
 
 import inspect
-import os
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import openai
@@ -34,69 +28,6 @@ TEMPLATE = (
     "{{ '# ' + m.role + ': ' + m.content + '\n' }}{% endfor %}# assistant:\n"
 )
 PROMPTS = ["import os", "def main():\n", "class Test", "    return self"]
-SECONDS = 120  # to load, on a busy machine
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
-
-
-@dataclass
-class Running:
-    """A server's process, of `attnres-serve MODEL`."""
-
-    model: str
-    options: tuple[str, ...] = ()
-    port: int = field(default_factory=free_port)
-
-    def start(self, folder: Path):
-        name = f"{Path(self.model).name}{len(self.options)}"
-        self.outputs = [folder / f"{name}.{kind}" for kind in ("out", "err")]
-        command = [sys.executable, str(ROOT / "scripts" / "serve.py"), self.model, "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--dtype", "float32", "--device", "cpu", *self.options]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        with open(self.outputs[0], "w") as out, open(self.outputs[1], "w") as err:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
-        return self
-
-    @property
-    def text(self) -> str:
-        return "\n".join(path.read_text() for path in self.outputs)
-
-    def ready(self):
-        end = time.monotonic() + SECONDS
-        while self.process.poll() is None and time.monotonic() < end:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
-                return self
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError(self.text)
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="any", max_retries=0, timeout=60)
-
-    def complete(self, prompt: str, max_tokens: int = 24, **options) -> openai.types.Completion:
-        return self.client.completions.create(
-            model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=0, **options
-        )
-
-    def chat(self, content: str, max_tokens: int = 24, **options):
-        messages = [{"role": "user", "content": content}]
-        return self.client.chat.completions.create(
-            **{"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, **options}
-        )
-
-    def end(self) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        try:
-            return self.process.wait(30)
-        finally:
-            self.process.kill()
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")
