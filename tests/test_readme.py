@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from serve_process import Running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -95,9 +96,10 @@ def test_code_blocks_run(workplace):
     table = run(["bash", "-euc", "\n".join(commands)], workplace)
     assert "largest logit difference" in table
     (command,) = (line for line in "".join(code_blocks("console")).splitlines() if line.startswith("$ attnres-serve"))
-    served = Running(command.split()[2], folder=workplace)
-    (workplace / "readme.py").write_text("\n".join(code).replace("8000", str(served.port)), encoding="utf-8")
-    with served.started():
+    server = Running(command.split()[2])
+    (workplace / "readme.py").write_text("\n".join(code).replace("8000", str(server.port)), encoding="utf-8")
+    with server.start(workplace, workplace):
+        server.ready()
         lines = run([sys.executable, "readme.py"], workplace).splitlines()
     assert float(lines[0]) < 3e-6  # the bound of conversion in float32
     assert any(line.startswith("def main") for line in lines)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
@@ -17,6 +18,7 @@ from attnres_commands import serve
 from attnres_recipes.options import ServeOptions
 from attnres_recipes.serving import taken_by
 from peft import AutoPeftModelForCausalLM
+from serve_process import Running, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cli.serve import Serve
 
@@ -37,31 +39,18 @@ def servers(tmp_path_factory):
     chat = folder / "chat"
     shutil.copytree(ZOO / "attnres-1.3m-block", chat)
     (chat / "chat_template.jinja").write_text(TEMPLATE)
-    batching = (
-        "--continuous-batching",
-        "--cb-num-blocks",
-        "64",
-        "--cb-block-size",
-        "32",
-        "--cb-max-batch-tokens",
-        "64",
-    )
+    batching = "--continuous-batching --cb-num-blocks 64 --cb-block-size 32 --cb-max-batch-tokens 64".split()
     started = {
         "chat": Running(str(chat)),
         "batching": Running(str(chat), batching),
         "adapter": Running("model_cards/attnres-1.3m-lora"),
     }
-    try:
+    with ExitStack() as stack:
         for server in started.values():
-            server.start(folder)
+            stack.enter_context(server.start(ROOT, folder))
         for server in started.values():
             server.ready()
         yield started
-    finally:
-        for server in started.values():
-            if hasattr(server, "process"):
-                server.process.kill()
-                server.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +209,7 @@ def test_options_are_those_of_transformers():
 
 def test_interrupt(servers):
     """Ctrl-C ends each server, also one that batches, without a traceback. The last test: it ends them all."""
-    codes = {name: server.end() for name, server in servers.items()}
+    codes = {name: server.interrupt() for name, server in servers.items()}
     assert codes == dict.fromkeys(servers, 0)
     for server in servers.values():
         ending = server.text.split("Shutting down")[1]
