@@ -39,7 +39,7 @@ def servers(tmp_path_factory):
     chat = folder / "chat"
     shutil.copytree(ZOO / "attnres-1.3m-block", chat)
     (chat / "chat_template.jinja").write_text(TEMPLATE)
-    batching = "--continuous-batching --cb-num-blocks 64 --cb-block-size 32 --cb-max-batch-tokens 64".split()
+    batching = ("--continuous-batching", "--cb-num-blocks=64", "--cb-block-size=32", "--cb-max-batch-tokens=64")
     started = {
         "chat": Running(str(chat)),
         "batching": Running(str(chat), batching),
