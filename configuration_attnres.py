@@ -114,7 +114,7 @@ def stale_weights(folder: Path, single: str, index: str) -> set[str]:
         listed = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
     stem = re.escape(single.removesuffix(".safetensors"))
     shard = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-    listed = {name for name in listed if re.fullmatch(rf"{stem}[\w.-]*\.safetensors", str(name))}
+    listed = {name for name in listed if re.fullmatch(rf"{stem}-[\w.-]+\.safetensors", str(name))}
     return {path.name for path in folder.iterdir() if path.name in listed or shard.fullmatch(path.name)}
 
 

@@ -89,6 +89,7 @@ def run(command: list[str], folder: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.timeout(600)
 def test_code_blocks_run(workplace):
     """All commands and then all Python of the README work, top to bottom, on a small checkpoint and text."""
     commands, code = code_blocks("bash"), code_blocks("python")

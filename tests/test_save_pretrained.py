@@ -187,13 +187,15 @@ def test_an_index_names_no_other_files(model, tmp_path):
     folder = with_own_files(tmp_path / "here")
     save_file({"a": torch.zeros(1)}, tmp_path / "model-out.safetensors")
     names = ["../model-out.safetensors", str(tmp_path / "model-out.safetensors"), "notes.txt", "my-notes.safetensors"]
-    names += ["adapter_model.safetensors", "model.fp16.safetensors", None, 5, ["a"], "model-listed.safetensors"]
-    save_file({"a": torch.zeros(1)}, folder / "model-listed.safetensors")
-    for weight_map in ({str(index): name for index, name in enumerate(names)}, dict.fromkeys("ab", names[-1]), [], "a"):
+    names += ["adapter_model.safetensors", "model.fp16.safetensors", "model-/../../model-out.safetensors", None, 5]
+    listed = "model-listed.safetensors"
+    for weight_map in (dict(enumerate([*names, listed])), {"a": ["a"]}, [listed], "a"):
+        save_file({"a": torch.zeros(1)}, folder / listed)
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
         model.save_pretrained(folder)
         check_own_files(folder)
         assert (tmp_path / "model-out.safetensors").exists() and not (folder / INDEX).exists()
+        assert (folder / listed).exists() == (not isinstance(weight_map, dict) or listed not in weight_map.values())
 
 
 def test_a_save_that_fails_changes_nothing(old, model, tmp_path, monkeypatch):
