@@ -30,12 +30,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 
 try:
-    from .configuration_attnres import AttnResConfig, donor_class
+    from .configuration_attnres import AttnResConfig, donor_class, replaced_model
     from .depth_attention_attnres import *  # noqa: F403
 except ImportError:
     if __package__:  # loaded from the Hub: the relative import must work, so the error is real
         raise
-    from configuration_attnres import AttnResConfig, donor_class
+    from configuration_attnres import AttnResConfig, donor_class, replaced_model
     from depth_attention_attnres import *  # noqa: F403
 
 
@@ -219,17 +219,21 @@ class AttnResPreTrainedModelMixin:
         return False
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; the folder also gets the code files, so that it loads without this project."""
+        """As in transformers; the folder also gets the code files, so that it loads without this project, and loses the
+        weights that the new ones replace. Until all are written it stays as it was."""
         self.base_model.check_layers()
         self.config.auto_map = self.config.hub_classes()
-        if is_main_process and not Path(save_directory).is_file():
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
+        folder = Path(save_directory)
+        if folder.is_file() or not self.should_save_on_this_rank(is_main_process):
+            return super().save_pretrained(folder, is_main_process=is_main_process, **kwargs)
+        with replaced_model(folder, kwargs.get("variant")) as written:
             for code_file in self.config_class.hub_files():
-                target = Path(save_directory) / code_file.name
-                if target.is_symlink():  # through which copying would write
-                    target.unlink()
-                shutil.copyfile(code_file, target)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+                shutil.copyfile(code_file, written / code_file.name)
+            target = folder if kwargs.get("distributed_checkpoint") else written  # all processes write to that one
+            super().save_pretrained(target, **{"repo_id": folder.absolute().name, **kwargs})
+
+    def _get_files_timestamps(self, working_dir) -> dict:
+        return {}  # all files of a save are new to a push, the code files too
 
 
 class ReceivedWeights:

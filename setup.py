@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": "finetune",
     "evaluate": "evaluate_model",
     "generate": "generate",
+    "serve": "serve",
     "plot": "plot_depth_attention",
     "push": "push_to_hub",
 }
@@ -61,6 +62,8 @@ setup(
         "train": [*MODELS_AND_DATA, "matplotlib>=3.8", "tensorboard>=2.15"],  # attnres-pretrain, attnres-finetune
         "evaluate": [*MODELS_AND_DATA, "evaluate>=0.4"],
         "generate": MODELS_AND_DATA,
+        # attnres-serve: what transformers[serving] needs
+        "serve": [*MODELS_AND_DATA, "fastapi>=0.115", "openai>=1.98", "pydantic>=2", "uvicorn>=0.30"],
         "plot": [*MODELS_AND_DATA, "matplotlib>=3.8"],
         "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
         "gguf": ["accelerate>=1.6", "gguf>=0.17"],  # for attnres-convert model.gguf

@@ -402,7 +402,8 @@ def _check_space(plan: Plan, dst: Path, link: bool) -> None:
 
 def _write_attnres(plan: Plan, folder: Path, link: bool | None, progress: bool) -> None:
     write_shards(plan.checkpoint, plan.shard_names, set(), folder, link, progress)
-    name = SECOND_OF_TWO if FIRST_OF_TWO in plan.shard_names.values() else DEPTH_SHARD_NAME
+    is_alone = set(plan.shard_names.values()) == {FIRST_OF_TWO}
+    name = SECOND_OF_TWO if is_alone else DEPTH_SHARD_NAME
     metadata = {"format": "pt"}
     if plan.donor_auto_map is not None:
         metadata[AUTO_MAP_METADATA] = json.dumps(plan.donor_auto_map)

@@ -2,6 +2,7 @@
 """transformers' own push_to_hub, and loading from a Hub over HTTP, with the project and without."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,36 @@ def test_push_and_pull(hub, tmp_path):
     assert torch.equal(results["main"][1], uniform) and torch.equal(results["old"][1], first)
     for name in ("somebody else", "nobody"):
         assert "not a valid model identifier" in results[name][1]
+
+
+SAVE_AND_PUSH = """
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.depth_attention.query.zero_()
+    try:
+        model.save_pretrained(folder, push_to_hub=True)
+    except Exception as error:
+        assert "unsent" in folder and "403" in str(error), error
+"""
+
+
+def test_save_and_push(hub, tmp_path):
+    """A save that pushes sends what a stranger needs, to a repository with the folder's name; if the push fails, the
+    folder has the new model nevertheless."""
+    folders = [tmp_path / "model", tmp_path / "unsent"]
+    for folder in folders:
+        save(folder)
+    hub.faults.append(Fault("POST", "/unsent/commit/", status=403))
+    python(hub, tmp_path / "home", SAVE_AND_PUSH, *folders, prelude=WITH_PROJECT)
+    files = hub.repositories["me/model"].files()
+    assert {*CODE_FILES, "config.json", "model.safetensors"} <= files.keys()
+    assert not any("saving" in name for name in [*files, *os.listdir(folders[0])])
+    assert hub.faults[0].times == 0 and "config.json" not in hub.repositories["me/unsent"].files()
+    for folder in folders:
+        for name in (*CODE_FILES, "config.json", "model.safetensors"):
+            assert (folder / name).read_bytes() == files[name], name
 
 
 PULL_TWICE = """

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from serve_process import Running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -88,14 +89,19 @@ def run(command: list[str], folder: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.timeout(600)
 def test_code_blocks_run(workplace):
     """All commands and then all Python of the README work, top to bottom, on a small checkpoint and text."""
     commands, code = code_blocks("bash"), code_blocks("python")
     assert commands and len(code) >= 7
     table = run(["bash", "-euc", "\n".join(commands)], workplace)
     assert "largest logit difference" in table
-    (workplace / "readme.py").write_text("\n".join(code), encoding="utf-8")
-    lines = run([sys.executable, "readme.py"], workplace).splitlines()
+    (command,) = (line for line in "".join(code_blocks("console")).splitlines() if line.startswith("$ attnres-serve"))
+    server = Running(command.split()[2])
+    (workplace / "readme.py").write_text("\n".join(code).replace("8000", str(server.port)), encoding="utf-8")
+    with server.start(workplace, workplace):
+        server.ready()
+        lines = run([sys.executable, "readme.py"], workplace).splitlines()
     assert float(lines[0]) < 3e-6  # the bound of conversion in float32
     assert any(line.startswith("def main") for line in lines)
     assert "trainable params" in "\n".join(lines)

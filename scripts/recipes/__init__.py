@@ -8,7 +8,7 @@ commands.
 - text and examples: `data`, `chats`, `examples`
 - training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,
   `comparison`
-- looking into models: `look`, `plotting`, `evaluation`, `generation`
+- looking into models: `look`, `plotting`, `evaluation`, `generation`, `serving`
 - the Hub: `publishing`, `stranger`, `leaks`
 - processes and machines: `process`, `hardware`
 
@@ -27,6 +27,7 @@ _MODULES = {
     "PlotOptions": "options",
     "PretrainOptions": "options",
     "PushOptions": "options",
+    "ServeOptions": "options",
     "evaluate": "evaluation",
     "finetune": "finetuning",
     "generate": "generation",
@@ -34,6 +35,7 @@ _MODULES = {
     "plot": "plotting",
     "pretrain": "pretraining",
     "push": "publishing",
+    "serve": "serving",
 }
 __all__ = list(_MODULES)
 

@@ -214,16 +214,19 @@ def open_checkpoint(
     return Checkpoint(path, source, adapter, config, loaded)
 
 
-def load_checkpoint(checkpoint: Checkpoint, dtype: str = "auto", trust_remote_code: bool = False):
-    """The model, on the accelerator where there is one, for inference. Pickles are not loaded.
+def load_checkpoint(checkpoint: Checkpoint, dtype="auto", trust_remote_code: bool = False, **options):
+    """The model for inference, on the accelerator where there is one and no `device_map`. Pickles are not loaded.
+
+    Args:
+        options: others of `from_pretrained`.
 
     Raises:
         InputError: it doesn't load, or the adapter is for another base.
     """
-    model = load_weights(checkpoint.base, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_weights(checkpoint.base, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if checkpoint.adapter is not None:
         model = load_adapter(model, checkpoint.adapter)
-    if torch.accelerator.is_available() and model.device.type == "cpu":
+    if "device_map" not in options and torch.accelerator.is_available() and model.device.type == "cpu":
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval()
 

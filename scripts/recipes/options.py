@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from attnres_convert import InputError
+from attnres_convert import InputError, reading
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -432,6 +432,41 @@ class GenerateOptions(CheckpointOptions):
         False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
     )
     json: bool = option(False, "print a last line of JSON with prompts and texts")
+
+
+@dataclass(kw_only=True)
+class ServeOptions(CheckpointOptions):
+    """What serving takes: the names are those of `transformers serve`, but for those of CheckpointOptions."""
+
+    group = "server"
+    model: str = option(help="folder or Hub id of a model or adapter, also its name in requests", positional=True)
+    host: str = option("localhost", "address to listen at; whoever reaches it may use the model, 0.0.0.0 is everybody")
+    port: Annotated[int, Limits(1, 65535)] = option(8000, "port to listen at")
+    enable_cors: bool = option(False, "let the pages of all web sites ask")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = option("warning", "of transformers' messages")
+    device: str = option("auto", "auto, cpu, cuda:0 and the like")
+    attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2 and the like")
+    quantization: Literal["bnb-4bit", "bnb-8bit"] | None = option(None, "quantise the weights with bitsandbytes")
+    compile: bool = option(False, "torch.compile")
+    reasoning: Literal["on", "off", "auto"] = option("auto", "of models whose template can switch it; auto: as it says")
+    chat_template_kwargs: str | None = option(None, "JSON object that chat templates get", metavar="JSON")
+    default_seed: Seed | None = option(None, "of sampling")
+    trust_remote_code: bool = option(
+        False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
+    )
+    continuous_batching: bool = option(False, "answer requests together; all sample as the first one asks to, and "
+        "their stop strings don't count")  # fmt: skip
+    cb_block_size: Positive | None = option(None, "tokens in a block of the cache of --continuous-batching")
+    cb_num_blocks: Positive | None = option(None, "blocks of that cache")
+    cb_max_batch_tokens: Positive | None = option(None, "tokens in a batch at most")
+    cb_max_memory_percent: Annotated[float, Limits(0, 1, without=(0,))] | None = option(
+        None, "share of the memory for that cache at most"
+    )
+
+    def check(self):
+        values = reading.parse_json(self.chat_template_kwargs or "{}", "--chat-template-kwargs")
+        if not isinstance(values, dict):
+            raise InputError("--chat-template-kwargs must be a JSON object, such as '{\"enable_thinking\": true}'")
 
 
 @dataclass(kw_only=True)
