@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
-from safetensors import safe_open
 from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.modeling_auto import (
@@ -76,86 +75,48 @@ def donor_class(cls: type) -> type:
 
 @contextmanager
 def replaced_model(folder: Path, variant: str | None = None) -> Iterator[Path]:
-    """Gives the block a folder to write a model to, whose files then take their places in `folder`; what the block
-    wrote whole does so too if it fails after that, at a push.
+    """Gives the block a folder to write a model to, whose files then take their places in `folder`, and removes the
+    weights there that they replace. What the block wrote whole is taken too if it fails after that, at a push.
 
-    Whenever the process is killed, `folder` has the weights of the old model or of the new one: for transformers, which
-    looks for one file first, and for engines that look for the index first.
+    A process that is killed leaves the old model or the new one, but for the moment in which shards are replaced by
+    others of the same names.
 
     Args:
         variant: as in `save_pretrained`; weights of others stay.
     """
+    dotted = f".{variant}" if variant else ""
+    single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
+    last = (single, index, "adapter_model.safetensors")  # one of them is the last file of weights that a save writes
     folder.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
-    single, index, adapter = weight_names(variant)
     is_whole = False
     try:
         yield written
         is_whole = True
     finally:
-        if is_whole or any((written / name).exists() for name in (single, index, adapter)):
-            take_places(written, folder, single, index)
+        new = sorted((path.name for path in written.iterdir()), key=lambda name: (name in last, name))
+        if is_whole or new and new[-1] in last:
+            stale = [index, *weights_of(folder, single, index)] if {single, index} & {*new} else []
+            for name in new:
+                os.replace(written / name, folder / name)
+            for name in stale:
+                if name not in new:
+                    (folder / name).unlink(missing_ok=True)
             for left in folder.glob(f"{SAVING}*"):  # also by saves that were killed
                 shutil.rmtree(left, ignore_errors=True)
         else:
             shutil.rmtree(written, ignore_errors=True)
 
 
-def weight_names(variant: str | None) -> tuple[str, str, str]:
-    """Of the file of all weights, of the index of several, and of an adapter's; each is the last one of its save."""
-    dotted = f".{variant}" if variant else ""
-    return f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json", "adapter_model.safetensors"
-
-
-def stale_weights(folder: Path, single: str, index: str) -> set[str]:
+def weights_of(folder: Path, single: str, index: str) -> list[str]:
     """The files of a model's weights: what has their names, and what else of such a name the index lists."""
     listed = ()
     with suppress(OSError, ValueError, AttributeError, TypeError):  # it may be anything
         listed = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
     stem = re.escape(single.removesuffix(".safetensors"))
-    shard = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-    listed = {name for name in listed if re.fullmatch(rf"{stem}-[\w.-]+\.safetensors", str(name))}
-    return {path.name for path in folder.iterdir() if path.name in listed or shard.fullmatch(path.name)}
-
-
-def take_places(written: Path, folder: Path, single: str, index: str):
-    """Moves the files of a save into `folder` and removes the weights there that they replace."""
-    is_sharded, is_new = (written / index).exists(), (written / single).exists()
-    names = {}  # of the files by those of the tensors
-    if is_sharded:
-        names = json.loads((written / index).read_text(encoding="utf-8"))["weight_map"]
-    elif is_new:
-        with safe_open(written / single, "pt") as tensors:
-            names = dict.fromkeys(tensors.keys(), single)
-    files = sorted(set(names.values()))
-    stale = stale_weights(folder, single, index) - set(files) if names else set()
-
-    def list_at(place: str):
-        """Replaces the index, of which there is an old or a new one, in one step."""
-        listed = {"metadata": {}, "weight_map": {tensor: place + name for tensor, name in names.items()}}
-        (written / "index").write_text(json.dumps(listed), encoding="utf-8")
-        os.replace(written / "index", folder / index)
-
-    for path in list(written.iterdir()):
-        if path.name not in (*files, index):
-            os.replace(path, folder / path.name)
-    if is_sharded:  # new files may have the names of old ones, so they are read where they are until all are moved
-        list_at(f"{written.name}/")
-        (folder / single).unlink(missing_ok=True)
-    for name in files:
-        try:
-            os.link(written / name, written / f"{name}.link")
-        except OSError:  # a file system without them
-            shutil.copyfile(written / name, written / f"{name}.link")
-        os.replace(written / f"{name}.link", folder / name)
-    if is_sharded:
-        os.replace(written / index, folder / index)
-    elif names and (folder / index).exists():
-        list_at("")
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-    if names and not is_sharded:
-        (folder / index).unlink(missing_ok=True)
+    shard, like_it = (re.compile(rf"{stem}{rest}\.safetensors") for rest in (r"(-\d{5}-of-\d{5})?", r"-[\w.-]*"))
+    names = [path.name for path in folder.iterdir()]
+    return [name for name in names if shard.fullmatch(name) or name in listed and like_it.fullmatch(name)]
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -142,7 +142,7 @@ def killed_at(step: int, save) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("name, options", [("converted", {}), ("one file", SHARDED), ("shards", SHARDED)])
+@pytest.mark.parametrize("name, options", [("converted", {}), ("one file", SHARDED)])
 def test_a_killed_save_leaves_the_old_or_the_new_model(old, model, name, options, tmp_path):
     """Whichever change to the folder was the last one: for transformers and for engines. The next save tidies up."""
     threads, before = torch.get_num_threads(), by_engine(old / name / "model")
