@@ -1,11 +1,13 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Tiny models of all families as serving engines take them, and what transformers computes of them in float64."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from attnres_convert.verification import Float64
@@ -45,23 +47,32 @@ def save_model(folder: Path, family: str, **changes):
     model.save_pretrained(folder)
 
 
+class Reference(NamedTuple):
+    """What transformers computes: `rows`, for each prompt, the greedy tokens, and in float64 the log-probabilities
+    `(seq, vocab)` at the prompt's and these tokens; and `rounding`, by how much they differ in float32 at most."""
+
+    rows: list[tuple[list[int], torch.Tensor]]
+    rounding: float
+
+
 @torch.no_grad()
-def reference(folder: Path, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS) -> list[tuple]:
-    """For each prompt the greedy tokens, and the log-probabilities `(seq, vocab)` at the prompt's and these tokens."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", attn_res_implementation="eager"
-    )
-    model = model.eval().double()
+def reference(folder: Path, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS) -> Reference:
+    options = {"attn_implementation": "eager", "attn_res_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    rounded = copy.deepcopy(model)
+    model = model.double()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the others have no float64
-    results = []
-    with Float64():
-        for prompt in prompts:
+    rows, rounding = [], 0.0
+    for prompt in prompts:
+        with Float64():
             ids = torch.tensor([prompt])
             ids = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
             logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
-            results.append((ids[0, len(prompt) :].tolist(), logprobs))
-    return results
+        in_float32 = rounded(ids, use_cache=False).logits[0].log_softmax(-1)
+        rounding = max(rounding, (in_float32 - logprobs).abs().max().item())
+        rows.append((ids[0, len(prompt) :].tolist(), logprobs))
+    return Reference(rows, rounding)
 
 
 def serve(requests: list[dict], folder: Path, processes: bool = False) -> list[dict]:
@@ -77,11 +88,11 @@ def serve(requests: list[dict], folder: Path, processes: bool = False) -> list[d
     return json.loads((folder / "results.json").read_text())
 
 
-def compare(result: dict, expected: list[tuple]) -> tuple[int, float]:
+def compare(result: dict, expected: Reference) -> tuple[int, float]:
     """How many tokens differ, and the largest difference of log-probabilities where the tokens before are the same."""
     different, worst = 0, 0.0
     for tokens, of_tokens, of_prompt, (right_tokens, right) in zip(
-        result["tokens"], result["logprobs"], result["prompt_logprobs"], expected, strict=True
+        result["tokens"], result["logprobs"], result["prompt_logprobs"], expected.rows, strict=True
     ):
         same = next((i for i, pair in enumerate(zip(tokens, right_tokens)) if pair[0] != pair[1]), len(right_tokens))
         different += len(right_tokens) - same
