@@ -198,12 +198,8 @@ class AttnResPreTrainedModelMixin:
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
-        # transformers splits layers into stages without a look at the plan
-        if getattr(distributed_config, "pp_size", 1) > 1:
-            raise ValueError(
-                f"{cls.__name__} has no pipeline parallelism: a stage hands on one tensor, and the layers after it "
-                "read all sources. Use pp_size=1 with tensor parallelism or FSDP."
-            )
+        if getattr(distributed_config, "pp_size", 1) > 1:  # whose stages hand on one source, and no plan tells
+            raise ValueError(f"{cls.__name__} takes no pp_size above 1: use tensor parallelism or FSDP.")
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def enable_adapters(self):
@@ -227,8 +223,8 @@ class AttnResPreTrainedModelMixin:
         if folder.is_file() or not self.should_save_on_this_rank(is_main_process):
             return super().save_pretrained(folder, is_main_process=is_main_process, **kwargs)
         with replaced_model(folder, kwargs.get("variant")) as written:
-            for code_file in self.config_class.hub_files():
-                shutil.copyfile(code_file, written / code_file.name)
+            for file in self.config_class.hub_files():
+                shutil.copyfile(file, written / file.name)
             target = folder if kwargs.get("distributed_checkpoint") else written  # all processes write to that one
             super().save_pretrained(target, **{"repo_id": folder.absolute().name, **kwargs})
 
@@ -246,9 +242,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
     """A donor's decoder that carries sources instead of hidden states from layer to layer."""
 
     layer_class: type[AttnResDecoderLayerMixin]
-    # The layers that are here, of a pipeline's stage. All but the last stage return what the next takes for
-    # `inputs_embeds`: the sources of its first layer, side by side, (batch, seq, num_sources * hidden).
-    stage = slice(0, None)
+    stage = slice(0, None)  # the layers of a pipeline's stage, which hands on all sources: see forward
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -307,8 +301,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         rows, first = [layer.depth_row for layer in list(self.layers)[self.stage]], 2 * self.stage.start
         if rows != list(range(first, first + 2 * len(rows), 2)) or first + 2 * len(rows) > self.output_read.place.row:
             raise ValueError(
-                "The list of layers has been changed in place, so that depth attention doesn't know with which of its "
-                "rows they read. Give the model a new list, as in model.layers = torch.nn.ModuleList([...])."
+                "The layers were changed in place: give the model a new list, model.layers = ModuleList([...])."
             )
 
     def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -396,6 +389,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         Args:
             output_depth_attentions: whether the outputs hold `depth_attentions`, the weights of all reads.
             depth_attentions: receives these weights, for heads, whose forward is the donor's.
+        Stages of a pipeline hand on the sources of the next layer side by side, `(batch, seq, num_sources * hidden)`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -405,15 +399,10 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_seen_tokens
         if not isinstance(causal_mask := attention_mask, dict):
             causal_mask = create_masks_for_generate(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
             )
         position_embeddings = self.position_embeddings(inputs_embeds, position_ids)
         kwargs.update(position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
@@ -426,10 +415,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions
         with_weights = output_depth_attentions or depth_attentions is not None
-        sources = (
-            inputs_embeds.split(self.config.hidden_size, dim=-1) if self.stage.start else [self.embed(inputs_embeds)]
-        )
-        sources = tuple(source.contiguous() for source in sources)
+        parts = inputs_embeds.split(self.config.hidden_size, -1) if self.stage.start else [self.embed(inputs_embeds)]
+        sources = tuple(source.contiguous() for source in parts)
         hidden_states, weights = self.read_over_depth(sources, with_weights, layer_kwargs)
         if with_weights and weights[-1] is None:
             raise ValueError(

@@ -90,7 +90,7 @@ def test_compiled(family, model, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "kimi_linear", "gpt_oss"])
 def test_tensor_parallel(family, model, tmp_path):
-    folder = model(family, attn_res_mode="block", num_attention_heads=4, num_key_value_heads=4)
+    folder = model(family, attn_res_mode="block")
     (result,) = serve([{"path": str(folder), "tensor_parallel_size": 2}], tmp_path, processes=True)
     check(result, reference(folder))
 
