@@ -9,6 +9,7 @@ commands.
 - training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,
   `comparison`
 - looking into models: `look`, `plotting`, `evaluation`, `generation`
+- other runtimes: `exporting`
 - the Hub: `publishing`, `stranger`, `leaks`
 - processes and machines: `process`, `hardware`
 
@@ -22,12 +23,14 @@ from attnres_convert import on_use
 _MODULES = {
     "DepthCallback": "callback",
     "EvaluateOptions": "options",
+    "ExportOptions": "options",
     "FinetuneOptions": "options",
     "GenerateOptions": "options",
     "PlotOptions": "options",
     "PretrainOptions": "options",
     "PushOptions": "options",
     "evaluate": "evaluation",
+    "export": "exporting",
     "finetune": "finetuning",
     "generate": "generation",
     "new_optimizer": "optim",
