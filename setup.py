@@ -61,7 +61,7 @@ setup(
         "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
         "gguf": ["accelerate>=1.6", "gguf>=0.17"],  # for attnres-convert model.gguf
         # for attnres-export
-        "export": [*MODELS_AND_DATA, "onnxruntime>=1.20; python_version >= '3.11'", "onnxscript>=0.5"],
+        "export": [*MODELS_AND_DATA, "onnxruntime>=1.20", "onnxscript>=0.5"],
         "trl": ["trl>=1.0"],
         "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for attnres-evaluate --lm-eval
         "test": [

@@ -78,7 +78,7 @@ class Format:
     packages: tuple[str, ...]  # that it needs beside torch
     write: Callable[[torch.export.ExportedProgram, list[str], list[str], Path], None]  # names of inputs and outputs
     open: Callable[[Path], Run]
-    is_bounded: bool = False  # whether the largest shapes are those of MOST
+    largest: dict[str, int] | None = None  # the sizes that are free, where they have a bound
 
 
 def write_onnx(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], path: Path):
@@ -139,7 +139,7 @@ FORMATS = {
     "onnx": Format("model.onnx", ("onnxscript", "onnxruntime"), write_onnx, open_onnx),
     "torch": Format("model.pt2", (), write_torch, open_torch),
     "aoti": Format("model.pt2", (), write_aoti, open_aoti),
-    "executorch": Format("model.pte", ("executorch",), write_executorch, open_executorch, is_bounded=True),
+    "executorch": Format("model.pte", ("executorch",), write_executorch, open_executorch, MOST),
 }
 
 
@@ -201,13 +201,39 @@ def check_packages(name: str):
 
 
 @torch.no_grad()
-def export_model(model, folder: Path, name: str) -> dict:
+def trace(model, largest: dict[str, int] | None = None) -> tuple[torch.export.ExportedProgram, list[dict], list[str]]:
+    """The program of a causal model on the CPU, its inputs as in `export.json`, and the names of its outputs.
+
+    Args:
+        largest: the sizes that are free, if they have a bound.
+
+    Raises:
+        InputError: the model can't be exported.
+    """
+    model.eval().requires_grad_(False)
+    if getattr(type(model), "_can_set_experts_implementation", bool)():
+        model.set_experts_implementation("batched_mm")  # the others sort tokens by experts, whose numbers are data
+    example = traced(model)
+    sizes = {axis: torch.export.Dim(axis, max=(largest or {}).get(axis)) for axis in ("batch", "sequence", "past")}
+    states = {0: sizes["batch"], 2: sizes["past"]}
+    shapes = {
+        "input_ids": {0: sizes["batch"], 1: sizes["sequence"]},
+        "attention_mask": {0: sizes["batch"], 1: torch.export.Dim.AUTO},
+        "past": tuple(states for _ in example[2:]),
+    }
+    with reading.understood(f"{type(model).__name__} can't be exported"):
+        program = torch.export.export(Decoder(model), example, dynamic_shapes=shapes, strict=False)
+    return program, *described(example)
+
+
+def export_model(model, folder: Path, name: str, traced_before=None) -> dict:
     """Writes a model as a program and tries the file.
 
     Args:
         model: a causal one, on the CPU.
         folder: where `FORMATS[name].file` and `export.json` go; it is there.
         name: of the format.
+        traced_before: what [`trace`] returned for this model.
 
     Returns:
         What `export.json` holds: the inputs and outputs, and how far the logits are off.
@@ -216,26 +242,18 @@ def export_model(model, folder: Path, name: str) -> dict:
         InputError: the model can't be exported, or the file doesn't compute what the model computes.
     """
     format = FORMATS[name]
-    model = model.eval().requires_grad_(False)
-    if getattr(type(model), "_can_set_experts_implementation", bool)():
-        model.set_experts_implementation("batched_mm")  # the others sort tokens by experts, whose numbers are data
-    example = traced(model)
-    sizes = {axis: torch.export.Dim(axis, max=MOST[axis] if format.is_bounded else None) for axis in MOST}
-    states = {0: sizes["batch"], 2: sizes["past"]}
-    shapes = {
-        "input_ids": {0: sizes["batch"], 1: sizes["sequence"]},
-        "attention_mask": {0: sizes["batch"], 1: torch.export.Dim.AUTO},
-        "past": tuple(states for _ in example[2:]),
-    }
-    with reading.understood(f"{type(model).__name__} can't be exported as {name}"):
-        program = torch.export.export(Decoder(model), example, dynamic_shapes=shapes, strict=False)
-        inputs, outputs = described(example)
+    program, inputs, outputs = traced_before or trace(model, format.largest)
+    with reading.understood(f"{type(model).__name__} can't be written as {name}"):
         format.write(program, [given["name"] for given in inputs], outputs, folder / format.file)
-    record = {"format": name, "file": format.file, "inputs": inputs, "outputs": outputs}
-    if format.is_bounded:
-        record["largest"] = MOST
     packages = ("torch", "transformers", "attnres", *format.packages)
-    record["versions"] = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    record = {
+        "format": name,
+        "file": format.file,
+        "largest": format.largest,
+        "inputs": inputs,
+        "outputs": outputs,
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
     write_json(folder / EXPORT_FILE, record)
     record["difference"], record["tolerance"] = verify(open_export(folder), model, name)
     write_json(folder / EXPORT_FILE, record)
@@ -273,6 +291,7 @@ def described(example: tuple[torch.Tensor, ...]) -> tuple[list[dict], list[str]]
     return inputs, ["logits", *(f"present.{part}" for part in parts)]
 
 
+@torch.no_grad()
 def verify(export: Export, model, name: str) -> tuple[float, float]:
     """Reads random tokens in several steps, with padding, and compares with the model, which reads them at once.
 
