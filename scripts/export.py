@@ -1,9 +1,9 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """python scripts/export.py my-attnres exported --format onnx
 
-Writes a model as a program that runs without this project: ONNX, torch.export, AOTInductor or ExecuTorch. It takes ids, a
-mask and a cache of keys and values, of any batch and length. The file is run and compared with the model before the
-folder appears.
+Writes a model as a program that runs without this project: ONNX, torch.export, AOTInductor or ExecuTorch. It takes
+ids, a mask and a cache of keys and values, of any batch and length. The file is run and compared with the model before
+the folder appears.
 """
 
 from attnres_recipes.options import ExportOptions

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""`attnres-export`: a program with a cache, for batches and lengths that weren't traced, as ONNX Runtime and others run it."""
+"""`attnres-export`: a program with a cache, for batches and lengths that weren't traced, as its runtime runs it."""
 
 import json
 import sys
