@@ -1,9 +1,9 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """python benchmarks/export_table.py
 
-Exports a tiny model of each family, every tensor away from its initial value, queries included, as ONNX and torch.export,
-or in the formats that are given, and fills the table in the README. Each file is run in pieces, with a cache and
-padding, on shapes that weren't traced, and compared with the model.
+Exports a tiny model of each family, every tensor away from its initial value, queries included, as ONNX and with
+torch.export, or in the formats that are given, and fills the table in the README. Each file is run in pieces, with a
+cache and padding, on shapes that weren't traced, and compared with the model.
 
 Prints the table. Ends with an error if a family that was exported before can't be any more.
 """

@@ -18,19 +18,21 @@ from attnres_kernels.cpu import compiler
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import export as command  # noqa: E402
+import export_table  # noqa: E402
+from readme import section  # noqa: E402
 
 
 SIZES = {"num_hidden_layers": 2, "attn_res_block_size": 1}
 slow = pytest.mark.slow
+AOTI = [slow, pytest.mark.timeout(1200), pytest.mark.skipif(compiler() is None, reason="needs g++")]
 CASES = [
-    pytest.param("torch", "block", True),
+    pytest.param("torch", "denseformer", False),
     pytest.param("onnx", "block", False),
     pytest.param("onnx", "full", True, marks=slow),
-    pytest.param("onnx", "denseformer", False, marks=slow),
-    pytest.param("aoti", "block", False, marks=[slow, pytest.mark.skipif(compiler() is None, reason="needs g++")]),
+    pytest.param("aoti", "block", False, marks=AOTI),
 ]
 
 
@@ -117,3 +119,11 @@ def test_refused(family, words, message, tmp_path):
     with pytest.raises(SystemExit, match=message) as error:
         command.main([model, str(tmp_path / "out"), *words])
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_table():
+    """The table in the README is that of the results, whose differences were allowed."""
+    rows = json.loads((ROOT / "results" / "export.json").read_text())["rows"]
+    assert section(ROOT / "README.md", "export") == export_table.markdown(rows)
+    cells = [cell for row in rows.values() for cell in row.values() if "refused" not in cell]
+    assert cells and all(cell["difference"] <= cell["tolerance"] < 1e-3 for cell in cells)

@@ -83,7 +83,8 @@ class Format:
 
 def write_onnx(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], path: Path):
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False).save(path)
+    # ONNX Runtime optimizes as it loads; torch's optimizer takes many times as long as all else
+    torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False, optimize=False).save(path)
 
 
 def open_onnx(path: Path) -> Run:
