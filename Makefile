@@ -25,7 +25,7 @@ setup: $(READY) ## create .venv with the pinned packages and this project
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,serve,plot,trl,lm-eval,gguf,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,serve,plot,export,trl,lm-eval,gguf,test,lint]'
 	@touch $@
 
 quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--tiny a small one; writes outputs/quickstart

@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "serve",
     "plot": "plot_depth_attention",
     "push": "push_to_hub",
+    "export": "export",
 }
 
 setup(
@@ -67,12 +68,12 @@ setup(
         "plot": [*MODELS_AND_DATA, "matplotlib>=3.8"],
         "quantization": ["bitsandbytes>=0.46.1", "torchao>=0.16"],  # for QLoRA
         "gguf": ["accelerate>=1.6", "gguf>=0.17"],  # for attnres-convert model.gguf
+        # for attnres-export
+        "export": [*MODELS_AND_DATA, "onnxruntime>=1.20", "onnxscript>=0.5"],
         "trl": ["trl>=1.0"],
         "lm-eval": ["lm_eval[hf]>=0.4.13"],  # for attnres-evaluate --lm-eval
         "test": [
             "hypothesis>=6.100",
-            "onnxruntime>=1.20; python_version >= '3.11'",
-            "onnxscript>=0.5; python_version >= '3.11'",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",

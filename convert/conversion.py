@@ -383,7 +383,8 @@ def _check_uniform(depth: dict[str, torch.Tensor], config: PreTrainedConfig) -> 
     if (query * key_norm != 0).any() or query.any():
         raise ConversionError(
             f"the queries are trained, so the donor computes something else: the largest |query| is "
-            f"{query.abs().max().item():.3g}, and only zero can be converted back."
+            f"{query.abs().max().item():.3g}, and only zero can be converted back. What runs donors alone, such as "
+            "llama.cpp, can't run this model; attnres-export writes it for other runtimes."
         )
     if not config.attn_res_sum_scale:
         raise ConversionError(

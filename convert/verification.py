@@ -170,20 +170,23 @@ def _run(folder: Path, model_class: type, dtype: torch.dtype, with_rounding: boo
 
     logits, rounding = run(), None
     if with_rounding:
-        with _rounded_layers(model, generator):
+        with rounded_layers(model, generator):
             rounding = relative_difference(run(), logits)
     return logits, rounding
 
 
 @contextmanager
-def _rounded_layers(model: torch.nn.Module, generator: torch.Generator):
+def rounded_layers(model: torch.nn.Module, generator: torch.Generator):
     """Each number that a layer puts out goes up or down by about one unit in the last place, or stays, by chance."""
 
+    def nudged(value):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        steps = torch.randint(-1, 2, value.shape, generator=generator).to(value.dtype)
+        return value * (1 + torch.finfo(value.dtype).eps * steps)
+
     def change(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        steps = torch.randint(-1, 2, hidden.shape, generator=generator).to(hidden.dtype)
-        hidden = hidden * (1 + torch.finfo(hidden.dtype).eps * steps)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return tuple(map(nudged, output)) if isinstance(output, tuple) else nudged(output)
 
     hooks = [layer.register_forward_hook(change) for layer in model.base_model.layers]
     try:

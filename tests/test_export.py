@@ -3,6 +3,7 @@
 
 import functools
 
+import onnxruntime
 import pytest
 import torch
 from behaviours import assert_close, rounding
@@ -99,8 +100,6 @@ def test_export_with_gradients(implementation, shape):
 @torch.no_grad()
 def test_onnx(implementation, mode, tmp_path):
     """ONNX Runtime computes the model, for other shapes too."""
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
     anything = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
         Logits(model_of(mode, implementation)).eval(),

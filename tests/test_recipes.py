@@ -65,7 +65,7 @@ def test_a_stranger_has_nothing_of_the_project():
 
 def test_installed_commands():
     """Each command of setup.py is installed, and those of a clone are the same files."""
-    names = {"convert", "pretrain", "finetune", "evaluate", "generate", "serve", "plot", "push"}
+    names = {"convert", "pretrain", "finetune", "evaluate", "generate", "serve", "plot", "push", "export"}
     assert COMMANDS.keys() == {f"attnres-{name}" for name in names}
     for value in COMMANDS.values():
         package, _, module = value.removesuffix(":main").partition(".")

@@ -9,6 +9,7 @@ commands.
 - training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,
   `comparison`
 - looking into models: `look`, `plotting`, `evaluation`, `generation`, `serving`
+- other runtimes: `exporting`
 - the Hub: `publishing`, `stranger`, `leaks`
 - processes and machines: `process`, `hardware`
 
@@ -22,6 +23,7 @@ from attnres_convert import on_use
 _MODULES = {
     "DepthCallback": "callback",
     "EvaluateOptions": "options",
+    "ExportOptions": "options",
     "FinetuneOptions": "options",
     "GenerateOptions": "options",
     "PlotOptions": "options",
@@ -29,6 +31,7 @@ _MODULES = {
     "PushOptions": "options",
     "ServeOptions": "options",
     "evaluate": "evaluation",
+    "export": "exporting",
     "finetune": "finetuning",
     "generate": "generation",
     "new_optimizer": "optim",

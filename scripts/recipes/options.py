@@ -470,6 +470,22 @@ class ServeOptions(CheckpointOptions):
 
 
 @dataclass(kw_only=True)
+class ExportOptions(Options):
+    """What an export takes."""
+
+    group = "export"
+    model: str = option(help="folder or Hub id of a model", positional=True)
+    output: Path = option(help="folder to write", positional=True)
+    format: Literal["onnx", "torch", "aoti", "executorch"] = option("onnx", "of the program: ONNX, torch.export, "
+        "AOTInductor (compiled for this processor), or ExecuTorch with its portable operators")  # fmt: skip
+    dtype: Dtype = option("float32", "of the weights; auto: that of the checkpoint")
+    force: bool = option(False, "replace an export that is there")
+    trust_remote_code: bool = option(
+        False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
+    )
+
+
+@dataclass(kw_only=True)
 class PlotOptions(DocumentOptions, CheckpointOptions):
     """What plotting takes."""
 
