@@ -230,23 +230,17 @@ def round_depth_attention(model: nn.Module, method: Method):
 
 def stored_bytes(model: nn.Module) -> int:
     """Of the weights as they are in memory, with scales; tied ones count once."""
-    storages = {}
 
-    def add(tensor):
-        names, _ = tensor.__tensor_flatten__() if hasattr(tensor, "__tensor_flatten__") else ((), None)
-        for name in names:
-            add(getattr(tensor, name))
-        if not names:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+    def size(tensor) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):  # of torchao
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tensor.nbytes
 
+    total = 0
     for parameter in model.parameters():
-        add(parameter.data)
-        state = getattr(parameter, "quant_state", None)  # of bitsandbytes
-        for tensor in (*([state.absmax] if state is not None else []), *[getattr(parameter, "SCB", None)]):
-            if tensor is not None:
-                add(tensor)
-    return sum(storages.values())
+        scales = [getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None)]
+        total += size(parameter.data) + sum(size(scale) for scale in scales if scale is not None)  # of bitsandbytes
+    return total
 
 
 # Measuring
