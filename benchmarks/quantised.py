@@ -199,7 +199,8 @@ METHODS = {
         lambda: torchao_config("Int8DynamicActivationInt8WeightConfig"),
         to_int8,
     ),
-    "int4": Method("int4 weights (torchao)", "torchao", int4_config, to_int4),
+    # in float32 its kernel takes many times as long
+    "int4": Method("int4 weights, bfloat16 (torchao)", "torchao", int4_config, to_int4, torch.bfloat16),
     "bnb-int8": Method(
         "LLM.int8 (bitsandbytes)", "bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), to_int8
     ),
