@@ -25,7 +25,7 @@ setup: $(READY) ## create .venv with the pinned packages and this project
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,serve,plot,export,trl,lm-eval,gguf,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,serve,plot,export,trl,lm-eval,gguf,test,lint]' torchao
 	@touch $@
 
 quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--tiny a small one; writes outputs/quickstart
@@ -35,7 +35,6 @@ test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not real and not serving" $(ARGS)
 
 test-real: $(READY) ## run the tests on a real chat model, which is downloaded (93 MB)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torchao
 	$(BIN)/python -m pytest -m real $(ARGS)
 
 test-serving: $(SERVING_READY) ## serve models of all families with vLLM, installed for CPUs in an environment of its own
