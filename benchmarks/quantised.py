@@ -460,7 +460,7 @@ def main(argv: list[str] | None = None):
                 raise InputError(f"{package} is needed for these --methods: pip install {package}")
         results = read_results(args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        results["versions"] = versions() | {name: importlib.import_module(name).__version__ for name in packages}
+        results["versions"] = versions() | {name: importlib.import_module(name).__version__ for name in sorted(packages)}
         for family, model in itertools.product(args.families, MODELS):
             if wanted := missing_cells(family, model, args.methods, results):
                 folder = FAMILIES[family].make(model, args.runs / family)
