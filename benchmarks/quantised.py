@@ -454,13 +454,13 @@ def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     with command("quantised"):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each product that it computes in float16
-        packages = {METHODS[method].package for method in args.methods} - {None}
-        for package in sorted(packages):
+        packages = sorted({METHODS[method].package for method in args.methods} - {None})
+        for package in packages:
             if importlib.util.find_spec(package) is None:
                 raise InputError(f"{package} is needed for these --methods: pip install {package}")
         results = read_results(args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        results["versions"] = versions() | {name: importlib.import_module(name).__version__ for name in sorted(packages)}
+        results["versions"] = versions() | {name: importlib.import_module(name).__version__ for name in packages}
         for family, model in itertools.product(args.families, MODELS):
             if wanted := missing_cells(family, model, args.methods, results):
                 folder = FAMILIES[family].make(model, args.runs / family)
