@@ -20,6 +20,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -107,7 +108,8 @@ class RealModel:
         options = {"model": str(donor), "mode": model, "method": "depth", "learning_rate": 1e-3, "steps": self.steps}
         options |= {"batch_size": 2, "seq_len": 256, "eval_sequences": 8, "eval_steps": self.steps}
         options |= {"save_steps": self.steps // 2, "depth_every": 0, "bf16": True}
-        return trained(finetune, FinetuneOptions(**options, output=folder / model))
+        finetune(FinetuneOptions(**options, output=folder / model))  # at once where that run has ended
+        return folder / model / "model"
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,17 @@ class SmallModel:
     def make(self, model: str, folder: Path) -> Path:
         sizes = {"vocab_size": 2048, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
         sizes |= {"head_dim": 32, "tie_word_embeddings": True, "initializer_range": 0.08, **self.sizes}
-        options = {"config": self.config, "set": sizes, "mode": model, "tokenizer": str(TOKENIZER), "block_size": 2}
+        options = {
+            "config": self.config,
+            "set": sizes,
+            "mode": model,
+            "tokenizer": os.path.relpath(TOKENIZER),
+            "block_size": 2,
+        }
         options |= {"seq_len": 256, "batch_size": 4, "steps": self.steps, "warmup": 20, "learning_rate": 3e-3}
         options |= {"eval_steps": self.steps, "depth_every": 0}
-        return trained(pretrain, PretrainOptions(**options, output=folder / model))
-
-
-def trained(train: Callable, options) -> Path:
-    """The model of a run, which is taken up where it was interrupted."""
-    if not (options.output / "results.json").exists():
-        train(options)
-    return options.output / "model"
+        pretrain(PretrainOptions(**options, output=folder / model))
+        return folder / model / "model"
 
 
 EXPERTS = {"intermediate_size": 128, "num_hidden_layers": 6, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -438,8 +440,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file; the tables appear beside it")
     parser.add_argument("--runs", type=Path, default=Path("outputs/quantised"), help="folder of the trained models")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--sequences", type=int, default=24, help="of held-out text, at least 2; default: 24")
     parser.add_argument("--seq-len", type=int, default=64, help="tokens of each; default: 64")
     args = parser.parse_args(argv)
@@ -452,8 +454,8 @@ def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     with command("quantised"):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each product that it computes in float16
-        packages = {METHODS[method].package for method in args.methods} - {None}
-        for package in sorted(packages):
+        packages = sorted({METHODS[method].package for method in args.methods} - {None})
+        for package in packages:
             if importlib.util.find_spec(package) is None:
                 raise InputError(f"{package} is needed for these --methods: pip install {package}")
         results = read_results(args)
