@@ -141,7 +141,14 @@ def processor() -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument(
+        "--families",
+        nargs="*",
+        default=list(FAMILIES),
+        choices=list(FAMILIES),
+        metavar="FAMILY",
+        help="which are measured; default: all",
+    )
     parser.add_argument("--donor", type=Path, help="folder of a model whose speed is measured")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed")
     parser.add_argument("--output", type=Path, required=True, help="JSON file, which is taken up if it is there")
