@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from attnres_convert import InputError, convert_checkpoint, convert_to_donor, dequantize_checkpoint
-from attnres_recipes import FinetuneOptions, PretrainOptions, finetune, pretrain
+from attnres_recipes import ExportOptions, FinetuneOptions, PretrainOptions, export, finetune, pretrain
 from attnres_recipes.data import stdlib_files
+from attnres_recipes.exporting import open_export
 from attnres_recipes.generation import Conversation
 from attnres_recipes.loading import load_checkpoint, open_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -175,3 +176,16 @@ def test_is_quantised(folder, converted):
             assert type(model.model.depth_attention.query.data) is torch.Tensor
     assert found["attnres"] == pytest.approx(found["donor"], rel=1e-3)
     assert found["donor"] == pytest.approx(plain, rel=0.05)
+
+
+def test_onnx(converted, tmp_path):
+    """ONNX Runtime generates, with its cache, the tokens that transformers does."""
+    export(ExportOptions(model=str(converted), output=tmp_path / "onnx"))
+    program, tokenizer = open_export(tmp_path / "onnx"), AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    for question in QUESTIONS:
+        turns = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        chosen = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **chosen)
+        assert torch.equal(program.generate(ids, 24), expected)

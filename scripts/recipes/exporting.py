@@ -117,7 +117,9 @@ def write_aoti(program: torch.export.ExportedProgram, inputs: list[str], outputs
 
 
 def open_aoti(path: Path) -> Run:
-    return torch._inductor.aoti_load_package(str(path))
+    package = torch._inductor.aoti_load_package(str(path))
+    # it reads memory as if it were contiguous, whatever the strides
+    return lambda *tensors: package(*(tensor.contiguous() for tensor in tensors))
 
 
 def write_executorch(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], path: Path):
