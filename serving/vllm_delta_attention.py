@@ -13,6 +13,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 CONVOLUTIONS = {f"self_attn.{name}_conv1d.": ("self_attn.conv1d.", i) for i, name in enumerate("qkv")}  # on disk
 
+OPERATOR = "attnres::delta_attention"
+
 
 def state_shapes(config) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What a request keeps in a layer: the last inputs of the convolution, and the matrix of each head."""
@@ -35,7 +37,10 @@ class DeltaState(nn.Module, MambaBase):
         vllm_config = get_current_vllm_config()
         self.config, self.dtype = config, vllm_config.model_config.dtype
         self.prefix, self.kv_cache = prefix, ()
-        vllm_config.compilation_config.static_forward_context[prefix] = self
+        compilation = vllm_config.compilation_config
+        compilation.static_forward_context[prefix] = self
+        if compilation.splitting_ops and OPERATOR not in compilation.splitting_ops:  # as for vLLM's own attention
+            compilation.splitting_ops.append(OPERATOR)
 
     def get_state_shape(self):
         return state_shapes(self.config)
@@ -88,6 +93,8 @@ class ServedDeltaAttention(donor.KimiLinearDeltaAttention):
         if num_decodes:  # one token each, in front
             one = [tensor[0, :num_decodes].unsqueeze(1) for tensor in (inputs, decay, beta)]
             mixed[0, :num_decodes] = self.advance(slots[:num_decodes], *one, is_new=False).squeeze(1)
+        if not metadata.num_prefills:  # nothing here waits for a GPU, whose graphs take this much
+            return mixed
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
         for i in range(num_decodes, num_decodes + metadata.num_prefills):
             tokens = slice(starts[i], starts[i + 1])
@@ -125,7 +132,7 @@ class ServedDeltaAttention(donor.KimiLinearDeltaAttention):
         return mixed
 
 
-@torch.library.custom_op("attnres::delta_attention", mutates_args=())
+@torch.library.custom_op(OPERATOR, mutates_args=())
 def delta_attention(inputs: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, layer: str) -> torch.Tensor:
     """[`ServedDeltaAttention.mix`] of a layer; compilers need not look into it."""
     return get_forward_context().no_compile_layers[layer].attention().mix(inputs, decay, beta)
