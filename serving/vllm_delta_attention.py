@@ -35,6 +35,8 @@ class DeltaState(nn.Module, MambaBase):
     def __init__(self, config, prefix: str):
         super().__init__()
         vllm_config = get_current_vllm_config()
+        if vllm_config.speculative_config is not None:  # whose rejected tokens would stay in the states
+            raise ValueError("Kimi Linear takes no speculative decoding here: leave out --speculative-config.")
         self.config, self.dtype = config, vllm_config.model_config.dtype
         self.prefix, self.kv_cache = prefix, ()
         compilation = vllm_config.compilation_config
@@ -90,24 +92,26 @@ class ServedDeltaAttention(donor.KimiLinearDeltaAttention):
             return mixed
         metadata = metadata[self.attn.prefix]
         slots, num_decodes = metadata.state_indices_tensor, metadata.num_decodes
-        if num_decodes:  # one token each, in front
+        if num_decodes:  # one token each, in front; the first token of a prompt may come alone too
             one = [tensor[0, :num_decodes].unsqueeze(1) for tensor in (inputs, decay, beta)]
-            mixed[0, :num_decodes] = self.advance(slots[:num_decodes], *one, is_new=False).squeeze(1)
+            is_new = metadata.seq_lens[:num_decodes] == 1
+            mixed[0, :num_decodes] = self.advance(slots[:num_decodes], *one, is_new).squeeze(1)
         if not metadata.num_prefills:  # nothing here waits for a GPU, whose graphs take this much
             return mixed
-        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+        starts = metadata.query_start_loc.tolist()
         for i in range(num_decodes, num_decodes + metadata.num_prefills):
             tokens = slice(starts[i], starts[i + 1])
-            is_new = lengths[i] == starts[i + 1] - starts[i]
+            is_new = metadata.seq_lens[i : i + 1] == starts[i + 1] - starts[i]
             part = [tensor[:, tokens] for tensor in (inputs, decay, beta)]
-            mixed[:, tokens] = self.advance(slots[i : i + 1], *part, is_new=is_new)
+            mixed[:, tokens] = self.advance(slots[i : i + 1], *part, is_new)
         return mixed
 
-    def advance(self, slots: torch.Tensor, inputs, decay, beta, is_new: bool) -> torch.Tensor:
-        """[`mix`] of `(num_requests, num_tokens, ...)`, whose states in `slots` go on, or begin if they are new."""
+    def advance(self, slots: torch.Tensor, inputs, decay, beta, is_new: torch.Tensor) -> torch.Tensor:
+        """[`mix`] of `(num_requests, num_tokens, ...)`, whose states in `slots` go on, or begin where a request
+        `is_new`, `(num_requests,)`: what a slot holds then is of another one."""
         convolved, recurrent = self.attn.kv_cache
         inputs = inputs.transpose(1, 2)
-        before = torch.zeros_like(convolved[slots]) if is_new else convolved[slots]
+        before = torch.where(is_new[:, None, None], 0, convolved[slots])
         window = torch.cat([before.to(inputs.dtype), inputs], dim=-1)
         convolved[slots] = window[..., window.shape[-1] - before.shape[-1] :].to(convolved.dtype)
         inputs = donor.ACT2FN[self.activation](
@@ -116,7 +120,7 @@ class ServedDeltaAttention(donor.KimiLinearDeltaAttention):
         query, key, value = (
             part.unflatten(-1, (-1, self.head_dim)) for part in inputs.transpose(1, 2).chunk(3, dim=-1)
         )
-        one_token = inputs.shape[-1] == 1 and not is_new
+        one_token = inputs.shape[-1] == 1
         attend = donor.recurrent_kimi_delta_attention if one_token else donor.chunk_kimi_delta_attention
         mixed, state = attend(
             query,
@@ -124,7 +128,7 @@ class ServedDeltaAttention(donor.KimiLinearDeltaAttention):
             value,
             g=decay,
             beta=beta,
-            initial_state=None if is_new else recurrent[slots],
+            initial_state=torch.where(is_new[:, None, None, None], 0, recurrent[slots]),
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
         )

@@ -1,7 +1,6 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Tiny models of all families as serving engines take them, and what transformers computes of them in float64."""
 
-import copy
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 PROMPTS = [[3, 5, 9, 17, 33, 65, 129], list(range(10, 47)), [7]]
 NEW_TOKENS = 16
 # Kernels of engines take heads of 32 numbers or a multiple
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 256}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 512}
 SIZES |= {"vocab_size": 256, "head_dim": 32}
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}  # the head is hidden_size / 2
 LATENT = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32, "v_head_dim": 32}
@@ -37,30 +36,32 @@ def served_config(family: str, **changes):
 
 
 @torch.no_grad()
-def save_model(folder: Path, family: str, **changes):
-    """A model with queries as if it were trained: without them, depth attention computes a plain sum."""
+def save_model(folder: Path, family: str, sharpness: float = 8.0, **changes):
+    """A model with queries as if it were trained: without them, depth attention computes a plain sum. The sharper they
+    and those of attention are, the more it all depends on them, and the more on rounding."""
     torch.manual_seed(0)
     model = perturb(AutoModelForCausalLM.from_config(served_config(family, **changes)), 0.05)
     for name, parameter in model.named_parameters():
         if ".q_proj." in name or name.endswith("depth_attention.query"):
-            parameter.mul_(8)
+            parameter.mul_(sharpness)
     model.save_pretrained(folder)
 
 
 class Reference(NamedTuple):
     """What transformers computes: `rows`, for each prompt, the greedy tokens, and in float64 the log-probabilities
-    `(seq, vocab)` at the prompt's and these tokens; and `rounding`, by how much they differ in float32 at most."""
+    `(seq, vocab)` at the prompt's and these tokens; and `rounding`, by how much they differ in another dtype at most."""
 
     rows: list[tuple[list[int], torch.Tensor]]
     rounding: float
 
 
 @torch.no_grad()
-def reference(folder: Path, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS) -> Reference:
+def reference(
+    folder: Path, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS, dtype: torch.dtype = torch.float32
+) -> Reference:
     options = {"attn_implementation": "eager", "attn_res_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-    rounded = copy.deepcopy(model)
-    model = model.double()
+    rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval().double()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the others have no float64
     rows, rounding = [], 0.0
@@ -69,8 +70,8 @@ def reference(folder: Path, prompts: list[list[int]] = PROMPTS, new_tokens: int 
             ids = torch.tensor([prompt])
             ids = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
             logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
-        in_float32 = rounded(ids, use_cache=False).logits[0].log_softmax(-1)
-        rounding = max(rounding, (in_float32 - logprobs).abs().max().item())
+        found = rounded(ids, use_cache=False).logits[0].double().log_softmax(-1)
+        rounding = max(rounding, (found - logprobs).abs().max().item())
         rows.append((ids[0, len(prompt) :].tolist(), logprobs))
     return Reference(rows, rounding)
 

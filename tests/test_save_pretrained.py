@@ -144,7 +144,7 @@ def killed_at(step: int, save) -> bool:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("name, options", [("converted", {}), ("one file", SHARDED)])
 def test_a_killed_save_leaves_the_old_or_the_new_model(old, model, name, options, tmp_path):
-    """Whichever change to the folder was the last one: for transformers and for engines. The next save tidies up."""
+    """Whichever change to the folder was the last one: for transformers and for engines."""
     threads, before = torch.get_num_threads(), by_engine(old / name / "model")
     torch.set_num_threads(1)
     seen, folder = [], tmp_path / "model"
@@ -161,9 +161,6 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(old, model, name, options
         seen.append(tuple(states))
     assert not any("broken" in states for states in seen), seen
     assert seen[0] == ("old", "old") and seen[-1] == ("new", "new")
-    killed_at(len(seen) // 2, lambda: model.save_pretrained(folder, **options))
-    model.save_pretrained(folder, **options)
-    check_own_files(folder)
     torch.set_num_threads(threads)
 
 
@@ -182,13 +179,18 @@ def test_variants_are_apart(old, model, tmp_path):
 
 
 def test_an_index_names_no_other_files(model, tmp_path):
-    """What it lists outside of the folder, or under names that no weights have, stays."""
+    """What it lists outside of the folder, or what are no weights of a model, stays; weights of any name go."""
     (tmp_path / "here").mkdir()
     folder = with_own_files(tmp_path / "here")
     save_file({"a": torch.zeros(1)}, tmp_path / "model-out.safetensors")
-    names = ["../model-out.safetensors", str(tmp_path / "model-out.safetensors"), "notes.txt", "my-notes.safetensors"]
-    names += ["adapter_model.safetensors", "model.fp16.safetensors", "model-/../../model-out.safetensors", None, 5]
-    listed = "model-listed.safetensors"
+    names = [
+        "../model-out.safetensors",
+        str(tmp_path / "model-out.safetensors"),
+        "notes.txt",
+        "adapter_model.safetensors",
+    ]
+    names += ["model-/../../model-out.safetensors", None, 5]
+    listed = "part_00001-of-00007.safetensors"
     for weight_map in (dict(enumerate([*names, listed])), {"a": ["a"]}, [listed], "a"):
         save_file({"a": torch.zeros(1)}, folder / listed)
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
@@ -286,10 +288,25 @@ def test_trainer(old, model, tmp_path):
     check_own_files(folder)
 
 
-def test_a_killed_push_or_save_is_tidied_up(model, tmp_path):
-    """What a killed save left goes with the next one, and nothing else that is hidden."""
+def test_a_save_beside_another(model, tmp_path):
+    """What another process is writing there stays."""
     (tmp_path / f"{SAVING}x").mkdir()
     (tmp_path / f"{SAVING}x" / SINGLE).write_text("half")
-    (tmp_path / ".git").mkdir()
     model.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.glob(".*")] == [".git"]
+    assert [path.name for path in tmp_path.glob(".*")] == [f"{SAVING}x"]
+
+
+def test_a_half_index_is_no_model(old, model, tmp_path, monkeypatch):
+    """A disk that is full at the index, which is written last."""
+    folder = tmp_path / "model"
+    shutil.copytree(old / "one file" / "model", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def half(content, **options):
+        (next(folder.glob(f"{SAVING}*")) / INDEX).write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.json.dumps", half)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(folder, **SHARDED)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -30,25 +30,29 @@ def as_numbers(logprobs) -> list[dict[int, float]]:
     return [{token: entry.logprob for token, entry in position.items()} for position in logprobs]
 
 
-def serve(path: str, prompts: list[list[int]], new_tokens: int, operators: bool = False, **options) -> dict:
-    """Greedy tokens and log-probabilities of the prompts, all in one batch."""
+def serve(path: str, prompts: list[list[int]], new_tokens: int, in_turn: bool = False, **options) -> dict:
+    """Greedy tokens and log-probabilities of the prompts, all in one batch or one after the other."""
     # models of a test have no tokenizer
-    llm = LLM(path, skip_tokenizer_init=True, max_model_len=128, max_num_seqs=8, **options)
+    llm = LLM(path, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, **options)
     sampling = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=5, prompt_logprobs=5, detokenize=False
     )
     with torch.profiler.profile() as profile:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        batches = [[prompt] for prompt in prompts] if in_turn else [prompts]
+        requests = [[{"prompt_token_ids": prompt} for prompt in batch] for batch in batches]
+        outputs = [output for batch in requests for output in llm.generate(batch, sampling, use_tqdm=False)]
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "logprobs": [as_numbers(output.outputs[0].logprobs) for output in outputs],
         "prompt_logprobs": [as_numbers(output.prompt_logprobs[1:]) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
         "operators": sorted({event.key for event in profile.key_averages() if event.key.startswith("attnres::")}),
     }
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and "attnres" in str(
         llm.llm_engine.model_config.hf_config.model_type
     ):
         (result["implementation"],) = llm.apply_model(lambda model: model.config._attn_res_implementation)
+        (result["dtype"],) = llm.apply_model(lambda model: str(next(model.model.depth_attention.parameters()).dtype))
     return result
 
 
