@@ -49,7 +49,7 @@ def save_model(folder: Path, family: str, sharpness: float = 8.0, **changes):
 
 class Reference(NamedTuple):
     """What transformers computes: `rows`, for each prompt, the greedy tokens, and in float64 the log-probabilities
-    `(seq, vocab)` at the prompt's and these tokens; and `rounding`, by how much they differ in another dtype at most."""
+    `(seq, vocab)` at the prompt's and these tokens; and `rounding`, the most by which they differ in another dtype."""
 
     rows: list[tuple[list[int], torch.Tensor]]
     rounding: float
@@ -98,7 +98,8 @@ def compare(result: dict, expected: Reference) -> tuple[int, float]:
         same = next((i for i, pair in enumerate(zip(tokens, right_tokens)) if pair[0] != pair[1]), len(right_tokens))
         different += len(right_tokens) - same
         found = [*of_prompt, *of_tokens[: same + 1]]
-        for position, entries in enumerate(found):
+        first = len(right) - len(right_tokens) - 1 - len(of_prompt)
+        for position, entries in enumerate(found, start=first):
             for token, logprob in entries.items():
                 worst = max(worst, abs(logprob - right[position, int(token)].item()))
     return different, worst

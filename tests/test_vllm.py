@@ -85,9 +85,9 @@ def test_prompts_in_pieces(family, model, tmp_path):
 def test_states_are_of_one_request(model, tmp_path):
     """In slots that others have used, also where a prompt, or the first of its pieces, is a single token."""
     folder = model("kimi_linear", attn_res_mode="block")
-    others = [[i, 2 * i, 77, 9] for i in range(3, 15)]
+    others = [[i, 2 * i, 77, 9] for i in range(3, 33)]
     prompts = [*others, [7], [5, 100]]
-    request = {"path": str(folder), "prompts": prompts, "in_turn": True, "num_gpu_blocks_override": 12}
+    request = {"path": str(folder), "prompts": prompts, "in_turn": True, "num_gpu_blocks_override": 24}
     (result,) = serve([request], tmp_path)
     check(result, reference(folder, prompts))
 

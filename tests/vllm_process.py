@@ -31,11 +31,17 @@ def as_numbers(logprobs) -> list[dict[int, float]]:
 
 
 def serve(path: str, prompts: list[list[int]], new_tokens: int, in_turn: bool = False, **options) -> dict:
-    """Greedy tokens and log-probabilities of the prompts, all in one batch or one after the other."""
+    """Greedy tokens and log-probabilities of the prompts, all in one batch; or one after the other, without those of
+    the prompt, for which vLLM leaves its prefix cache out."""
     # models of a test have no tokenizer
     llm = LLM(path, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, **options)
     sampling = SamplingParams(
-        temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=5, prompt_logprobs=5, detokenize=False
+        temperature=0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        logprobs=5,
+        prompt_logprobs=None if in_turn else 5,
+        detokenize=False,
     )
     with torch.profiler.profile() as profile:
         batches = [[prompt] for prompt in prompts] if in_turn else [prompts]
@@ -44,7 +50,7 @@ def serve(path: str, prompts: list[list[int]], new_tokens: int, in_turn: bool = 
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "logprobs": [as_numbers(output.outputs[0].logprobs) for output in outputs],
-        "prompt_logprobs": [as_numbers(output.prompt_logprobs[1:]) for output in outputs],
+        "prompt_logprobs": [as_numbers((output.prompt_logprobs or [])[1:]) for output in outputs],
         "cached": [output.num_cached_tokens for output in outputs],
         "operators": sorted({event.key for event in profile.key_averages() if event.key.startswith("attnres::")}),
     }
