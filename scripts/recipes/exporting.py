@@ -189,6 +189,8 @@ def open_export(folder: str | Path) -> Export:
         InputError: it isn't there, or its runtime isn't.
     """
     record = reading.read_json(Path(folder) / EXPORT_FILE)
+    if record.get("format") not in FORMATS or not isinstance(record.get("inputs"), list):
+        raise InputError(f"{folder}: {EXPORT_FILE} tells no format or no inputs; export the model again.")
     format = FORMATS[record["format"]]
     check_packages(record["format"])
     with reading.understood(f"{folder} doesn't run"):
@@ -352,6 +354,8 @@ def export(options: ExportOptions) -> dict:
     if checkpoint.adapter is not None:
         raise InputError(f"{options.model} is an adapter; merge it first (attnres-finetune --merge).")
     model = load_weights(checkpoint.base, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    if options.format == "onnx" and model.dtype == torch.bfloat16:
+        raise InputError("ONNX Runtime computes no bfloat16 on CPUs; use --dtype float32.")
     with staging.staged(options.output, options.force) as folder:
         record = export_model(model, folder, options.format)
         model.config.save_pretrained(folder)

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from attnres_convert import InputError, reading
 from fastapi import HTTPException
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager, server
@@ -77,6 +78,11 @@ def build_app(at_end: ExitStack, *handlers, generation_state, build_server=serve
     @app.exception_handler(HTTPException)
     async def refuse(_, error: HTTPException):
         return JSONResponse({"error": {"message": error.detail}}, error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(ValueError)
+    async def refuse_values(_, error: ValueError):
+        return JSONResponse({"error": {"message": str(error)}}, 400)
 
     return app
 
