@@ -1,7 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-""".venv-serving/bin/python benchmarks/serving.py --donor FOLDER
+"""python benchmarks/serving.py --donor FOLDER
 
-Measures AttnRes models in vLLM, in the environment of `make test-serving`:
+Measures AttnRes models in vLLM; its Python is that of the environment of `make test-serving`, `.venv-serving`:
 
 - for each family, a tiny model with trained queries in Block and in Full: how far its log-probabilities are from those
   of transformers in float64, and whether the greedy tokens are the same;
@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None):
             print(f"{family}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if args.donor and "speed" not in results:
         with tempfile.TemporaryDirectory() as folder:
-            results["speed"] = {"donor": args.donor.name, **measure_speed(args.donor, Path(folder), args.rounds)}
+            results["speed"] = measure_speed(args.donor, Path(folder), args.rounds)
+        results["donor"] = args.donor.name
         write_json(args.output, results)
     print(report(results))
 
