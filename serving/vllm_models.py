@@ -69,6 +69,11 @@ class AttnResKimiLinearForCausalLM(AttnResMoEForCausalLM, HasInnerState, IsHybri
     def get_mamba_state_copy_func(cls):
         return MambaStateCopyFuncCalculator.kda_state_copy_func()
 
+    def pipeline_parallel(self):
+        if self.pp_group.world_size > 1:
+            raise ValueError("Kimi Linear gives wrong tokens in vLLM's pipelines: use --tensor-parallel-size instead.")
+        super().pipeline_parallel()
+
     def recursive_replace(self):
         self.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_stacked=CONVOLUTIONS)
         linear = {}

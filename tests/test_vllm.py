@@ -108,17 +108,19 @@ def test_tensor_parallel(family, model, tmp_path):
     check(result, reference(folder))
 
 
-@pytest.mark.parametrize("family, mode", [("llama", "block"), ("llama", "full"), ("kimi_linear", "block")])
+@pytest.mark.parametrize("family, mode", [("llama", "block"), ("llama", "full"), ("mixtral", "block")])
 def test_pipeline_parallel(family, mode, model, tmp_path):
     """Also where the second stage begins in the middle of a block. Compiled, as vLLM's pipelines need it on CPUs."""
-    changes = {"attn_res_mode": mode, "attn_res_block_size": 3, "num_hidden_layers": 5}
-    if family == "kimi_linear":  # each stage needs a layer of either kind
-        linear, full = "linear_attention", "full_attention"
-        changes["layer_types"] = [linear, full, linear, linear, full]
-    folder = model(family, **changes)
+    folder = model(family, attn_res_mode=mode, attn_res_block_size=3, num_hidden_layers=5)
     request = {"path": str(folder), "pipeline_parallel_size": 2, "enforce_eager": False}
     (result,) = serve([request], tmp_path, processes=True)
     check(result, reference(folder))
+
+
+def test_no_pipeline_of_kimi_linear(model, tmp_path):
+    with pytest.raises(RuntimeError, match="use --tensor-parallel-size"):
+        request = {"path": str(model("kimi_linear")), "pipeline_parallel_size": 2, "enforce_eager": False}
+        serve([request], tmp_path, processes=True)
 
 
 def test_bfloat16(model, tmp_path):
