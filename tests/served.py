@@ -85,7 +85,7 @@ def serve(requests: list[dict], folder: Path, processes: bool = False) -> list[d
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     if ended.returncode:
-        raise RuntimeError(f"vLLM failed:\n{ended.stdout[-1000:]}\n{ended.stderr[-20000:]}")
+        raise RuntimeError(f"vLLM failed:\n{ended.stdout[-20000:]}\n{ended.stderr[-20000:]}")
     return json.loads((folder / "results.json").read_text())
 
 
