@@ -15,7 +15,6 @@ not measured again.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from attnres_convert import convert_checkpoint
 from attnres_convert.writing import table, write_json
+from attnres_recipes.hardware import cpu_name
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +39,8 @@ MODES = ("block", "full")
 # name: requests in a batch, tokens of each prompt, new tokens of each
 LOADS = {"prefill": (4, 512, 1), "decoding": (16, 32, 64)}
 WORKER = """
-import os, sys, time
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-from vllm import LLM, SamplingParams
+import sys, time
+from vllm_process import LLM, SamplingParams
 llm = LLM(sys.argv[1], model_impl=sys.argv[2], dtype="bfloat16", max_model_len=1024, max_num_seqs=16,
     max_num_batched_tokens=4096, enable_prefix_caching=False, skip_tokenizer_init=True)
 for line in sys.stdin:
@@ -72,7 +70,9 @@ class Served:
 
     def __init__(self, path: Path, implementation: str):
         command = [sys.executable, "-c", WORKER, str(path), implementation]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
 
     def seconds(self, load: tuple[int, int, int]) -> float:
         print(*load, file=self.process.stdin, flush=True)
@@ -133,12 +133,6 @@ def report(results: dict) -> str:
     return text
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -157,7 +151,7 @@ def main(argv: list[str] | None = None):
     results = json.loads(args.output.read_text()) if args.output.is_file() else {"families": {}}
     results["command"] = ".venv-serving/bin/python benchmarks/serving.py --donor FOLDER"
     results["versions"] = {name: version(name) for name in ("torch", "transformers", "vllm-cpu")}
-    results["hardware"] = processor()
+    results["hardware"] = f"{cpu_name()}, {os.cpu_count()} cores"
     for family in args.families:
         if family not in results["families"]:
             began = time.monotonic()

@@ -54,9 +54,7 @@ def serve(path: str, prompts: list[list[int]], new_tokens: int, in_turn: bool = 
         "cached": [output.num_cached_tokens for output in outputs],
         "operators": sorted({event.key for event in profile.key_averages() if event.key.startswith("attnres::")}),
     }
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and "attnres" in str(
-        llm.llm_engine.model_config.hf_config.model_type
-    ):
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
         (result["implementation"],) = llm.apply_model(lambda model: model.config._attn_res_implementation)
         (result["dtype"],) = llm.apply_model(lambda model: str(next(model.model.depth_attention.parameters()).dtype))
     return result

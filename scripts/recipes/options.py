@@ -415,6 +415,12 @@ class EvaluateOptions(TextOptions, QuestionOptions, HarnessOptions, CheckpointOp
         check_no_file(self.output)
 
 
+def remote_code_option():
+    return option(
+        False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
+    )
+
+
 @dataclass(kw_only=True)
 class GenerateOptions(CheckpointOptions):
     """What generation takes."""
@@ -428,9 +434,7 @@ class GenerateOptions(CheckpointOptions):
     temperature: NonNegative = option(0.8, "0 always takes the most likely token")
     top_k: Positive = option(50, "sample among this many tokens")
     seed: Seed = option(0, "of sampling")
-    trust_remote_code: bool = option(
-        False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
-    )
+    trust_remote_code: bool = remote_code_option()
     json: bool = option(False, "print a last line of JSON with prompts and texts")
 
 
@@ -451,9 +455,7 @@ class ServeOptions(CheckpointOptions):
     reasoning: Literal["on", "off", "auto"] = option("auto", "of models whose template can switch it; auto: as it says")
     chat_template_kwargs: str | None = option(None, "JSON object that chat templates get", metavar="JSON")
     default_seed: Seed | None = option(None, "of sampling")
-    trust_remote_code: bool = option(
-        False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
-    )
+    trust_remote_code: bool = remote_code_option()
     continuous_batching: bool = option(False, "answer requests together; all sample as the first one asks to, and "
         "their stop strings don't count")  # fmt: skip
     cb_block_size: Positive | None = option(None, "tokens in a block of the cache of --continuous-batching")
@@ -480,9 +482,7 @@ class ExportOptions(Options):
         "AOTInductor (compiled for this processor), or ExecuTorch with its portable operators")  # fmt: skip
     dtype: Dtype = option("float32", "of the weights; auto: that of the checkpoint")
     force: bool = option(False, "replace an export that is there")
-    trust_remote_code: bool = option(
-        False, "run code that the model brings; needed only for models that neither transformers nor this project knows"
-    )
+    trust_remote_code: bool = remote_code_option()
 
 
 @dataclass(kw_only=True)
