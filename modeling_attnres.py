@@ -199,7 +199,7 @@ class AttnResPreTrainedModelMixin:
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
         if getattr(distributed_config, "pp_size", 1) > 1:  # whose stages hand on one source, and no plan tells
-            raise ValueError(f"{cls.__name__} takes no pp_size above 1: use tensor parallelism or FSDP.")
+            raise ValueError(f"{cls.__name__} has no pipeline plan (pp_size): use tensor parallelism or FSDP.")
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def enable_adapters(self):

@@ -2,6 +2,7 @@
 """The command `attnres-convert`."""
 
 import argparse
+import logging
 import os
 import sys
 
@@ -72,7 +73,14 @@ def _with_dtype(words: list[str]) -> list[str]:
     ]
 
 
+def quieten_torchao():
+    """transformers imports it wherever it is installed, and it warns of what it has for other devices."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main(argv: list[str] | None = None) -> int:
+    quieten_torchao()
     arguments = build_parser().parse_args(_with_dtype(sys.argv[1:] if argv is None else argv))
     try:
         # not before, as these take seconds

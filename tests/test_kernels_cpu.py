@@ -21,7 +21,9 @@ from attnres_kernels.fused import FusedDepthAttention, closed_reads, depth_step
 
 pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler")
 
-READ = """
+QUIET = "from attnres_convert.cli import quieten_torchao; quieten_torchao()"
+READ = f"""
+{QUIET}
 import torch
 from attnres import DepthAttentionInterface, eager_depth_attention
 name = DepthAttentionInterface.default
@@ -265,7 +267,8 @@ def test_a_compiler_that_is_no_program(tmp_path, monkeypatch):
         cpu.build_key()
 
 
-ASK = """
+ASK = f"""
+{QUIET}
 from attnres import AttnResConfig, AttnResForCausalLM, DepthAttentionInterface
 print(DepthAttentionInterface.default)
 sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)

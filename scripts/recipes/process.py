@@ -22,6 +22,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from attnres_convert import InputError, reading
+from attnres_convert.cli import quieten_torchao
 
 from .hardware import cpu_name
 from .optim import uses_deepspeed
@@ -105,6 +106,7 @@ def quieten_libraries():
     """What is wrong shows as an error."""
     import datasets  # not what a trainer alone needs
 
+    quieten_torchao()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
