@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -243,6 +243,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
 
     layer_class: type[AttnResDecoderLayerMixin]
     stage = slice(0, None)  # the layers of a pipeline's stage, which hands on all sources: see forward
+    hand_on = staticmethod(partial(torch.cat, dim=-1))  # or tuple
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -360,7 +361,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if 2 * stage.stop < output_read.place.row:  # whose place is that after all layers
             sources = joined(sources, self.config.num_depth_sources(2 * stage.stop))
         if self.stage.stop:
-            return torch.cat(sources, dim=-1), tuple(all_weights)
+            return self.hand_on(sources), tuple(all_weights)
         device = sources[-1].device  # layers may lie on several devices
         sources = tuple(source.to(device) for source in sources)
         output_shared = (shares[2 * len(block) :] or [shared])[0].to(device)
@@ -389,12 +390,18 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         Args:
             output_depth_attentions: whether the outputs hold `depth_attentions`, the weights of all reads.
             depth_attentions: receives these weights, for heads, whose forward is the donor's.
-        Stages of a pipeline hand on the sources of the next layer side by side, `(batch, seq, num_sources * hidden)`.
+        Stages of a pipeline take the sources of their first layer as `inputs_embeds`, and return those of the next one as
+        `last_hidden_state`: side by side, `(batch, seq, num_sources * hidden)`, or as a tuple, if `hand_on` is that.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if not self.stage.start:
+            inputs_embeds = [self.embed(inputs_embeds)]
+        elif isinstance(inputs_embeds, torch.Tensor):
+            inputs_embeds = inputs_embeds.split(self.config.hidden_size, -1)
+        inputs_embeds, *_ = sources = tuple(source.contiguous() for source in inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -415,8 +422,6 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions
         with_weights = output_depth_attentions or depth_attentions is not None
-        parts = inputs_embeds.split(self.config.hidden_size, -1) if self.stage.start else [self.embed(inputs_embeds)]
-        sources = tuple(source.contiguous() for source in parts)
         hidden_states, weights = self.read_over_depth(sources, with_weights, layer_kwargs)
         if with_weights and weights[-1] is None:
             raise ValueError(

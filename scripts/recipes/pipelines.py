@@ -1,0 +1,415 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Pipelines over the layers of a model, on `torch.distributed.pipelining`, with the cross-stage caching of the paper.
+
+Every read of a stage needs all sources before it, so that a stage hands on more than one tensor. Cached, as in
+Attention Residuals (arXiv 2603.15031, section 4), a process gets each closed source once: it keeps what it has received
+and what its own stages have closed, and its next stage is sent the rest, with the sum of the open block.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from attnres_convert import InputError
+from torch import nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
+
+
+# By name: for one stage per process, and for several
+SCHEDULES = {"gpipe": (ScheduleGPipe, ScheduleLoopedBFS), "1f1b": (Schedule1F1B, ScheduleInterleaved1F1B)}
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """Which layers and sources are where. Stage `i` is in process `i % num_ranks`.
+
+    Args:
+        config: of an AttnRes model.
+        num_stages: a multiple of `num_ranks`.
+        num_ranks: processes, two at least.
+        cached: whether a process keeps sources for its later stages; else every stage is sent all of its sources.
+
+    Raises:
+        InputError: the numbers don't fit together.
+    """
+
+    config: object
+    num_stages: int
+    num_ranks: int
+    cached: bool = True
+
+    def __post_init__(self):
+        layers = self.config.num_hidden_layers
+        if self.num_ranks < 2:
+            raise InputError("a pipeline needs two processes at least: accelerate launch --num_processes 2 ...")
+        if self.num_stages % self.num_ranks or not self.num_stages:
+            raise InputError(f"{self.num_stages} stages can't be divided among {self.num_ranks} processes evenly.")
+        if self.num_stages > layers:
+            raise InputError(f"a model of {layers} layers has no {self.num_stages} stages.")
+
+    def layers(self, stage: int) -> slice:
+        """Those of a stage; the later stages have one more where there is a remainder, as the first embeds."""
+        first, end = (i * self.config.num_hidden_layers // self.num_stages for i in (stage, stage + 1))
+        return slice(first, end)
+
+    def rank(self, stage: int) -> int:
+        return stage % self.num_ranks
+
+    def stages(self, rank: int) -> range:
+        return range(rank, self.num_stages, self.num_ranks)
+
+    def num_sources(self, stage: int) -> int:
+        """How many tensors the first layer of a stage takes: the closed sources and the sum of an open block."""
+        return self.config.num_depth_sources(2 * self.layers(stage).start)
+
+    def num_closed(self, stage: int) -> int:
+        """How many sources are closed behind a stage, to which nothing will be added."""
+        return self.config.num_closed_depth_sources(2 * self.layers(stage).stop)
+
+    def num_known(self, stage: int) -> int:
+        """How many of its sources the process of a stage has, from its stage before."""
+        return self.num_closed(stage - self.num_ranks) if self.cached and stage >= self.num_ranks else 0
+
+    def num_received(self, stage: int) -> int:
+        """How many tensors a stage is sent, `(batch, seq, hidden)` each; so many gradients go back."""
+        return self.num_sources(stage) - self.num_known(stage) if stage else 0
+
+    @cached_property
+    def num_sent(self) -> int:
+        """Tensors sent forward in all, per microbatch."""
+        return sum(map(self.num_received, range(self.num_stages)))
+
+
+def paper_blocks_sent(num_ranks: int, num_virtual: int, blocks_per_stage: float, cached: bool) -> float:
+    """The paper's count of sent blocks, `(batch, seq, hidden)` each, for `num_virtual` stages per process. It leaves
+    the embedding out, and has each process sent again the blocks that it has closed itself."""
+    if not cached:
+        num_stages = num_ranks * num_virtual
+        return num_stages * (num_stages - 1) / 2 * blocks_per_stage
+    return (num_ranks * (num_ranks - 1) / 2 + (num_virtual - 1) * num_ranks**2) * blocks_per_stage
+
+
+class Elsewhere(nn.Identity):
+    """In the place of a module that another process has."""
+
+
+def cut(model: nn.Module, plan: PipelinePlan, rank: int) -> nn.Module:
+    """Takes from a causal language model what the stages of `rank` don't need. Names of parameters stay."""
+    base, stages = model.base_model, plan.stages(rank)
+    here = {i for stage in stages for i in range(*plan.layers(stage).indices(plan.config.num_hidden_layers))}
+    for layer_idx in range(len(base.layers)):
+        if layer_idx not in here:
+            base.layers[layer_idx] = Elsewhere()
+    if 0 not in stages:
+        setattr(base, EMBEDDING, Elsewhere())
+    if plan.num_stages - 1 not in stages:
+        base.norm = Elsewhere()
+        setattr(model, HEAD, Elsewhere())
+    base.hand_on = tuple
+    return model
+
+
+class WithLaterGradient(torch.autograd.Function):
+    """A source, to whose gradient that of `leaf` is added: of the same source in later stages of this process, whose
+    backward passes come before."""
+
+    @staticmethod
+    def forward(ctx, source: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        ctx.leaf = leaf
+        return source.view_as(source)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        later, ctx.leaf.grad = ctx.leaf.grad, None
+        return grad if later is None else grad + later, None
+
+
+class StageModule(nn.Module):
+    """What a stage does with a microbatch.
+
+    Args:
+        model: what [`cut`] has left.
+        kept: closed sources by microbatch, shared by the stages of a process.
+    """
+
+    def __init__(self, model: nn.Module, plan: PipelinePlan, stage: int, kept: dict[int, tuple]):
+        super().__init__()
+        self.model, self.plan, self.stage, self.kept = model, plan, stage, kept
+        self.is_last = stage == plan.num_stages - 1
+        self.is_followed = plan.cached and stage + plan.num_ranks < plan.num_stages  # by another one in this process
+
+    def keep(self, sources: tuple, leaves: list) -> tuple:
+        """The `sources` with gradients of later stages, for which `leaves` get another form of those that are new."""
+        if not self.is_followed:
+            return sources
+        for i in range(len(leaves), len(sources)):
+            leaf = sources[i].detach().requires_grad_(sources[i].requires_grad)
+            leaves.append(leaf)
+            if leaf.requires_grad:
+                sources = *sources[:i], WithLaterGradient.apply(sources[i], leaf), *sources[i + 1 :]
+        return sources
+
+    def forward(self, *received: torch.Tensor, microbatch: torch.Tensor, labels, num_items_in_batch, **inputs):
+        """
+        Args:
+            received: the token ids `(batch, seq)` in the first stage, else the sources that the process didn't have.
+            microbatch: its number `(1,)`.
+            labels, num_items_in_batch: as in transformers' losses, for the last stage.
+            inputs: what else the model takes, but `use_cache`.
+
+        Returns:
+            The sources that the next stage gets, or the loss `(1,)`.
+        """
+        plan, key, base = self.plan, int(microbatch), self.model.base_model
+        layers = plan.layers(self.stage)
+        base.stage = slice(layers.start, None if self.is_last else layers.stop)
+        leaves = list(self.kept.pop(key, ()))
+        if self.stage:
+            num_closed = plan.config.num_closed_depth_sources(2 * layers.start)
+            sources = (*leaves, *received)
+            sources = (*self.keep(sources[:num_closed], leaves), *sources[num_closed:])
+            inputs["inputs_embeds"] = sources
+        else:
+            (inputs["input_ids"],) = received
+        inputs["use_cache"] = False
+        if self.is_last:
+            return self.model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss[None]
+        sources = base(**inputs).last_hidden_state
+        num_closed = plan.num_closed(self.stage)
+        sources = (*self.keep(sources[:num_closed], leaves), *sources[num_closed:])
+        if self.is_followed:
+            self.kept[key] = tuple(leaves)
+        return sources[plan.num_known(self.stage + 1) :]
+
+
+class CountedStage(PipelineStage):
+    """A stage that counts the bytes it sends."""
+
+    def __init__(self, *args, sent: Counter, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sent = sent
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list:
+        return self.counted("forward", super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list:
+        return self.counted("backward", super().get_bwd_send_ops(bwd_chunk_id))
+
+    def counted(self, direction: str, ops: list) -> list:
+        self.sent[direction] += sum(op.tensor.nbytes for op in ops)
+        return ops
+
+
+class Pipeline:
+    """A causal language model of this project, cut into the stages of a pipeline. One in each process of `group`.
+
+    ```python
+    pipeline = Pipeline(AutoModelForCausalLM.from_pretrained("my-model"), num_microbatches=8)
+    optimizer = torch.optim.AdamW(pipeline.model.parameters())
+    loss = pipeline.step(input_ids, labels=labels)  # in all processes, with the same batch
+    optimizer.step()
+    pipeline.save_pretrained("trained")
+    ```
+
+    Args:
+        model: the whole model, the same in each process. It loses what the stages of this process don't need.
+        num_microbatches: parts of a batch.
+        num_stages: a multiple of the processes; default: one for each.
+        schedule: `"1f1b"`, interleaved if there are several stages per process, or `"gpipe"`, which keeps the
+            activations of all microbatches.
+        cached: as in [`PipelinePlan`].
+
+    Raises:
+        InputError: such a pipeline can't be had; one line says why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_microbatches: int,
+        num_stages: int | None = None,
+        schedule: str = "1f1b",
+        group: dist.ProcessGroup | None = None,
+        cached: bool = True,
+    ):
+        check_model(model)
+        self.group, self.rank, num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        self.plan = PipelinePlan(model.config, num_stages or num_ranks, num_ranks, cached)
+        self.num_microbatches, self.name = num_microbatches, schedule
+        self.is_interleaved = self.plan.num_stages > num_ranks
+        if schedule == "1f1b":
+            check_number(num_microbatches, num_ranks, self.is_interleaved)
+        self.model, self.device = cut(model, self.plan, self.rank), model.device
+        self.is_first, self.is_last = self.rank == 0, self.rank == num_ranks - 1
+        kept = {}
+        self.modules = {stage: StageModule(model, self.plan, stage, kept) for stage in self.plan.stages(self.rank)}
+        self.bytes_sent = Counter()
+        self._schedules = {}
+        self.shared = self.find_shared()
+
+    def find_shared(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+        """The parameters that other processes have too, and which: depth attention is everywhere, as each stage reads
+        with rows of its own, and a tied embedding is at both ends."""
+        in_stages = ("layers.", f"{EMBEDDING}.", "norm.")
+        base = self.model.base_model
+        everywhere = [p for name, p in base.named_parameters() if not name.startswith(in_stages)]
+        shared = [(parameter, self.group) for parameter in everywhere]
+        if self.model.config.tie_word_embeddings:
+            ends = dist.new_group([self.global_rank(0), self.global_rank(self.plan.num_ranks - 1)])
+            if self.is_first or self.is_last:
+                module = getattr(base, EMBEDDING) if self.is_first else getattr(self.model, HEAD)
+                shared.append((module.weight, ends))
+        return shared
+
+    def global_rank(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def schedule(self, inputs: dict, num_microbatches: int, trains: bool):
+        """A schedule for inputs of these shapes. That of other ones, with its buffers, goes."""
+        shapes = {name: value.shape for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        known, schedule = self._schedules.get(trains, (None, None))
+        if known != shapes:
+            stages = [
+                CountedStage(module, stage, self.plan.num_stages, self.device, group=self.group, sent=self.bytes_sent)
+                for stage, module in self.modules.items()
+            ]
+            kind = SCHEDULES[self.name if trains else "gpipe"][self.is_interleaved]
+            schedule = kind(
+                stages if self.is_interleaved else stages[0],
+                num_microbatches,
+                loss_fn=lambda output, _: output.sum(),
+                scale_grads=False,
+            )
+            self._schedules[trains] = shapes, schedule
+        return schedule
+
+    def run(self, input_ids: torch.Tensor, inputs: dict, num_microbatches: int, trains: bool) -> torch.Tensor:
+        if len(input_ids) % num_microbatches:
+            raise InputError(f"{len(input_ids)} sequences can't be divided into {num_microbatches} microbatches.")
+        numbers = torch.arange(num_microbatches)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        schedule = self.schedule({"input_ids": input_ids, **inputs}, num_microbatches, trains)
+        losses = []
+        args = (input_ids,) if self.is_first else ()
+        run = schedule.step if trains else schedule.eval
+        run(*args, **inputs, microbatch=numbers, target=numbers, losses=losses)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.is_last:
+            loss += torch.stack(losses).detach().sum()
+        dist.broadcast(loss, self.global_rank(self.plan.num_ranks - 1), self.group)
+        return loss
+
+    def step(self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **inputs) -> torch.Tensor:
+        """One batch, forward and backward: adds its gradients to those of the parameters.
+
+        Args:
+            input_ids, labels: `(batch, seq)`; `batch` is a multiple of the number of microbatches.
+            num_items_in_batch: by which the sum of the tokens' losses is divided; default: the number of tokens with a
+                label, which gives the mean.
+            inputs: what else the model takes, tensors `(batch, ...)`.
+
+        Returns:
+            The loss, in all processes.
+        """
+        inputs |= {"labels": labels, "num_items_in_batch": num_items(labels, num_items_in_batch)}
+        before = self.gradients_set_aside()
+        loss = self.run(input_ids, inputs, self.num_microbatches, trains=True)
+        self.reduce_gradients(before)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **inputs):
+        """The loss of a batch, as [`step`] has it, which goes through the pipeline as one microbatch."""
+        inputs |= {"labels": labels, "num_items_in_batch": num_items(labels, num_items_in_batch)}
+        return self.run(input_ids, inputs, 1, trains=False)
+
+    def gradients_set_aside(self) -> dict[nn.Parameter, torch.Tensor]:
+        """The gradients of what several processes have, which only what is added to them is to be reduced."""
+        before = {parameter: parameter.grad for parameter, _ in self.shared if parameter.grad is not None}
+        for parameter in before:
+            parameter.grad = None
+        return before
+
+    def reduce_gradients(self, before: dict[nn.Parameter, torch.Tensor]):
+        for parameter, group in self.shared:
+            if not parameter.requires_grad:
+                continue
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(grad, group=group)
+            parameter.grad = grad + before[parameter] if parameter in before else grad
+
+    def clip_grad_norm_(self, parameters, max_norm: float) -> torch.Tensor:
+        """Scales the gradients of `parameters` of this process as if all processes' were one vector, of at most
+        `max_norm`, and returns its norm."""
+        parameters = list(parameters)
+        elsewhere = {id(parameter) for parameter, _ in self.shared if self.rank}  # which the first process counts
+        own = [p.grad for p in parameters if p.grad is not None and id(p) not in elsewhere]
+        squared = nn.utils.get_total_norm(own).to(self.device).double() ** 2
+        dist.all_reduce(squared, group=self.group)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm := squared.sqrt())
+        return norm
+
+    def state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The whole model's tensors, on the CPU, in the first process; None in the others."""
+        elsewhere = {id(parameter) for parameter, _ in self.shared if self.rank}
+        own = {
+            name: tensor.detach().contiguous()
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if id(tensor) not in elsewhere
+        }
+        listed = [None] * self.plan.num_ranks
+        dist.all_gather_object(listed, [(name, tensor.shape, tensor.dtype) for name, tensor in own.items()], self.group)
+        if self.rank:
+            for tensor in own.values():
+                dist.send(tensor, self.global_rank(0), self.group)
+            return None
+        whole = {name: tensor.cpu() for name, tensor in own.items()}
+        for rank in range(1, self.plan.num_ranks):
+            for name, shape, dtype in listed[rank]:
+                received = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(received, self.global_rank(rank), self.group)
+                whole[name] = received.cpu()
+        return whole
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        """Takes from a whole model's tensors those of this process."""
+        self.model.load_state_dict({name: state[name] for name in self.model.state_dict()})
+
+    def save_pretrained(self, folder, **kwargs):
+        """As that of the model. The first process writes, the others wait."""
+        if (state := self.state_dict()) is not None:
+            self.model.save_pretrained(folder, state_dict=state, **kwargs)
+        dist.barrier(self.group)
+
+
+def check_number(num_microbatches: int, num_ranks: int, is_interleaved: bool):
+    """Raises an [`InputError`] for numbers of microbatches with which 1F1B can't begin."""
+    if num_microbatches < num_ranks:
+        raise InputError(f"{num_ranks} stages need as many microbatches, given are {num_microbatches}; or use gpipe.")
+    if is_interleaved and num_microbatches % (num_microbatches // num_ranks):
+        raise InputError(
+            f"{num_microbatches} microbatches can't be interleaved; use a multiple of the {num_ranks} processes."
+        )
+
+
+def num_items(labels: torch.Tensor, given) -> int:
+    return int(labels[:, 1:].ne(-100).sum() if given is None else given)
+
+
+def check_model(model: nn.Module):
+    """Raises an [`InputError`] for a model that can't be cut into stages."""
+    config = model.config
+    if not (hasattr(config, "num_depth_sources") and hasattr(model, HEAD)):
+        raise InputError(f"{type(model).__name__} is no causal language model of this project; convert it first.")
+    if getattr(config, "output_router_logits", False):
+        raise InputError("a pipeline has no loss for the balance of experts over all layers; set output_router_logits "
+            "to false.")  # fmt: skip
