@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -242,8 +242,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
     """A donor's decoder that carries sources instead of hidden states from layer to layer."""
 
     layer_class: type[AttnResDecoderLayerMixin]
-    stage = slice(0, None)  # the layers of a pipeline's stage, which hands on all sources: see forward
-    hand_on = staticmethod(partial(torch.cat, dim=-1))  # or tuple
+    stage = slice(0, None)  # the layers of a pipeline's stage
+    take_over = hand_on = staticmethod(tuple)  # what a stage makes of its input and of the sources of the next stage
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -390,18 +390,13 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         Args:
             output_depth_attentions: whether the outputs hold `depth_attentions`, the weights of all reads.
             depth_attentions: receives these weights, for heads, whose forward is the donor's.
-        Stages of a pipeline take the sources of their first layer as `inputs_embeds`, and return those of the next one as
-        `last_hidden_state`: side by side, `(batch, seq, num_sources * hidden)`, or as a tuple, if `hand_on` is that.
+        A pipeline's stage takes the sources of its first layer as `inputs_embeds`, and hands on the next one's.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if not self.stage.start:
-            inputs_embeds = [self.embed(inputs_embeds)]
-        elif isinstance(inputs_embeds, torch.Tensor):
-            inputs_embeds = inputs_embeds.split(self.config.hidden_size, -1)
-        inputs_embeds, *_ = sources = tuple(source.contiguous() for source in inputs_embeds)
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        sources = self.take_over(inputs_embeds) if self.stage.start else [self.embed(inputs_embeds).contiguous()]
+        inputs_embeds = sources[0]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -2,7 +2,9 @@
 """AttnRes models in vLLM: its backend for models of transformers, with what that does not know of them."""
 
 import weakref
+from functools import partial
 
+import torch
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
@@ -44,6 +46,10 @@ class AttnResMixin:
         group = self.pp_group
         first, end = get_pp_indices(self.text_config.num_hidden_layers, group.rank_in_group, group.world_size)
         self.model.stage = slice(first, None if group.is_last_rank else end)
+        # side by side, in the one tensor that vLLM knows
+        hidden_size = self.text_config.hidden_size
+        self.model.hand_on = partial(torch.cat, dim=-1)
+        self.model.take_over = lambda tensor: [source.contiguous() for source in tensor.split(hidden_size, -1)]
 
 
 class AttnResForCausalLM(AttnResMixin, TransformersForCausalLM):

@@ -114,7 +114,6 @@ def cut(model: nn.Module, plan: PipelinePlan, rank: int) -> nn.Module:
     if plan.num_stages - 1 not in stages:
         base.norm = Elsewhere()
         setattr(model, HEAD, Elsewhere())
-    base.hand_on = tuple
     return model
 
 
