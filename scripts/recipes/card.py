@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from attnres_convert import reading
 from attnres_convert.card import (
     FIGURE_NAME,
@@ -26,7 +27,7 @@ from transformers.utils import cached_file
 
 from .defaults import STDLIB
 from .figures import describe_mode, has_depth_weights, plot_reads, read_names, save_figure, source_names
-from .look import mean_weights
+from .look import check_can_be_watched, mean_weights
 from .options import RunOptions
 from .process import launched
 from .run import CONVERTED_NAME
@@ -53,6 +54,7 @@ def mean_depth_weights(trainer) -> list[np.ndarray] | None:
     spread = np.linspace(0, len(held_out) - 1, min(len(held_out), FIGURE_SEQUENCES)).round().astype(int)
     names = ("input_ids", "position_ids")
     try:
+        check_can_be_watched(trainer.model)
         batches = [{name: held_out[index][name][None] for name in names} for index in spread.tolist()]
         return mean_weights(trainer.model, batches)
     except Exception as error:  # of any kind that a model's forward can have
@@ -60,7 +62,8 @@ def mean_depth_weights(trainer) -> list[np.ndarray] | None:
 
 
 def no_figure(error: Exception) -> None:
-    print(f"no heat map of depth weights: {first_line(error)}", file=sys.stderr)
+    if PartialState().is_main_process:
+        print(f"no heat map of depth weights: {first_line(error)}", file=sys.stderr)
 
 
 def draw_depth_weights(folder: Path, weights: list[np.ndarray], config, title: str):

@@ -20,6 +20,8 @@ def decoder(model: nn.Module) -> nn.Module | None:
 def check_can_be_watched(model: nn.Module):
     """Raises ValueError if [`look`] doesn't know where the sublayers of such a model begin."""
     base, norms = decoder(model), ("input_layernorm", "post_attention_layernorm")
+    if base is not None and any(isinstance(layer, nn.Identity) for layer in base.layers):
+        raise ValueError("processes of a pipeline have some of the layers each, and can't be watched over depth")
     is_donor = hasattr(base, "norm") and all(hasattr(layer, norm) for layer in base.layers for norm in norms)
     if not is_donor and not hasattr(base, "depth_attention"):
         raise ValueError(

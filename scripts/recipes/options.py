@@ -129,6 +129,7 @@ class RunOptions(DataOptions, TrainingOptions):
     sweep: list[str] = option([], "values to try, such as seed=0,1,2", action=Lists, metavar="OPTION=V1,V2")
 
     compared = "mode"  # the option whose values `compare` holds
+    pipeline_stages = None
 
     def __post_init__(self):
         if isinstance(self.compare, (list, tuple)):  # as a file or Python may have it
@@ -232,6 +233,9 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
     streaming: bool = option(False, "read the data as training goes on, without preparing all of it")
     shuffle_buffer: Positive = option(1000, "documents shuffled at a time with --streaming")
     num_proc: Annotated[int, Limits(1, 1024)] | None = option(None, "processes that tokenise")
+    pipeline_stages: Annotated[int, Limits(2, 1024)] | None = option(None, "cut the layers into so many stages, one or "
+        "more for each process; --accumulate is the number of microbatches")  # fmt: skip
+    pipeline_schedule: Literal["1f1b", "gpipe"] = option("1f1b", "interleaved if processes have several stages")
 
     @property
     def trained(self) -> str:
@@ -246,6 +250,10 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
             )
         if self.config is not None and self.resize_embeddings:
             raise InputError("--resize-embeddings goes with --model; with --config, --set vocab_size decides")
+        if self.pipeline_stages and self.mode == "donor":
+            raise InputError("--pipeline-stages cuts AttnRes models; with --mode donor use FSDP2")
+        if self.pipeline_stages and self.compile:
+            raise InputError("--pipeline-stages can't compile; leave out --compile")
         if self.streaming and self.num_workers:
             raise InputError("--streaming reads in the main process; leave out --num-workers")
         if self.train_tokenizer and self.set.get("vocab_size", self.train_tokenizer) != self.train_tokenizer:

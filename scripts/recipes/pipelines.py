@@ -143,6 +143,7 @@ class StageModule(nn.Module):
     def __init__(self, model: nn.Module, plan: PipelinePlan, stage: int, kept: dict[int, tuple]):
         super().__init__()
         self.model, self.plan, self.stage, self.kept = model, plan, stage, kept
+        self.autocast_dtype = None
         self.is_last = stage == plan.num_stages - 1
         self.is_followed = plan.cached and stage + plan.num_ranks < plan.num_stages  # by another one in this process
 
@@ -180,9 +181,10 @@ class StageModule(nn.Module):
         else:
             (inputs["input_ids"],) = received
         inputs["use_cache"] = False
-        if self.is_last:
-            return self.model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss[None]
-        sources = base(**inputs).last_hidden_state
+        with torch.autocast(labels.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            if self.is_last:
+                return self.model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss[None]
+            sources = base(**inputs).last_hidden_state
         num_closed = plan.num_closed(self.stage)
         sources = (*self.keep(sources[:num_closed], leaves), *sources[num_closed:])
         if self.is_followed:
@@ -240,20 +242,21 @@ class Pipeline:
         group: dist.ProcessGroup | None = None,
         cached: bool = True,
     ):
-        check_model(model)
         self.group, self.rank, num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self.plan = PipelinePlan(model.config, num_stages or num_ranks, num_ranks, cached)
+        self.plan = check_pipeline(model, num_ranks, num_microbatches, num_stages, schedule, cached)
         self.num_microbatches, self.name = num_microbatches, schedule
         self.is_interleaved = self.plan.num_stages > num_ranks
-        if schedule == "1f1b":
-            check_number(num_microbatches, num_ranks, self.is_interleaved)
-        self.model, self.device = cut(model, self.plan, self.rank), model.device
+        self.model = cut(model, self.plan, self.rank)
         self.is_first, self.is_last = self.rank == 0, self.rank == num_ranks - 1
         kept = {}
         self.modules = {stage: StageModule(model, self.plan, stage, kept) for stage in self.plan.stages(self.rank)}
-        self.bytes_sent = Counter()
+        self.bytes_sent = Counter()  # by this process, "forward" and "backward"
         self._schedules = {}
         self.shared = self.find_shared()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def find_shared(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
         """The parameters that other processes have too, and which: depth attention is everywhere, as each stage reads
@@ -390,25 +393,35 @@ class Pipeline:
         dist.barrier(self.group)
 
 
-def check_number(num_microbatches: int, num_ranks: int, is_interleaved: bool):
-    """Raises an [`InputError`] for numbers of microbatches with which 1F1B can't begin."""
-    if num_microbatches < num_ranks:
-        raise InputError(f"{num_ranks} stages need as many microbatches, given are {num_microbatches}; or use gpipe.")
-    if is_interleaved and num_microbatches % (num_microbatches // num_ranks):
-        raise InputError(
-            f"{num_microbatches} microbatches can't be interleaved; use a multiple of the {num_ranks} processes."
-        )
-
-
 def num_items(labels: torch.Tensor, given) -> int:
     return int(labels[:, 1:].ne(-100).sum() if given is None else given)
 
 
-def check_model(model: nn.Module):
-    """Raises an [`InputError`] for a model that can't be cut into stages."""
+def check_pipeline(
+    model: nn.Module,
+    num_ranks: int,
+    num_microbatches: int,
+    num_stages: int | None = None,
+    schedule: str = "1f1b",
+    cached: bool = True,
+) -> PipelinePlan:
+    """The plan of such a [`Pipeline`] in `num_ranks` processes, before any of them has begun with it.
+
+    Raises:
+        InputError: there can't be one; one line says why.
+    """
     config = model.config
     if not (hasattr(config, "num_depth_sources") and hasattr(model, HEAD)):
         raise InputError(f"{type(model).__name__} is no causal language model of this project; convert it first.")
     if getattr(config, "output_router_logits", False):
-        raise InputError("a pipeline has no loss for the balance of experts over all layers; set output_router_logits "
-            "to false.")  # fmt: skip
+        raise InputError(
+            "a pipeline has no loss for the balance of experts over all layers; set output_router_logits to false."
+        )
+    plan = PipelinePlan(config, num_ranks if num_stages is None else num_stages, num_ranks, cached)
+    if schedule not in SCHEDULES:
+        raise InputError(f"{schedule!r} is no schedule of a pipeline; there are {', '.join(SCHEDULES)}.")
+    if schedule == "1f1b" and num_microbatches < num_ranks:
+        raise InputError(f"{num_ranks} processes need as many microbatches, not {num_microbatches}; or use gpipe.")
+    if schedule == "1f1b" and plan.num_stages > num_ranks and num_microbatches % (num_microbatches // num_ranks):
+        raise InputError(f"{num_microbatches} microbatches can't be interleaved; use a multiple of {num_ranks}.")
+    return plan

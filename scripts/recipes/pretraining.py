@@ -72,7 +72,7 @@ class Pretraining(Run):
     def data(self, documents, tokenizer, vocab_size: int):
         """Sequences to train on and held-out ones, and what is known about their amount."""
         given = self.options
-        needed = given.steps * given.batch_size * given.accumulate * PartialState().num_processes
+        needed = given.steps * self.sequences_per_step
         if given.streaming:
             options = {"seq_len": given.seq_len, "fraction": given.held_out, "vocab_size": vocab_size}
             shuffled = documents.shuffle(seed=given.seed, buffer_size=given.shuffle_buffer)

@@ -143,7 +143,9 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
                 raise InputError(f"{folder} holds {other} and isn't the output of such a run; choose another --output.")
             begin_run(folder, now, new)
     before = read_run(folder)
-    begun = {"processes": 1, "resize_embeddings": False, "samples": 0, **before["arguments"]}  # old versions have none
+    # what old versions don't have
+    begun = {"processes": 1, "resize_embeddings": False, "samples": 0, "pipeline_schedule": "1f1b"}
+    begun |= before["arguments"]
     for name in arguments.keys() | begun.keys():
         is_gone = name not in arguments and not begun[name]  # an option of old versions that wasn't used
         if arguments.get(name) != begun.get(name) and not is_gone:

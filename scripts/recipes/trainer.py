@@ -236,7 +236,11 @@ class RunTrainer(Trainer):
             )
         if info["missing_keys"]:
             raise InputError(f"{resume_from_checkpoint} is damaged: it has no {min(info['missing_keys'])}.")
-        self.model.load_state_dict(loaded.state_dict())
+        self.load_weights(loaded)
+
+    def load_weights(self, model):
+        """Takes those of another model of the same kind."""
+        self.model.load_state_dict(model.state_dict())
 
     def complete(self, folder: Path):
         """Adds what else belongs to a saved model. For the main process."""

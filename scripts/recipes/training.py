@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from .log import RunLog, losses, read_lines, tokens_per_second
 from .look import check_can_be_watched
 from .optim import is_depth_attention, new_optimizer, uses_deepspeed
 from .options import RunOptions
-from .process import enough_memory, main_process_first, peak_memory, start_process, versions
+from .process import enough_memory, launched, main_process_first, peak_memory, start_process, versions
 from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_errors, open_run, read_results, unlock
 from .space import FEW, LARGE, check_run_space, sizes
 from .start import load_model
@@ -101,9 +102,7 @@ class Run:
                 prepared = self.prepare()
                 check_same_data(self.folder, prepared.train, is_new=checkpoint is None)
             options = self.options = self.options.settled(prepared.steps)
-            optimizer = new_optimizer(
-                prepared.model, options.optimizer, options.learning_rate, options.weight_decay, options.depth_lr_scale
-            )
+            optimizer = self.new_optimizer(prepared)
             needed = sizes(prepared.model, optimizer, getattr(options, "merge", False))
             if self.given.save_steps is None and needed.checkpoint >= LARGE:
                 options.save_steps = arguments["save_steps"] = options.save_steps_of(FEW)
@@ -112,11 +111,12 @@ class Run:
                     print(f"{what} every {options.save_steps} steps; --save-steps changes that", file=sys.stderr)
             with main_process_first():
                 check_run_space(self.folder, options, needed, checkpoint)
-        # before they are sharded
-        trained = {name: p.numel() for name, p in prepared.model.named_parameters() if p.requires_grad}
-        tokens_per_step = round(
-            options.batch_size * options.accumulate * state.num_processes * prepared.tokens_per_sequence
-        )
+            # before they are sharded
+            trained = {name: p.numel() for name, p in prepared.model.named_parameters() if p.requires_grad}
+            if options.pipeline_stages:
+                self.cut(prepared)
+                optimizer = self.new_optimizer(prepared)
+        tokens_per_step = round(self.sequences_per_step * prepared.tokens_per_sequence)
         trainer = self.new_trainer(prepared, optimizer, tokens_per_step, is_new=checkpoint is None)
         if checkpoint is not None and state.is_main_process:
             print(f"going on from {checkpoint}", file=sys.stderr)
@@ -151,13 +151,39 @@ class Run:
             self.write_results(results, prepared, metrics, depth_weights)
         return results
 
+    @property
+    def sequences_per_step(self) -> int:
+        """In all processes, which share one batch in a pipeline."""
+        options = self.options
+        replicas = 1 if options.pipeline_stages else PartialState().num_processes
+        return options.batch_size * options.accumulate * replicas
+
+    def new_optimizer(self, prepared: Prepared) -> torch.optim.Optimizer:
+        options = self.options
+        return new_optimizer(
+            prepared.model, options.optimizer, options.learning_rate, options.weight_decay, options.depth_lr_scale
+        )
+
+    def cut(self, prepared: Prepared):
+        """Leaves in the model what this process has of a pipeline."""
+        options = self.options
+        from .pipeline_trainer import PipelineTrainer  # these take a second
+        from .pipelines import Pipeline, check_pipeline
+
+        shape = options.accumulate, options.pipeline_stages, options.pipeline_schedule
+        with main_process_first():
+            if launched()["sharding"]:
+                raise InputError("--pipeline-stages goes with scripts/accelerate/pipeline.yaml, which doesn't shard.")
+            check_pipeline(prepared.model, PartialState().num_processes, *shape)
+        self.trainer_class = partial(PipelineTrainer, Pipeline(prepared.model, *shape))
+
     def new_trainer(self, prepared: Prepared, optimizer, tokens_per_step: int, is_new: bool) -> RunTrainer:
         options, probe = self.options, prepared.held_out[0]
         training = training_arguments(options)
         training.eval_on_start = is_new and options.model is not None
         trainer = self.trainer_class(
-            prepared.model,
-            training,
+            **({} if options.pipeline_stages else {"model": prepared.model}),
+            args=training,
             data_collator=prepared.collate,
             train_dataset=prepared.train,
             eval_dataset=prepared.held_out,
@@ -245,13 +271,15 @@ def training_arguments(options: RunOptions) -> TrainingArguments:
     is_cpu = not torch.accelerator.is_available()
     if options.bf16 and is_cpu and uses_deepspeed():
         raise InputError("DeepSpeed computes in bfloat16 on GPUs alone; leave out --bf16, or use FSDP2 or DDP.")
+    accumulate = 1 if options.pipeline_stages else options.accumulate  # a pipeline takes all of a step at once
     checkpointing = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     return TrainingArguments(
         output_dir=str(options.output),
         max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size * options.accumulate // accumulate,
         per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulate,
+        gradient_accumulation_steps=accumulate,
+        average_tokens_across_devices=not options.pipeline_stages,
         learning_rate=options.learning_rate,
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type=SCHEDULES[options.schedule],
