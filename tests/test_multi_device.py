@@ -51,18 +51,18 @@ TIMES = ("tokens_per_second", "seconds")
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def without_times(folder: Path) -> list[dict]:
     """All that a run logged but how long it took."""
-    lines = read_lines(folder / "metrics.jsonl") + read_lines(folder / "depth.jsonl")
+    lines = [line for name in ("metrics", "depth") for line in read_lines(folder / f"{name}.jsonl")]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def check_same_curve(folder: Path, expected: Path, tolerance: float):
+def check_same_curve(folder: Path, expected: Path, tolerance: float, looks: int = 3):
     lines, expected_lines = without_times(folder), without_times(expected)
-    assert len(lines) == len(expected_lines) >= 9
+    assert len(lines) == len(expected_lines) >= 6 + looks
     for line, expected_line in zip(lines, expected_lines):
         assert line.keys() == expected_line.keys()
         for name, value in line.items():

@@ -52,19 +52,18 @@ class PipelineTrainer(RunTrainer):
     def load_weights(self, model):
         self.pipeline.load_state_dict(model.state_dict())
 
-    def own_optimizer(self, folder: str) -> Path:
-        """The file with the optimizer's state of this process."""
-        return Path(folder) / OPTIMIZER_NAME.replace(".", f"-{self.args.process_index}." if self.pipeline.rank else ".")
+    def parts(self, folder: str) -> dict[Path, object]:
+        """By file, what this process has of the optimizer and, as its groups may be fewer, of the schedule."""
+        suffix = f"-{self.pipeline.rank}" * (self.pipeline.rank > 0)
+        named = {OPTIMIZER_NAME: self.optimizer, SCHEDULER_NAME: self.lr_scheduler}
+        return {Path(folder) / name.replace(".", f"{suffix}."): part for name, part in named.items()}
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.pipeline.rank:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)  # which the first process may not have made yet
-            torch.save(self.optimizer.state_dict(), self.own_optimizer(output_dir))
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may not have made it yet
+        for file, part in self.parts(output_dir).items():
+            torch.save(part.state_dict(), file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
-        if checkpoint is None:
-            return
-        parts = {self.own_optimizer(checkpoint): self.optimizer, Path(checkpoint) / SCHEDULER_NAME: self.lr_scheduler}
-        for file, part in parts.items():
-            part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        if checkpoint is not None:
+            for file, part in self.parts(checkpoint).items():
+                part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
