@@ -8,9 +8,11 @@ import itertools
 import pytest
 import torch
 import torch.multiprocessing
+from attnres_convert import InputError
 from attnres_convert.verification import Float64
-from attnres_recipes.pipelines import Pipeline
-from families import relative_error, tiny_model, tokens
+from attnres_recipes.pipelines import Pipeline, PipelinePlan, paper_blocks_sent
+from families import relative_error, tiny_config, tiny_model, tokens
+from transformers import AutoModelForCausalLM
 
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -92,17 +94,132 @@ def case(family: str, num_stages: int, schedule: str, cached: bool = True, **opt
     )
 
 
+FAMILIES = ("llama", "qwen3_moe", "kimi_linear")
+
+
 @needs_gloo
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    """Families, modes, schedules; stages that begin in the middle of a block."""
-    families = ("llama", "qwen3_moe", "kimi_linear")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes(family, tmp_path):
+    """Modes and schedules; stages that begin in the middle of a block."""
     ways = [(2, "1f1b"), (4, "gpipe"), (6, "1f1b")]
-    cases = [case(family, *way, **mode) for family, mode, way in itertools.product(families, MODES, ways)]
-    others = [
+    run_on_processes(2, tmp_path, *(case(family, *way, **mode) for mode, way in itertools.product(MODES, ways)))
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_processes(family, tmp_path):
+    """More stages than blocks, and eight stages of which some have two layers."""
+    cases = [case(family, 4, "1f1b"), case(family, 8, "gpipe"), case(family, 8, "1f1b", attn_res_mode="full")]
+    run_on_processes(4, tmp_path, *cases)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_other_ways(tmp_path):
+    """A tied embedding, soft caps, no cache, another mixer."""
+    cases = [
         case("gemma2", 4, "1f1b", tie_word_embeddings=True),
         case("llama", 2, "gpipe", cached=False),
         case("llama", 8, "1f1b", cached=False),
         case("llama", 8, "1f1b", attn_res_mode="denseformer"),
     ]
-    run_on_processes(2, tmp_path, *cases, *others)
+    run_on_processes(2, tmp_path, *cases)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_uses(tmp_path):
+    run_on_processes(4, tmp_path, replicas, uses)
+
+
+def replicas(rank, folder):
+    """Two pipelines of two processes, each with half of the sequences."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "stages"))
+    model, inputs = model_of("llama", tie_word_embeddings=True), batch()
+    with Float64():
+        whole = copy.deepcopy(model)
+        num_items = int(inputs["labels"][:, 1:].ne(-100).sum())
+        expected = whole(**inputs, num_items_in_batch=num_items).loss
+        expected.backward()
+        half = {name: value.chunk(2)[mesh.get_local_rank("replicas")] for name, value in inputs.items()}
+        pipeline = Pipeline(model, MICROBATCHES, group=mesh.get_group("stages"))
+        loss = pipeline.step(**half, num_items_in_batch=num_items)
+        torch.distributed.all_reduce(loss, group=mesh.get_group("replicas"))
+        for parameter in model.parameters():
+            torch.distributed.all_reduce(parameter.grad, group=mesh.get_group("replicas"))
+    assert relative_error(loss, expected) < 1e-12
+    gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    gradients["lm_head.weight"] = gradients["model.embed_tokens.weight"]
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, gradients[name]) < 1e-10, name
+    norm = pipeline.clip_grad_norm_(model.parameters(), 0.5)
+    expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
+    assert expected > 1 and relative_error(norm, expected) < 1e-10
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, gradients[name]) < 1e-6, name  # torch adds 1e-6 to the norm
+
+
+def uses(rank, folder):
+    """What the documentation shows: a model that is loaded, trained on batches of several shapes, and saved."""
+    whole = tiny_model("llama", num_hidden_layers=4, tie_word_embeddings=True)
+    if rank == 0:
+        whole.save_pretrained(f"{folder}/before")
+    torch.distributed.barrier()
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/before").train()
+    pipeline = Pipeline(model, num_microbatches=4)
+    ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (pipeline.model, whole.train()))
+    for shape in [(4, 7), (8, 12), (4, 7)]:
+        ids = tokens(*shape)
+        losses = pipeline.step(ids, labels=ids), whole(ids, labels=ids).loss
+        losses[1].backward()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    pipeline.save_pretrained(f"{folder}/trained")
+    trained = AutoModelForCausalLM.from_pretrained(f"{folder}/trained").state_dict()
+    assert trained.keys() == whole.state_dict().keys()
+    for name, tensor in whole.state_dict().items():
+        assert relative_error(trained[name], tensor) < 1e-5, name
+    with pytest.raises(InputError, match="can't be divided into 4 microbatches"):
+        pipeline.step(tokens(6, 7), labels=tokens(6, 7))
+
+
+def test_plan():
+    """What is sent, counted by hand: 8 layers in 4 stages of 2 processes, a block per stage."""
+    config = tiny_config("llama", num_hidden_layers=8, attn_res_block_size=2)
+    plan = PipelinePlan(config, 4, 2)
+    assert [plan.layers(stage) for stage in range(4)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    # the embedding and a block; what process 0 doesn't have, the second block; the third
+    assert [plan.num_received(stage) for stage in range(4)] == [0, 2, 1, 1]
+    naive = PipelinePlan(config, 4, 2, cached=False)
+    assert [naive.num_received(stage) for stage in range(4)] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize(("num_ranks", "num_virtual"), [*itertools.product([2, 4, 8], [1, 2, 4])])
+def test_formulas_of_the_paper(num_ranks, num_virtual, mode):
+    """With stages of whole blocks: the paper's count, and for each transition the embedding, without a cache; with one,
+    the embedding once per process, and no block that a process has closed itself."""
+    num_stages = num_ranks * num_virtual
+    config = tiny_config("llama", num_hidden_layers=2 * num_stages, attn_res_block_size=1, attn_res_mode=mode)
+    blocks = 2 if mode == "block" else 4  # per stage
+    naive = PipelinePlan(config, num_stages, num_ranks, cached=False)
+    assert naive.num_sent == paper_blocks_sent(num_ranks, num_virtual, blocks, cached=False) + num_stages - 1
+    cached = PipelinePlan(config, num_stages, num_ranks)
+    own = (num_virtual - 1) * num_ranks * blocks
+    expected = paper_blocks_sent(num_ranks, num_virtual, blocks, cached=True) - own + num_ranks - 1
+    assert cached.num_sent == expected <= naive.num_sent
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_ranks", "message"),
+    [(3, 2, "3 stages can't be divided"), (8, 4, "a model of 5 layers"), (2, 1, "two processes"), (0, 2, "0 stages")],
+)
+def test_no_such_plan(num_stages, num_ranks, message):
+    with pytest.raises(InputError, match=message):
+        PipelinePlan(tiny_config("llama"), num_stages, num_ranks)

@@ -265,11 +265,10 @@ class Pipeline:
         base = self.model.base_model
         everywhere = [p for name, p in base.named_parameters() if not name.startswith(in_stages)]
         shared = [(parameter, self.group) for parameter in everywhere]
-        if self.model.config.tie_word_embeddings:
-            ends = dist.new_group([self.global_rank(0), self.global_rank(self.plan.num_ranks - 1)])
-            if self.is_first or self.is_last:
-                module = getattr(base, EMBEDDING) if self.is_first else getattr(self.model, HEAD)
-                shared.append((module.weight, ends))
+        if self.model.config.tie_word_embeddings and (self.is_first or self.is_last):
+            ends = [self.global_rank(0), self.global_rank(self.plan.num_ranks - 1)]
+            module = getattr(base, EMBEDDING) if self.is_first else getattr(self.model, HEAD)
+            shared.append((module.weight, dist.new_group(ends, use_local_synchronization=True)))
         return shared
 
     def global_rank(self, rank: int) -> int:
