@@ -137,7 +137,7 @@ class StageModule(nn.Module):
 
     Args:
         model: what [`cut`] has left.
-        kept: closed sources by microbatch, shared by the stages of a process.
+        kept: closed sources by microbatch, for the next stage in this process.
     """
 
     def __init__(self, model: nn.Module, plan: PipelinePlan, stage: int, kept: dict[int, tuple]):
@@ -248,8 +248,8 @@ class Pipeline:
         self.is_interleaved = self.plan.num_stages > num_ranks
         self.model = cut(model, self.plan, self.rank)
         self.is_first, self.is_last = self.rank == 0, self.rank == num_ranks - 1
-        kept = {}
-        self.modules = {stage: StageModule(model, self.plan, stage, kept) for stage in self.plan.stages(self.rank)}
+        self.kept = {}  # closed sources, by microbatch
+        self.modules = {stage: StageModule(model, self.plan, stage, self.kept) for stage in self.plan.stages(self.rank)}
         self.bytes_sent = Counter()  # by this process, "forward" and "backward"
         self._schedules = {}
         self.shared = self.find_shared()
@@ -296,8 +296,12 @@ class Pipeline:
     def run(self, input_ids: torch.Tensor, inputs: dict, num_microbatches: int, trains: bool) -> torch.Tensor:
         if len(input_ids) % num_microbatches:
             raise InputError(f"{len(input_ids)} sequences can't be divided into {num_microbatches} microbatches.")
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and (value.ndim == 0 or len(value) != len(input_ids)):
+                raise InputError(f"{name} is {[*value.shape]}, but needs a row for each of {len(input_ids)} sequences.")
         numbers = torch.arange(num_microbatches)
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        self.kept.clear()  # of a step that failed
         schedule = self.schedule({"input_ids": input_ids, **inputs}, num_microbatches, trains)
         losses = []
         args = (input_ids,) if self.is_first else ()
