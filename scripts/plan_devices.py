@@ -1,0 +1,42 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""python scripts/plan_devices.py --config kimi_linear --block-size 3 --devices 8 16 --gradient-checkpointing
+
+Plans pipelines for a model, without running it: memory per device, bytes sent and the time of a step, for the donor,
+Block and Full, and for each schedule (GPipe, 1F1B, and interleaved 1F1B with several stages per device).
+
+Devices that one pipeline doesn't need have replicas of it. What is assumed is said in `scripts/recipes/planning.py`
+and above the table.
+"""
+
+import json
+import shlex
+
+from attnres_recipes.options import PlanOptions
+from attnres_recipes.parser import need, parse
+
+
+def parse_arguments(argv: list[str] | None = None) -> PlanOptions:
+    return parse(PlanOptions, "plan_devices", __doc__, argv)
+
+
+def main(argv: list[str] | None = None):
+    options = parse_arguments(argv)
+    need("generate")
+    from attnres_convert.writing import write_json, write_text  # takes seconds
+    from attnres_recipes.planning import plan_devices, report
+    from attnres_recipes.process import command
+
+    with command("plan_devices"):
+        plan = plan_devices(options)
+        text = report(plan, shlex.join(["python", "scripts/plan_devices.py", *options.words()]))
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(options.output.with_suffix(".json"), plan)
+            write_text(options.output.with_suffix(".md"), text)
+    print(text, end="")
+    if options.json:
+        print(json.dumps(plan))
+
+
+if __name__ == "__main__":
+    main()
