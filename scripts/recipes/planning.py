@@ -11,9 +11,9 @@ Nothing is run; the model is built without memory. The formulas, per token, with
   closed sources and S sublayers per block; (S + N) d in Full, with N blocks of S sublayers; 3 d in the donor. Its time
   is added to that of the FLOPs. The backward pass has twice as much. Other traffic is in the utilisation.
 - what a layer keeps for its backward pass: what goes into each norm and comes out of it, what comes out of linear
-  layers and convolutions, and what goes into those that write to the stream; per routed expert its input and output too.
-  That is what fused kernels need at least. Each read keeps 4 bytes per source. With gradient checkpointing a layer
-  keeps what it hands on, d numbers, in Full 2 d, and the last layers' activations are there once more.
+  layers and convolutions, and what goes into those that write to the stream; of each routed expert input and output
+  too. That is what fused kernels need at least. Each read keeps 4 bytes per source. With gradient checkpointing a layer
+  keeps what it hands on, d numbers, in Full 2 d, and all of it is there while the layer is computed again.
 - logits of the last stage: log-probabilities in float32 from the forward to the backward pass of a microbatch, and 6
   bytes per logit while one is computed.
 
@@ -22,6 +22,7 @@ Left out: fragmentation, workspaces and the optimizer's time; uneven loads of ex
 
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -367,7 +368,9 @@ class Step:
         ranks, machine = self.plan.num_ranks, self.machine
         size = PRECISIONS[self.precision][1]
         over_replicas = max(
-            machine.all_reduce([replica * ranks + rank for replica in range(self.replicas)], self.parameters(rank) * size)
+            machine.all_reduce(
+                [replica * ranks + rank for replica in range(self.replicas)], self.parameters(rank) * size
+            )
             for rank in range(ranks)
         )
         return over_replicas + machine.all_reduce(list(range(ranks * self.replicas)), 4 * self.model.everywhere)
@@ -411,7 +414,9 @@ def pipeline_size(devices: int, num_layers: int, num_virtual: int, given: int | 
     sizes = [size for size in range(2, most + 1) if devices % size == 0 and size == (given or size)]
     if not sizes:
         wanted = f"pipelines of {given}" if given else f"pipelines of 2 to {most}"
-        raise InputError(f"{devices} devices and {num_layers} layers don't make {wanted} with {num_virtual} stages each.")
+        raise InputError(
+            f"{devices} devices and {num_layers} layers don't make {wanted} with {num_virtual} stages each."
+        )
     return max(sizes)
 
 
@@ -515,8 +520,8 @@ def markdown(plan: dict) -> str:
     """A plan as a table; GB are 1e9 bytes, sent ones are forward, as many go back."""
     heading = (
         "devices", "schedule", "model", "in flight", "weights", "state", "activations", "buffers", "working",
-        "memory, GB", "sent, GB", "busiest link", "paper, naive", "paper, cached", "step, s", "bubble", "overhead",
-        "overhead, late",
+        "memory, GB", "sent, GB", "busiest link", "paper, naive", "paper, cached", "step, s", "bubble",
+        "of equal stages", "overhead", "overhead, late",
     )  # fmt: skip
     lines = [heading]
     for row in plan["rows"]:
@@ -538,6 +543,7 @@ def markdown(plan: dict) -> str:
                 *("-" if value is None else f"{value:.1f}" for value in sent),
                 f"{row['step_s']:.3f}",
                 f"{row['bubble']:.1%}",
+                f"{row['bubble_equal_stages']:.1%}",
                 "-" if is_donor else f"{row['overhead']:.1%}",
                 "-" if is_donor or row["stages_per_device"] > 1 else late,
             )
@@ -547,30 +553,27 @@ def markdown(plan: dict) -> str:
 
 def report(plan: dict, command: str) -> str:
     """The table with what it takes for granted, in Markdown."""
-    model, options = plan["model"], plan["options"]
-    precision = PRECISIONS[options["precision"]]
-    checkpointing = "are computed again" if options["gradient_checkpointing"] else "are kept"
-    return f"""`{model["config"]}`: {model["parameters"]:,} parameters, of which a token meets {model["active_parameters"]:,};
-{model["layers"]} layers, hidden size {model["hidden_size"]}, blocks of {model["block_size"]} layers.
-A step has {options["batch_size"]} sequences of {options["seq_len"]} tokens, in microbatches of \
-{options["microbatch_size"]}.
-
-A plan, not a measurement: devices of {options["tflops"]:g} TFLOPS, of which {options["utilisation"]:.0%} are reached, \
-{options["memory_bandwidth"]:g} GB/s of memory,
-links of {options["link_bandwidth"]:g} GB/s in a node of {options["node_size"]} and {options["node_bandwidth"]:g} GB/s \
-between nodes, {options["latency"]:g} microseconds of latency.
-Bytes per parameter: {precision[0]} for weights, {precision[1]} for gradients, {precision[2]} for AdamW's state\
-{", divided among the replicas" if options["shard_optimizer"] else ""}; {precision[3]} per activation. Activations \
-{checkpointing}.
-
-Devices are replicas x pipeline size. Memory is that of the device that needs the most, bold where it is more than \
-{options["device_memory"]:g} GB;
-state is gradients and optimizer; buffers are for what is received, which torch keeps for every microbatch.
-Sent is what one pipeline sends forward in a step, as many go back. "late": transfers begin when the receiver has nothing
-else to do, as in torch's schedules for one stage per device; elsewhere while it computes.
-
-```console
-$ {command}
-```
-
-{markdown(plan)}"""
+    model, given = plan["model"], plan["options"]
+    weights, gradients, state, activation = PRECISIONS[given["precision"]]
+    sharded = ", divided among the replicas" if given["shard_optimizer"] else ""
+    again = "computed again in the backward pass" if given["gradient_checkpointing"] else "kept"
+    paragraphs = (
+        f"`{model['config']}`: {model['parameters']:,} parameters, of which a token meets "
+        f"{model['active_parameters']:,}; {model['layers']} layers, hidden size {model['hidden_size']}, blocks of "
+        f"{model['block_size']} layers. A step has {given['batch_size']} sequences of {given['seq_len']} tokens, in "
+        f"microbatches of {given['microbatch_size']}.",
+        f"This is a plan, not a measurement. Devices reach {given['utilisation']:.0%} of {given['tflops']:g} TFLOPS, "
+        f"and {given['memory_bandwidth']:g} GB/s of memory; links {given['link_bandwidth']:g} GB/s in a node of "
+        f"{given['node_size']} devices and {given['node_bandwidth']:g} GB/s between nodes, with {given['latency']:g} "
+        f"microseconds of latency. Bytes per parameter: {weights} for weights, {gradients} for gradients, {state} for "
+        f"AdamW's state{sharded}; {activation} per activation. Activations are {again}. "
+        "`scripts/recipes/planning.py` has the formulas.",
+        "Devices are replicas x devices of a pipeline. GB are 1e9 bytes. Memory and its parts are those of the device "
+        f"that needs the most, bold where that is more than {given['device_memory']:g} GB; state is gradients and "
+        "optimizer, buffers are for what is received, which torch keeps for every microbatch. In flight are "
+        "microbatches, once per stage. Sent is what one pipeline sends forward in a step; as many bytes go back. "
+        'Overhead is the time of a step against the donor\'s. "Late": transfers begin when the receiver has nothing '
+        "else to do, as in torch's schedules for one stage per device; elsewhere while it computes.",
+    )
+    text = "\n\n".join(textwrap.fill(paragraph, 120, break_on_hyphens=False) for paragraph in paragraphs)
+    return f"{text}\n\n```console\n$ {command}\n```\n\n{markdown(plan)}"
