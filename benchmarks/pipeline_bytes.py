@@ -119,11 +119,11 @@ def markdown(rows: list[dict]) -> str:
 
 def report(results: dict) -> str:
     paragraphs = (
-        "Sources, `(batch, seq, hidden)` each, that a pipeline sends forward for a microbatch: counted in real processes, "
-        f"planned, and by the paper's formulas. As many gradients go back. A Llama of {results['settings']['layers']} "
-        "layers. With one stage per process caching changes nothing.",
-        "The formulas leave the embedding out, which each stage needs too. The one for caching has a process sent again "
-        "what it has closed itself, which isn't done here.",
+        "Sources, `(batch, seq, hidden)` each, that a pipeline sends forward for a microbatch: counted in real "
+        "processes, planned, and by the paper's formulas. As many gradients go back. A Llama of "
+        f"{results['settings']['layers']} layers. With one stage per process caching changes nothing.",
+        "The formulas leave the embedding out, which each stage needs too. The one for caching has a process sent "
+        "again what it has closed itself, which isn't done here.",
     )
     text = "\n\n".join(textwrap.fill(paragraph, 120, break_on_hyphens=False) for paragraph in paragraphs)
     return f"{text}\n\n```console\n$ {results['command']}\n```\n\n{markdown(results['rows'])}"
@@ -155,8 +155,8 @@ def main(argv: list[str] | None = None):
     }
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output.with_suffix(".json"), results)
-        write_text(args.output.with_suffix(".md"), report(results))
+        write_json(args.output.with_name(f"{args.output.name}.json"), results)
+        write_text(args.output.with_name(f"{args.output.name}.md"), report(results))
     print(report(results))
     print(json.dumps(results))
 

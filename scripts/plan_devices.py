@@ -22,17 +22,19 @@ def parse_arguments(argv: list[str] | None = None) -> PlanOptions:
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
     need("generate")
-    from attnres_convert.writing import write_json, write_text  # takes seconds
-    from attnres_recipes.planning import plan_devices, report
+    from attnres_convert import reading
+    from attnres_convert.writing import write_json, write_text
+    from attnres_recipes.planning import plan_devices, report  # takes seconds
     from attnres_recipes.process import command
 
     with command("plan_devices"):
         plan = plan_devices(options)
         text = report(plan, shlex.join(["python", "scripts/plan_devices.py", *options.words()]))
         if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(options.output.with_suffix(".json"), plan)
-            write_text(options.output.with_suffix(".md"), text)
+            with reading.understood(f"{options.output} can't be written"):
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                write_json(options.output.with_name(f"{options.output.name}.json"), plan)
+                write_text(options.output.with_name(f"{options.output.name}.md"), text)
     print(text, end="")
     if options.json:
         print(json.dumps(plan))

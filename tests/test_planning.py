@@ -352,6 +352,18 @@ def test_published_table_can_be_made_again():
     assert report(plan, command.removeprefix("$ ")) == text
 
 
+def test_what_is_said_of_the_table():
+    """The numbers in its README, and that the last stage decides."""
+    text, rows = (PUBLISHED.parent / "README.md").read_text(), json.loads(PUBLISHED.read_text())["rows"]
+    for model in ("block", "full"):
+        for name, several in (("overhead", (1, 2)), ("overhead_received_late", (1,))):
+            found = [row[name] for row in rows if row["model"] == model and row["stages_per_device"] in several]
+            assert f"{100 * min(found):.1f} to {100 * max(found):.1f} %" in text
+    assert all(row["bubble"] > 2 * row["bubble_equal_stages"] for row in rows)
+    memories = [row["memory_gb"] for row in rows if row["schedule"] == "gpipe"]
+    assert min(memory["activations"] for memory in memories) > 80
+
+
 def test_pipelines_have_as_many_devices_as_they_can():
     assert [pipeline_size(devices, 27, 1, None) for devices in (8, 16, 27, 32, 64)] == [8, 16, 27, 16, 16]
     assert [pipeline_size(devices, 27, 2, None) for devices in (8, 16, 64, 26)] == [8, 8, 8, 13]

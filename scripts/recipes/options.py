@@ -574,6 +574,10 @@ class PlanOptions(ClusterOptions):
     output: Path | None = option(None, "name without a suffix, of a file .json and a file .md to write")
     json: bool = option(False, "print a last line of JSON")
 
+    def check(self):
+        if self.output and (self.output.suffix in (".json", ".md") or not self.output.name):
+            raise InputError(f"--output {self.output}: give a name without a suffix; .json and .md are added")
+
 
 def check_no_file(folder: Path):
     if os.path.isfile(folder):  # unlike a Path, it takes a name of any length
