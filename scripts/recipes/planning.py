@@ -379,7 +379,8 @@ class Step:
         return simulate(self.orders, self.compute, self.transmit, is_ahead)
 
     def row(self) -> dict:
-        """What the tables show; bytes in GB (1e9 bytes), of the device that needs the most memory."""
+        """What the tables show: memory, in GB (1e9 bytes), of the device that needs the most; microbatches in flight by
+        process; what one pipeline sends, in GB."""
         ranks = range(self.plan.num_ranks)
         memories = list(map(self.memory, ranks))
         largest = max(ranks, key=lambda rank: memories[rank]["total"])
@@ -388,7 +389,7 @@ class Step:
         reduced, pipelines = self.reduce_seconds, self.replicas * self.num_microbatches * self.tokens
         paper = {f"paper_{'cached' if c else 'naive'}_gb": self.paper_sent(c) for c in (False, True)}
         return {
-            "in_flight": max(map(self.in_flight, ranks)),
+            "in_flight": list(map(self.in_flight, ranks)),
             "largest_device": largest,
             "memory_gb": memory,
             "sent_forward_gb": self.sent / GB,
@@ -537,7 +538,7 @@ def markdown(plan: dict) -> str:
                 f"{row['devices']} = {row['replicas']} x {row['pipeline_size']}",
                 row["schedule"] + (f", {row['stages_per_device']} stages" if row["stages_per_device"] > 1 else ""),
                 row["model"] + ("" if row["cached"] or is_donor or row["stages_per_device"] == 1 else ", naive"),
-                str(row["in_flight"]),
+                str(max(row["in_flight"])),
                 *(f"{value:.1f}" for value in held),
                 total if row["fits"] else f"**{total}**",
                 *("-" if value is None else f"{value:.1f}" for value in sent),
@@ -570,8 +571,8 @@ def report(plan: dict, command: str) -> str:
         "`scripts/recipes/planning.py` has the formulas.",
         "Devices are replicas x devices of a pipeline. GB are 1e9 bytes. Memory and its parts are those of the device "
         f"that needs the most, bold where that is more than {given['device_memory']:g} GB; state is gradients and "
-        "optimizer, buffers are for what is received, which torch keeps for every microbatch. In flight are "
-        "microbatches, once per stage. Sent is what one pipeline sends forward in a step; as many bytes go back. "
+        "optimizer, buffers are for what is received, which torch keeps for every microbatch. In flight are the most "
+        "microbatches of a device, once per stage. Sent is what one pipeline sends forward in a step; as many bytes go back. "
         'Overhead is the time of a step against the donor\'s. "Late": transfers begin when the receiver has nothing '
         "else to do, as in torch's schedules for one stage per device; elsewhere while it computes.",
     )
