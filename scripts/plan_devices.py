@@ -24,10 +24,11 @@ def main(argv: list[str] | None = None):
     need("generate")
     from attnres_convert import reading
     from attnres_convert.writing import write_json, write_text
-    from attnres_recipes.planning import plan_devices, report  # takes seconds
-    from attnres_recipes.process import command
+    from attnres_recipes.process import command  # takes seconds
 
     with command("plan_devices"):
+        from attnres_recipes.planning import plan_devices, report
+
         plan = plan_devices(options)
         text = report(plan, shlex.join(["python", "scripts/plan_devices.py", *options.words()]))
         if options.output:
