@@ -10,6 +10,7 @@ commands.
   `comparison`
 - looking into models: `look`, `plotting`, `evaluation`, `generation`, `serving`
 - other runtimes: `exporting`
+- pipelines: `pipelines`, and on paper `planning`, `schedules`
 - the Hub: `publishing`, `stranger`, `leaks`
 - processes and machines: `process`, `hardware`
 
@@ -26,6 +27,7 @@ _MODULES = {
     "ExportOptions": "options",
     "FinetuneOptions": "options",
     "GenerateOptions": "options",
+    "PlanOptions": "options",
     "PlotOptions": "options",
     "PretrainOptions": "options",
     "PushOptions": "options",
@@ -35,6 +37,7 @@ _MODULES = {
     "finetune": "finetuning",
     "generate": "generation",
     "new_optimizer": "optim",
+    "plan_devices": "planning",
     "plot": "plotting",
     "pretrain": "pretraining",
     "push": "publishing",

@@ -543,6 +543,50 @@ class PushOptions(Options):
             raise InputError("--message is empty")
 
 
+@dataclass(kw_only=True)
+class ClusterOptions(Options):
+    """Devices and links; the defaults are those of an NVIDIA H100 SXM with NVLink, and 400 Gbit/s per device between
+    nodes."""
+
+    group = "devices and links"
+    tflops: AboveZero = option(989.0, "peak of a device in bfloat16, without sparsity, in 1e12 FLOPs per second")
+    utilisation: Annotated[float, Limits(0, 1, without=(0,))] = option(0.4, "share of the peak that a model reaches")
+    memory_bandwidth: AboveZero = option(3350.0, "GB (1e9 bytes) per second, of a device's memory")
+    device_memory: AboveZero = option(80.0, "GB of a device")
+    node_size: Positive = option(8, "devices of a node")
+    link_bandwidth: AboveZero = option(450.0, "GB per second and direction between devices of a node")
+    node_bandwidth: AboveZero = option(50.0, "GB per second and direction of a device, between nodes")
+    latency: NonNegative = option(10.0, "microseconds before a transfer begins to arrive")
+
+
+@dataclass(kw_only=True)
+class PlanOptions(ClusterOptions):
+    """What planning takes."""
+
+    group = "model and pipeline"
+    config: str = option(help="model type (llama, attnres_qwen3, ...), JSON file, checkpoint or Hub id")
+    set: dict = option({}, "fields of --config to replace", action=Lists, metavar="FIELD=VALUE")
+    devices: list[Positive] = option(help="numbers of devices, each of which is planned")
+    block_size: Positive | None = option(None, "decoder layers per block; default: the model's, or an eighth of its "
+        "layers")  # fmt: skip
+    pipeline_size: Positive | None = option(None, "devices of a pipeline; the others have replicas; default: as many "
+        "as divide --devices and leave each stage a layer")  # fmt: skip
+    stages_per_device: Annotated[int, Limits(2, 64)] = option(2, "of the interleaved schedule")
+    batch_size: Batch = option(256, "sequences per step, of all devices together")
+    microbatch_size: Batch = option(1, "sequences per microbatch")
+    seq_len: SeqLen = option(4096, "tokens per sequence")
+    precision: Literal["mixed", "bfloat16", "float32"] = option("mixed", "mixed: weights, gradients and activations "
+        "in bfloat16, AdamW's master weights and moments in float32; else all of it in one")  # fmt: skip
+    gradient_checkpointing: bool = option(False, "compute each layer again in the backward pass")
+    shard_optimizer: bool = option(False, "divide AdamW's state among the replicas, as ZeRO-1 does")
+    output: Path | None = option(None, "name without a suffix, of a file .json and a file .md to write")
+    json: bool = option(False, "print a last line of JSON")
+
+    def check(self):
+        if self.output and (self.output.suffix in (".json", ".md") or not self.output.name):
+            raise InputError(f"--output {self.output}: give a name without a suffix; .json and .md are added")
+
+
 def check_no_file(folder: Path):
     if os.path.isfile(folder):  # unlike a Path, it takes a name of any length
         raise InputError(f"--output {folder} is a file; give a folder")
