@@ -6,8 +6,9 @@ Attention Residuals (arXiv 2603.15031, section 4), a process gets each closed so
 and what its own stages have closed, and its next stage is sent the rest, with the sum of the open block.
 """
 
+import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -37,6 +38,7 @@ class PipelinePlan:
         num_stages: a multiple of `num_ranks`.
         num_ranks: processes, two at least.
         cached: whether a process keeps sources for its later stages; else every stage is sent all of its sources.
+        sizes: how many layers each stage has; default: the same number, the later ones one more where it must be.
 
     Raises:
         InputError: the numbers don't fit together.
@@ -46,6 +48,7 @@ class PipelinePlan:
     num_stages: int
     num_ranks: int
     cached: bool = True
+    sizes: tuple[int, ...] | None = None
 
     def __post_init__(self):
         layers = self.config.num_hidden_layers
@@ -55,11 +58,16 @@ class PipelinePlan:
             raise InputError(f"{self.num_stages} stages can't be divided among {self.num_ranks} processes evenly.")
         if self.num_stages > layers:
             raise InputError(f"a model of {layers} layers has no {self.num_stages} stages.")
+        sizes = self.sizes
+        if sizes is not None and (len(sizes) != self.num_stages or min(sizes) < 1 or sum(sizes) != layers):
+            raise InputError(f"{[*sizes]} layers are no {self.num_stages} stages of a model of {layers} layers.")
 
     def layers(self, stage: int) -> slice:
-        """Those of a stage; the later stages have one more where there is a remainder, as the first embeds."""
-        first, end = (i * self.config.num_hidden_layers // self.num_stages for i in (stage, stage + 1))
-        return slice(first, end)
+        if self.sizes is None:
+            bounds = (i * self.config.num_hidden_layers // self.num_stages for i in (stage, stage + 1))
+        else:
+            bounds = sum(self.sizes[:stage]), sum(self.sizes[: stage + 1])
+        return slice(*bounds)
 
     def rank(self, stage: int) -> int:
         return stage % self.num_ranks
@@ -87,6 +95,36 @@ class PipelinePlan:
     def num_sent(self) -> int:
         """Tensors sent forward in all, per microbatch."""
         return sum(map(self.num_received, range(self.num_stages)))
+
+
+def active_parameters(module: nn.Module, config) -> float:
+    """How many parameters a token meets: of the routed experts those that it is sent to."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    share = {name: experts / len(p) if "experts" in name.split(".") else 1 for name, p in module.named_parameters()}
+    return sum(share[name] * parameter.numel() for name, parameter in module.named_parameters())
+
+
+def layer_costs(model: nn.Module) -> list[float]:
+    """What each layer of a causal language model has to compute: its active parameters, in the last also the head's."""
+    costs = [active_parameters(layer, model.config) for layer in model.base_model.layers]
+    costs[-1] += active_parameters(getattr(model, HEAD), model.config)
+    return costs
+
+
+def balanced(costs: list[float], num_stages: int) -> tuple[int, ...]:
+    """How many layers each stage gets, one at least, so that the most expensive one is as cheap as can be, and then the
+    squares of all costs too."""
+    best = {0: ((0.0, 0.0), ())}  # by number of layers, in the stages so far
+    for stage in range(num_stages):
+        ways = {}
+        for begin, ((most, squares), sizes) in best.items():
+            cost = 0.0
+            for end in range(begin + 1, len(costs) - (num_stages - stage - 1) + 1):
+                cost += costs[end - 1]
+                way = (max(most, cost), squares + cost**2), (*sizes, end - begin)
+                ways[end] = min(ways.get(end, way), way)
+        best = ways
+    return best[len(costs)][1]
 
 
 def paper_blocks_sent(num_ranks: int, num_virtual: int, blocks_per_stage: float, cached: bool) -> float:
@@ -192,12 +230,41 @@ class StageModule(nn.Module):
         return sources[plan.num_known(self.stage + 1) :]
 
 
-class CountedStage(PipelineStage):
-    """A stage that counts the bytes it sends."""
+class LeanStage(PipelineStage):
+    """A stage that counts the bytes it sends, and has room for what it receives while a microbatch needs it.
+
+    torch's own has room for all microbatches, which with several sources is most of what a pipeline would need.
+    """
 
     def __init__(self, *args, sent: Counter, **kwargs):
         super().__init__(*args, **kwargs)
         self.sent = sent
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool):
+        super()._setup_forward_recv_info(1, has_backward)
+        self.args_recv_info = for_each(num_microbatches, self.args_recv_info[0])
+
+    def _setup_backward_recv_info(self, num_microbatches: int):
+        super()._setup_backward_recv_info(1)
+        self.chunks, self.grad_recv_info = num_microbatches, for_each(num_microbatches, self.grad_recv_info[0])
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list:
+        make_room(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list:
+        if self.has_backward and not self.is_last:
+            make_room(self.grad_recv_info[bwd_chunk_id], self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        leave(self.args_recv_info[fwd_chunk_id])  # what needs it has it
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args, **kwargs):
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        leave(self.grad_recv_info.get(bwd_chunk_id, ()))
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list:
         return self.counted("forward", super().get_fwd_send_ops(fwd_chunk_id))
@@ -208,6 +275,23 @@ class CountedStage(PipelineStage):
     def counted(self, direction: str, ops: list) -> list:
         self.sent[direction] += sum(op.tensor.nbytes for op in ops)
         return ops
+
+
+def for_each(num_microbatches: int, infos: tuple) -> dict[int, tuple]:
+    """What torch knows of received tensors, for each microbatch, without room for them."""
+    leave(infos)
+    return {number: tuple(map(copy.copy, infos)) for number in range(num_microbatches)}
+
+
+def make_room(infos: tuple, device: torch.device):
+    for info in infos:
+        if info.buffer is None and info.tensor_meta is not None and not info.is_root_arg:
+            info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=device)
+
+
+def leave(infos: tuple):
+    for info in infos:
+        info.buffer = None
 
 
 class Pipeline:
@@ -227,7 +311,7 @@ class Pipeline:
         num_stages: a multiple of the processes; default: one for each.
         schedule: `"1f1b"`, interleaved if there are several stages per process, or `"gpipe"`, which keeps the
             activations of all microbatches.
-        cached: as in [`PipelinePlan`].
+        cached, sizes: as in [`PipelinePlan`]; stages get layers by [`layer_costs`] if no sizes are given.
 
     Raises:
         InputError: such a pipeline can't be had; one line says why.
@@ -241,9 +325,10 @@ class Pipeline:
         schedule: str = "1f1b",
         group: dist.ProcessGroup | None = None,
         cached: bool = True,
+        sizes: tuple[int, ...] | None = None,
     ):
         self.group, self.rank, num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self.plan = check_pipeline(model, num_ranks, num_microbatches, num_stages, schedule, cached)
+        self.plan = check_pipeline(model, num_ranks, num_microbatches, num_stages, schedule, cached, sizes)
         self.num_microbatches, self.name = num_microbatches, schedule
         self.is_interleaved = self.plan.num_stages > num_ranks
         self.model = cut(model, self.plan, self.rank)
@@ -280,7 +365,7 @@ class Pipeline:
         known, schedule = self._schedules.get(trains, (None, None))
         if known != shapes:
             stages = [
-                CountedStage(module, stage, self.plan.num_stages, self.device, group=self.group, sent=self.bytes_sent)
+                LeanStage(module, stage, self.plan.num_stages, self.device, group=self.group, sent=self.bytes_sent)
                 for stage, module in self.modules.items()
             ]
             kind = SCHEDULES[self.name if trains else "gpipe"][self.is_interleaved]
@@ -407,6 +492,7 @@ def check_pipeline(
     num_stages: int | None = None,
     schedule: str = "1f1b",
     cached: bool = True,
+    sizes: tuple[int, ...] | None = None,
 ) -> PipelinePlan:
     """The plan of such a [`Pipeline`] in `num_ranks` processes, before any of them has begun with it.
 
@@ -420,11 +506,19 @@ def check_pipeline(
         raise InputError(
             "a pipeline has no loss for the balance of experts over all layers; set output_router_logits to false."
         )
-    plan = PipelinePlan(config, num_ranks if num_stages is None else num_stages, num_ranks, cached)
+    plan = PipelinePlan(config, num_ranks if num_stages is None else num_stages, num_ranks, cached, sizes)
+    if sizes is None:
+        plan = replace(plan, sizes=balanced(layer_costs(model), plan.num_stages))
     if schedule not in SCHEDULES:
         raise InputError(f"{schedule!r} is no schedule of a pipeline; there are {', '.join(SCHEDULES)}.")
-    if schedule == "1f1b" and num_microbatches < num_ranks:
-        raise InputError(f"{num_ranks} processes need as many microbatches, not {num_microbatches}; or use gpipe.")
-    if schedule == "1f1b" and plan.num_stages > num_ranks and num_microbatches % (num_microbatches // num_ranks):
-        raise InputError(f"{num_microbatches} microbatches can't be interleaved; use a multiple of {num_ranks}.")
+    if schedule == "1f1b":
+        check_number(num_microbatches, num_ranks, plan.num_stages > num_ranks)
     return plan
+
+
+def check_number(num_microbatches: int, num_ranks: int, is_interleaved: bool):
+    """Raises an [`InputError`] for numbers of microbatches with which torch's 1F1B can't begin."""
+    if num_microbatches < num_ranks:
+        raise InputError(f"{num_ranks} processes need as many microbatches, not {num_microbatches}; or use gpipe.")
+    if is_interleaved and num_microbatches % (num_microbatches // num_ranks):
+        raise InputError(f"{num_microbatches} microbatches can't be interleaved; use a multiple of {num_ranks}.")

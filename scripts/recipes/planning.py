@@ -36,7 +36,16 @@ from configuration_attnres import AttnResConfigMixin
 
 from .configs import check_context, check_sizes, read_config, with_mode
 from .options import PlanOptions
-from .pipelines import EMBEDDING, HEAD, PipelinePlan, check_number, paper_blocks_sent
+from .pipelines import (
+    EMBEDDING,
+    HEAD,
+    PipelinePlan,
+    active_parameters,
+    balanced,
+    check_number,
+    layer_costs,
+    paper_blocks_sent,
+)
 from .schedules import Operation, Simulation, most_held, order, simulate
 
 
@@ -83,7 +92,7 @@ class Model:
         with torch.device("meta"), reading.understood("this model can't be built"):
             model = AutoModelForCausalLM.from_config(config)
         base = model.base_model
-        self.layers = [layer_size(layer, config) for layer in base.layers]
+        self.layers, self.costs = [layer_size(layer, config) for layer in base.layers], layer_costs(model)
         self.embedding, self.norm = count(getattr(base, EMBEDDING)), count(base.norm)
         self.head = count(getattr(model, HEAD))
         self.everywhere = count(base) - sum(map(count, (getattr(base, EMBEDDING), base.norm, base.layers)))
@@ -152,22 +161,17 @@ def mean_context(seq_len: int, window: int) -> float:
 
 
 def layer_size(layer: nn.Module, config: PreTrainedConfig) -> LayerSize:
-    parameters, active, kept = 0, 0.0, 4 * config.hidden_size
+    kept = 4 * config.hidden_size
     for name, parameter in layer.named_parameters():
-        parameters += parameter.numel()
-        share = 1.0
-        if "experts" in name.split("."):  # (experts, out, in), or a bias without the last
-            share = config.num_experts_per_tok / len(parameter)
-            if parameter.dim() == 3:
-                intermediate = parameter[0].numel() // config.hidden_size
-                kept += config.num_experts_per_tok * (intermediate + config.hidden_size)
-        active += share * parameter.numel()
+        if "experts" in name.split(".") and parameter.dim() == 3:  # (experts, out, in)
+            intermediate = parameter[0].numel() // config.hidden_size
+            kept += config.num_experts_per_tok * (intermediate + config.hidden_size)
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             kept += module.in_features if WRITES_TO_STREAM.search(name) else module.out_features
         elif isinstance(module, nn.Conv1d):
             kept += module.out_channels
-    return LayerSize(parameters, active, kept)
+    return LayerSize(count(layer), active_parameters(layer, config), kept)
 
 
 @dataclass(frozen=True)
@@ -248,13 +252,13 @@ class Step:
     # memory
 
     def stage_kept(self, stage: int) -> float:
-        """Bytes that a microbatch keeps in a stage, but for what it has received."""
+        """Bytes that a microbatch keeps in a stage, with what it has received, for later stages of the process too."""
         size, model = self.number_size, self.model
         kept = sum(model.kept_bytes(layer, size, self.checkpointing) for layer in self.layers(stage))
         kept += 0 if stage else size * model.hidden_size
         if stage == self.plan.num_stages - 1:
             kept += 4 * model.config.vocab_size + size * model.hidden_size
-        return self.tokens * kept
+        return self.tokens * kept + self.tensor * self.plan.num_received(stage)
 
     def stage_left(self, stage: int) -> int:
         """Bytes of gradients that wait for the process's earlier stages, more than before its backward pass."""
@@ -262,20 +266,16 @@ class Step:
         known = plan.num_known(later) if later < plan.num_stages else 0
         return self.tensor * (plan.num_known(stage) - known)
 
-    def buffers(self, rank: int) -> int:
-        """Bytes for what is received; torch keeps them for each microbatch, for sources and for their gradients."""
-        plan = self.plan
-        edges = [i for i in range(1, plan.num_stages) if rank in (plan.rank(i), plan.rank(i - 1))]
-        return self.num_microbatches * self.tensor * sum(map(plan.num_received, edges))
-
     def working(self, rank: int) -> float:
         """Bytes that are there only while something is computed: a layer's activations when they are computed again,
-        and logits."""
+        or logits; gradients that have come from the next stage and that go to the one before."""
         stages, model, logits = self.plan.stages(rank), self.model, 0.0
         again = [model.kept_bytes(layer, self.number_size, False) for s in stages for layer in self.layers(s)]
         if self.plan.num_stages - 1 in stages:
             logits = 6 * model.config.vocab_size
-        return self.tokens * max(logits, max(again) if self.checkpointing else 0.0)
+        computed = self.tokens * max(logits, max(again) if self.checkpointing else 0.0)
+        sent = [*map(self.plan.num_received, range(self.plan.num_stages)), 0]
+        return computed + self.tensor * max(sent[stage] + sent[stage + 1] for stage in stages)
 
     def memory(self, rank: int) -> dict[str, float]:
         """Bytes of a process by what they hold. Depth attention is float32 in any case."""
@@ -290,7 +290,6 @@ class Step:
             "gradients": own * gradients + shared * 4,
             "optimizer": (own * state + shared * 8) / sharded,
             "activations": activations,
-            "buffers": self.buffers(rank),
             "working": self.working(rank),
         }
         return found | {"total": sum(found.values())}
@@ -479,12 +478,12 @@ def schedule_rows(
         check_number(num_microbatches, ranks, num_virtual > 1)
     forms = [("donor", True), ("block", True), ("full", True)]
     forms += [("block", False), ("full", False)] if num_virtual > 1 else []
-    rows = []
+    rows, sizes = [], balanced(models["donor"].costs, ranks * num_virtual)
     for mode, cached in forms:
         kind = StreamPlan if mode == "donor" else PipelinePlan
         step = Step(
             models[mode],
-            kind(models[mode].config, ranks * num_virtual, ranks, cached),
+            kind(models[mode].config, ranks * num_virtual, ranks, cached, sizes),
             machine,
             schedule,
             num_microbatches,
@@ -520,7 +519,7 @@ def schedule_rows(
 def markdown(plan: dict) -> str:
     """A plan as a table; GB are 1e9 bytes, sent ones are forward, as many go back."""
     heading = (
-        "devices", "schedule", "model", "in flight", "weights", "state", "activations", "buffers", "working",
+        "devices", "schedule", "model", "in flight", "weights", "state", "activations", "working",
         "memory, GB", "sent, GB", "busiest link", "paper, naive", "paper, cached", "step, s", "bubble",
         "of equal stages", "overhead", "overhead, late",
     )  # fmt: skip
@@ -528,7 +527,7 @@ def markdown(plan: dict) -> str:
     for row in plan["rows"]:
         memory = row["memory_gb"]
         state = memory["gradients"] + memory["optimizer"]
-        held = (memory["weights"], state, *(memory[name] for name in ("activations", "buffers", "working")))
+        held = (memory["weights"], state, *(memory[name] for name in ("activations", "working")))
         total = f"{memory['total']:.1f}"
         sent = [row[f"{name}_gb"] for name in ("sent_forward", "busiest_link", "paper_naive", "paper_cached")]
         is_donor = row["model"] == "donor"
@@ -571,8 +570,8 @@ def report(plan: dict, command: str) -> str:
         "`scripts/recipes/planning.py` has the formulas.",
         "Devices are replicas x devices of a pipeline. GB are 1e9 bytes. Memory and its parts are those of the device "
         f"that needs the most, bold where that is more than {given['device_memory']:g} GB; state is gradients and "
-        "optimizer, buffers are for what is received, which torch keeps for every microbatch. In flight are the most "
-        "microbatches of a device, once per stage. Sent is what one pipeline sends forward in a step; as many bytes go back. "
+        "optimizer. In flight are the most microbatches of a device, once per stage. Stages have layers by their "
+        "active parameters and the head's. Sent is what one pipeline sends forward in a step; as many bytes go back. "
         'Overhead is the time of a step against the donor\'s. "Late": transfers begin when the receiver has nothing '
         "else to do, as in torch's schedules for one stage per device; elsewhere while it computes.",
     )
