@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing
 from attnres_convert import InputError
 from attnres_convert.verification import Float64
-from attnres_recipes.pipelines import Pipeline, PipelinePlan, paper_blocks_sent
+from attnres_recipes.pipelines import Pipeline, PipelinePlan, balanced, layer_costs, paper_blocks_sent
 from families import relative_error, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
@@ -225,3 +225,40 @@ def test_formulas_of_the_paper(num_ranks, num_virtual, mode):
 def test_no_such_plan(num_stages, num_ranks, message):
     with pytest.raises(InputError, match=message):
         PipelinePlan(tiny_config("llama"), num_stages, num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("costs", "num_stages", "sizes"),
+    [
+        ([1, 1, 1, 1], 2, (2, 2)),
+        ([1, 1, 1, 1, 1, 4], 3, (2, 3, 1)),  # the head costs as much as three layers
+        ([1, 1, 1, 1, 1, 9], 2, (5, 1)),
+        ([5, 1, 1, 1, 1, 1], 3, (1, 2, 3)),
+        ([1, 2, 3], 3, (1, 1, 1)),
+    ],
+)
+def test_balanced(costs, num_stages, sizes):
+    """The most expensive stage is as cheap as of all divisions, found by trying them all."""
+    found = balanced(costs, num_stages)
+    assert sum(found) == len(costs) and len(found) == num_stages
+
+    def dearest(sizes):
+        bounds = [0, *itertools.accumulate(sizes)]
+        return max(sum(costs[first:end]) for first, end in itertools.pairwise(bounds))
+
+    ways = [way for way in itertools.product(range(1, len(costs) + 1), repeat=num_stages) if sum(way) == len(costs)]
+    assert dearest(found) == min(map(dearest, ways)) == dearest(sizes)
+
+
+def test_layer_costs():
+    """A token meets two of five experts, and the head after the last layer."""
+    config = tiny_config("qwen3_moe", num_experts_per_tok=2)
+    assert config.num_experts == 5
+    model = AutoModelForCausalLM.from_config(config)
+    layer = model.model.layers[0]
+    experts = sum(parameter.numel() for parameter in layer.mlp.experts.parameters())
+    others = sum(parameter.numel() for parameter in layer.parameters()) - experts
+    first, *_, last = layer_costs(model)
+    assert first == others + experts * 2 / 5 and last == first + model.lm_head.weight.numel()
+    with pytest.raises(InputError, match="are no 2 stages of a model of 5 layers"):
+        PipelinePlan(config, 2, 2, sizes=(2, 2))
