@@ -29,6 +29,7 @@ _MODULES = {
     "GenerateOptions": "options",
     "PlanOptions": "options",
     "PlotOptions": "options",
+    "Pipeline": "pipelines",
     "PretrainOptions": "options",
     "PushOptions": "options",
     "ServeOptions": "options",
