@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .optim import norm_of_all
+
 
 def decoder(model: nn.Module) -> nn.Module | None:
     """The module that holds the layers, in a head, an adapter or a wrapper; None if there is none."""
@@ -132,9 +134,7 @@ def gradient_norms(layers: nn.ModuleList) -> list[float | None]:
     norms = []
     for layer in layers:
         gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        norms.append(None if norm is None else norm.item())
+        norms.append(norm_of_all(gradients).item() if gradients else None)
     return norms
 
 

@@ -109,6 +109,7 @@ class TrainingOptions(Options):
     bf16: bool = option(False, "compute in bfloat16, weights stay in float32")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     compile: bool = option(False, "torch.compile")
+    expert_parallel: Batch = option(1, "processes that share the experts of each layer, each with whole ones")
     seed: Seed = option(0, "of new weights, dropout and the order of the data")
 
 

@@ -21,6 +21,7 @@ from .data import (
 )
 from .options import PretrainOptions
 from .packing import mixes_documents
+from .process import data_processes
 from .start import get_tokenizer, new_model, new_tokenizer
 from .training import Prepared, Run, spread_out
 
@@ -43,6 +44,7 @@ class Pretraining(Run):
             model = self.load_model(tokenizer)
         else:
             model = new_model(config, given.mode, given.block_size, tokenizer, sized=given.train_tokenizer > 0)
+        model = self.in_parts(model)
         train, held_out, amount = self.data(documents, tokenizer, model.config.vocab_size)
         self.report_fewer_tokens(tokenizer)  # not before what can be refused
         if PartialState().is_main_process and mixes_documents(model.config):
@@ -72,7 +74,7 @@ class Pretraining(Run):
     def data(self, documents, tokenizer, vocab_size: int):
         """Sequences to train on and held-out ones, and what is known about their amount."""
         given = self.options
-        needed = given.steps * given.batch_size * given.accumulate * PartialState().num_processes
+        needed = given.steps * given.batch_size * given.accumulate * data_processes()
         if given.streaming:
             options = {"seq_len": given.seq_len, "fraction": given.held_out, "vocab_size": vocab_size}
             shuffled = documents.shuffle(seed=given.seed, buffer_size=given.shuffle_buffer)

@@ -143,7 +143,13 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
                 raise InputError(f"{folder} holds {other} and isn't the output of such a run; choose another --output.")
             begin_run(folder, now, new)
     before = read_run(folder)
-    begun = {"processes": 1, "resize_embeddings": False, "samples": 0, **before["arguments"]}  # old versions have none
+    begun = {
+        "processes": 1,
+        "expert_parallel": 1,
+        "resize_embeddings": False,
+        "samples": 0,
+        **before["arguments"],
+    }  # old versions have none
     for name in arguments.keys() | begun.keys():
         is_gone = name not in arguments and not begun[name]  # an option of old versions that wasn't used
         if arguments.get(name) != begun.get(name) and not is_gone:

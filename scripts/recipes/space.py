@@ -29,12 +29,14 @@ class Sizes:
 
 
 def num_bytes(tensors) -> int:
-    """Of tensors, each counted once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    """Of tensors, each counted once, and as a whole if this process has a part."""
+    tensors = list(tensors)
+    local = [(tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr() for tensor in tensors]
+    return sum({pointer: tensor.nbytes for pointer, tensor in zip(local, tensors)}.values())
 
 
 def sizes(model: torch.nn.Module, optimizer: torch.optim.Optimizer, merge: bool) -> Sizes:
-    """What a model that isn't sharded yet needs, but for tokenizers and other small files.
+    """What a model needs as a whole, but for tokenizers and other small files.
 
     AdamW keeps two tensors for each that it trains, Muon one, in its precision. A merged model is in float32.
     """

@@ -26,7 +26,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .checkpoints import ADVICE, check_archives, check_same_model, checkpoints, is_untouched, list_files, run_id
 from .folders import FAILURE_FILE, WORK_NAME, begin_work, end_work, no_space_in_one_line, publish, remove
 from .optim import is_depth_attention, uses_deepspeed
-from .process import end_without_a_word, main_process_first
+from .process import end_without_a_word, main_process_first, tensor_parallel_size
+from .tensors import clip_as_one, cut_optimizer_state, part_of, whole_optimizer_state
 
 
 OVERRIDDEN = {
@@ -89,10 +90,13 @@ class RunTrainer(Trainer):
     Batches may hold `documents` `(batch, seq)`, which row of the data each token is from.
     """
 
-    def __init__(self, *args, optimizers: tuple = (None, None), keep_checkpoints: int = 2, **kwargs):
+    def __init__(self, model, args, *more, optimizers: tuple = (None, None), keep_checkpoints: int = 2, **kwargs):
         # a Trainer that shards refuses an optimizer that it is given, and takes it from create_optimizer
         self.given_optimizer, scheduler = optimizers
-        super().__init__(*args, optimizers=(None, scheduler), **kwargs)
+        self.in_parts = getattr(model, "_is_distributed_loading_by_transformers", False)  # see tensors.py
+        args.save_only_model = self.in_parts  # a Trainer refuses others: it would save a part of the optimizer's state
+        super().__init__(model, args, *more, optimizers=(None, scheduler), **kwargs)
+        self.args.save_only_model = False
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             # accelerate fails at a class that a model names and doesn't have
             classes = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
@@ -111,8 +115,9 @@ class RunTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self):
         state = self.args.distributed_state
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate would leave the model unsharded on CPUs without a word, and needs no more than this to shard
+        shards = os.environ.get("ACCELERATE_USE_FSDP") == "true" or tensor_parallel_size() > 1
+        if shards and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate would leave the model unsharded on CPUs without a word, or refuse, and needs no more than this
             state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
         if self.accelerator.is_fsdp2 and self.args.bf16:
@@ -131,6 +136,8 @@ class RunTrainer(Trainer):
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
             self.optimizer = self.given_optimizer
+            if self.in_parts:
+                self.optimizer.register_load_state_dict_pre_hook(cut_optimizer_state)
         return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -163,7 +170,7 @@ class RunTrainer(Trainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (depth if is_depth_attention(name) else others).append(parameter)
-        clip = self.accelerator.clip_grad_norm_
+        clip = clip_as_one if self.in_parts else self.accelerator.clip_grad_norm_
         self.depth_grad_norm = self._checked_norm(
             clip(depth, self.args.max_grad_norm) if depth else None, "gradient norm of depth attention"
         )
@@ -236,7 +243,8 @@ class RunTrainer(Trainer):
             )
         if info["missing_keys"]:
             raise InputError(f"{resume_from_checkpoint} is damaged: it has no {min(info['missing_keys'])}.")
-        self.model.load_state_dict(loaded.state_dict())
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: part_of(value, own[name]) for name, value in loaded.state_dict().items()})
 
     def complete(self, folder: Path):
         """Adds what else belongs to a saved model. For the main process."""
@@ -263,7 +271,7 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(self.folder / WORK_NAME)
         try:
-            with self._written_whole():
+            with self._written_whole(), whole_optimizer_state(self.given_optimizer, self.in_parts):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(self.folder)

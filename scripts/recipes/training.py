@@ -26,10 +26,11 @@ from .log import RunLog, losses, read_lines, tokens_per_second
 from .look import check_can_be_watched
 from .optim import is_depth_attention, new_optimizer, uses_deepspeed
 from .options import RunOptions
-from .process import enough_memory, main_process_first, peak_memory, start_process, versions
+from .process import data_processes, enough_memory, main_process_first, peak_memory, start_process, versions
 from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_errors, open_run, read_results, unlock
 from .space import FEW, LARGE, check_run_space, sizes
 from .start import load_model
+from .tensors import check_launch, in_parts, start_sharding
 from .trainer import RunTrainer
 
 
@@ -61,6 +62,7 @@ class Run:
     label: str  # of what is plotted, in `results.json`
     columns: dict[str, str]  # of a comparison: names in `results.json` by heading
     trainer_class = RunTrainer
+    sharding = None  # how the processes share a model
 
     def __init__(self, options: RunOptions):
         self.given, self.options, self.folder = options, options.settled(), options.output
@@ -84,6 +86,10 @@ class Run:
             model.resize_token_embeddings(len(tokenizer))
         return model
 
+    def in_parts(self, model):
+        """`model`, of which this process holds a part where the processes share it."""
+        return in_parts(model, self.sharding)
+
     def train(self) -> dict:
         """Trains, or goes on training, and returns the numbers that are also in `results.json`.
 
@@ -97,6 +103,9 @@ class Run:
         if (self.folder / RESULTS_FILE).exists():
             return read_results(self.folder / RESULTS_FILE)
         with discarded_if_refused(self.folder):
+            with main_process_first():
+                check_launch(self.options.expert_parallel)
+            self.sharding = start_sharding(self.options.expert_parallel)
             with main_process_first():
                 prepared = self.prepare()
                 check_same_data(self.folder, prepared.train, is_new=checkpoint is None)
@@ -115,7 +124,7 @@ class Run:
         # before they are sharded
         trained = {name: p.numel() for name, p in prepared.model.named_parameters() if p.requires_grad}
         tokens_per_step = round(
-            options.batch_size * options.accumulate * state.num_processes * prepared.tokens_per_sequence
+            options.batch_size * options.accumulate * data_processes() * prepared.tokens_per_sequence
         )
         trainer = self.new_trainer(prepared, optimizer, tokens_per_step, is_new=checkpoint is None)
         if checkpoint is not None and state.is_main_process:
