@@ -155,11 +155,10 @@ class Finetuning(Run):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(is_depth_attention(name))
         if not given.makes_adapter:
-            return self.in_parts(model), None
+            return model, None
         source = self.starting_point(config)
         source = str(Path(source).resolve()) if Path(source).exists() else source
         base = {"base": source, **describe_base(model)}
-        model = self.in_parts(model)
         if getattr(model, "hf_quantizer", None) is not None:
             model = prepare_quantized(model)
         if given.adapter:

@@ -5,7 +5,9 @@ A plan says which weights are cut and what the processes exchange. Depth attenti
 it whole, and read with it the same sources. Processes that share the weights of a layer see the same batches.
 """
 
+import logging
 import os
+import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from attnres_convert import InputError
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_
 from transformers import PreTrainedModel
 
+from .adapters import with_adapter
 from .optim import norm_of_all
 from .process import tensor_parallel_size
 
@@ -70,6 +75,7 @@ def start_sharding(expert: int = 1) -> Sharding | None:
         return None
     from transformers.distributed import DistributedConfig
 
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of tensors put together in two steps
     config = DistributedConfig(tp_size=tensor, fsdp_size=processes // tensor, ep_size=expert)
     config, _, mesh = PreTrainedModel.prepare_distribute_model(config)
     return Sharding(tensor, expert, config, mesh)
@@ -80,6 +86,9 @@ def check_can_be_cut(model: PreTrainedModel, sharding: Sharding):
     Raises:
         InputError: the model can't be cut up in this way, or would be wrong without a word.
     """
+    if isinstance(model, PeftModel):
+        check_adapter(model, sharding)
+        model = model.get_base_model()
     config, size, plan = model.config, sharding.tensor, model.tp_plan or {}
     if getattr(model, "hf_quantizer", None) is not None:
         raise InputError("tensor and expert parallelism don't cut up quantised weights; use --method lora.")
@@ -102,6 +111,27 @@ def check_can_be_cut(model: PreTrainedModel, sharding: Sharding):
             heads = getattr(config, name, None)
             if heads and heads % size:
                 raise InputError(f"tensor parallelism in {size} processes must divide {name} = {heads}: {HEADS}.")
+
+
+def check_adapter(model: PeftModel, sharding: Sharding):
+    """
+    Raises:
+        InputError: PEFT can't share the adapter between processes as the layers are.
+    """
+    if sharding.tensor < PartialState().num_processes:
+        raise InputError(
+            "adapters need all processes to share each layer: --parallelism_config_tp_size N of N, or FSDP2."
+        )
+    if model.peft_config["default"].use_dora:
+        raise InputError("tensor parallelism can't share DoRA's adapters; use --method lora.")
+    plan = model.get_base_model().tp_plan or {}
+    for name, module in model.get_base_model().named_modules():
+        style = plan.get(re.sub(r"\.\d+\.", ".*.", name), "colwise")
+        if isinstance(module, BaseTunerLayer) and style not in ("colwise", "rowwise"):
+            projection = name.split(".")[-1]
+            raise InputError(
+                f"tensor parallelism can't share adapters of {projection}; give --target-modules without it."
+            )
 
 
 class SummedGradient(torch.autograd.Function):
@@ -150,16 +180,19 @@ def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)
 
 
-@torch.no_grad()
-def in_parts(model: PreTrainedModel, sharding: Sharding | None) -> PreTrainedModel:
-    """`model`, of which this process then holds its part, on its device; without communication.
+def copy_part(value: torch.Tensor, parameter: torch.Tensor):
+    """Fills `parameter`, of which this process may hold a part, from the whole `value`."""
+    both = (parameter, part_of(value, parameter))
+    local, part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in both)
+    local.copy_(part)
 
-    Raises:
-        InputError: it can't be cut up.
-    """
-    if sharding is None:
-        return model
-    check_can_be_cut(model, sharding)
+
+@torch.no_grad()
+def in_parts(model: PreTrainedModel | PeftModel, sharding: Sharding) -> PreTrainedModel | PeftModel:
+    """`model`, which [`check_can_be_cut`], and of which this process then holds its part, on its device. For all
+    processes together."""
+    if isinstance(model, PeftModel):
+        return adapter_in_parts(model, sharding)
     sum_gradients_once()
     whole = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -171,12 +204,26 @@ def in_parts(model: PreTrainedModel, sharding: Sharding | None) -> PreTrainedMod
     model = type(model).maybe_distribute_model(model, sharding.config, sharding.mesh)
     model.to_empty(device=PartialState().device)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        part = part_of(whole.pop(name), parameter)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.copy_(part.to_local() if isinstance(part, DTensor) else part)
+        copy_part(whole.pop(name), parameter)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         buffer.copy_(buffers[name])
     model.tie_weights()
+    return model
+
+
+def adapter_in_parts(model: PeftModel, sharding: Sharding) -> PeftModel:
+    """PEFT makes adapters of models that are in parts, with other values in each number of processes; the values are
+    those of the adapter of the whole model."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    config = model.peft_config["default"]
+    model = with_adapter(in_parts(model.unload(), sharding), config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and isinstance(module.weight, DTensor):
+            # PEFT takes the width of a part for that of the whole
+            module.out_features, module.in_features = module.weight.shape
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            copy_part(trained[name], parameter)
     return model
 
 

@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .checkpoints import ADVICE, check_archives, check_same_model, checkpoints, is_untouched, list_files, run_id
 from .folders import FAILURE_FILE, WORK_NAME, begin_work, end_work, no_space_in_one_line, publish, remove
 from .optim import is_depth_attention, uses_deepspeed
-from .process import end_without_a_word, main_process_first, tensor_parallel_size
+from .process import data_processes, end_without_a_word, main_process_first, tensor_parallel_size
 from .tensors import clip_as_one, cut_optimizer_state, part_of, whole_optimizer_state
 
 
@@ -70,7 +70,9 @@ def check_saved(folder: Path, model: torch.nn.Module) -> bool:
         return False
     with understood("the model can't be saved in a form that loads again"):
         if isinstance(model, PeftModel):
-            saved, expected = read_shard(folder / name).tensors, get_peft_model_state_dict(model)
+            # names alone matter, and other processes don't wait to put parts together
+            state = {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in model.state_dict().items()}
+            saved, expected = read_shard(folder / name).tensors, get_peft_model_state_dict(model, state)
             for tensor in sorted(saved.keys() ^ expected.keys()):
                 raise KeyError(tensor)
         else:
@@ -190,9 +192,18 @@ class RunTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
+        if self.args.world_size > data_processes():
+            self.gather_function = self.gather_once
         metrics = super().evaluate(*args, **kwargs)
         self._check_finite(metrics["eval_loss"], "held-out loss", self.state.global_step)
         return metrics
+
+    def gather_once(self, values: torch.Tensor) -> torch.Tensor:
+        """As `gather_for_metrics` of accelerate, which takes several times what processes with the same batches have,
+        but where it leaves out what it has filled up with."""
+        gathered = self.accelerator.gather(values).view(data_processes(), -1, len(values))[:, 0].flatten()
+        state = self.accelerator.gradient_state
+        return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
 
     def _check_finite(self, value, name: str, step: int):
         """Stops the run if `value` isn't finite in one of the processes.

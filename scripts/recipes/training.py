@@ -30,7 +30,7 @@ from .process import data_processes, enough_memory, main_process_first, peak_mem
 from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_errors, open_run, read_results, unlock
 from .space import FEW, LARGE, check_run_space, sizes
 from .start import load_model
-from .tensors import check_launch, in_parts, start_sharding
+from .tensors import check_can_be_cut, check_launch, in_parts, start_sharding
 from .trainer import RunTrainer
 
 
@@ -86,10 +86,6 @@ class Run:
             model.resize_token_embeddings(len(tokenizer))
         return model
 
-    def in_parts(self, model):
-        """`model`, of which this process holds a part where the processes share it."""
-        return in_parts(model, self.sharding)
-
     def train(self) -> dict:
         """Trains, or goes on training, and returns the numbers that are also in `results.json`.
 
@@ -109,6 +105,10 @@ class Run:
             with main_process_first():
                 prepared = self.prepare()
                 check_same_data(self.folder, prepared.train, is_new=checkpoint is None)
+                if self.sharding is not None:
+                    check_can_be_cut(prepared.model, self.sharding)
+            if self.sharding is not None:
+                prepared.model = in_parts(prepared.model, self.sharding)
             options = self.options = self.options.settled(prepared.steps)
             optimizer = new_optimizer(
                 prepared.model, options.optimizer, options.learning_rate, options.weight_decay, options.depth_lr_scale
@@ -283,6 +283,8 @@ def training_arguments(options: RunOptions) -> TrainingArguments:
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
         dataloader_num_workers=options.num_workers,
+        # each process reads a stream by itself: one that reads for all would share out what others are to have too
+        accelerator_config={"dispatch_batches": False} if data_processes() < PartialState().num_processes else None,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
