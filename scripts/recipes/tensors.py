@@ -26,6 +26,12 @@ from .optim import norm_of_all
 from .process import tensor_parallel_size
 
 
+# sizes of accelerate's ParallelismConfig that models and packed documents can't be trained with
+UNSUPPORTED = {
+    "cp_size": "context parallelism of accelerate leaves out the masks that keep documents apart",
+    "sp_size": "sequence parallelism of DeepSpeed knows nothing of documents in a sequence",
+    "dp_replicate_size": "what processes are more than those that share a layer shares the model too",
+}
 HEADS = "the heads of attention are spread over the processes"
 
 
@@ -45,8 +51,9 @@ def check_launch(expert: int):
         InputError: `accelerate launch` has started processes that can't cut up models in this way.
     """
     tensor, processes = tensor_parallel_size(), PartialState().num_processes
-    if int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1")) > 1:
-        raise InputError("context parallelism leaves out the masks that keep documents apart; use tensor parallelism.")
+    for name, reason in UNSUPPORTED.items():
+        if int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) > 1:
+            raise InputError(f"no {name}: {reason}; use tensor parallelism, FSDP2 or both.")
     if tensor == expert == 1:
         return
     kind = "tensor parallelism" if tensor > 1 else "--expert-parallel"
@@ -102,8 +109,9 @@ def check_can_be_cut(model: PreTrainedModel, sharding: Sharding):
                 )
     if size == 1:
         return
-    if not plan:
-        raise InputError(f"{config.model_type} has no plan for tensor parallelism; use FSDP2.")
+    if sharding.expert == 1 and not any("layers" in name for name in plan):
+        advice = "use --expert-parallel, or FSDP2" if model.ep_plan else "use FSDP2"
+        raise InputError(f"transformers has no tensor parallelism for the layers of {config.model_type}; {advice}.")
     if getattr(config, "clip_qkv", None) is not None:
         raise InputError("with clip_qkv, which transformers applies in place, tensor parallelism can't; use FSDP2.")
     if any("self_attn" in name and style == "colwise" for name, style in plan.items()):
