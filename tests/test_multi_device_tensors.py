@@ -1,16 +1,21 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Tensor and expert parallel training, for real: processes on gloo that share the layers or the experts of a model."""
 
+import importlib.util
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from attnres_recipes.packing import separate_documents
-from attnres_recipes.tensors import UNSUPPORTED, Sharding, check_can_be_cut, check_launch, in_parts
+from attnres_recipes.tensors import OLDEST, UNSUPPORTED, Sharding, check_can_be_cut, check_launch, in_parts
 from families import FAMILIES, relative_error, tiny_donor, tiny_model, tokens
 from launch_process import CONFIGS, environment, launch_server
+from packaging import version
 from peft import PeftModel
 from pretrain_process import SIZES
 from test_distributed import REORDERED_GRADIENTS, batch, expected_gradients, run_on_two_processes, whole
@@ -32,10 +37,12 @@ from test_multi_device import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-pytest.importorskip("transformers.distributed.mixin", reason="this transformers applies plans in another way")
+if version.parse(transformers.__version__) < version.parse(OLDEST):
+    pytest.skip("this transformers doesn't train models in parts", allow_module_level=True)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")]
 
 EXPERTS = ["num_experts=4", "num_experts_per_tok=2", "moe_intermediate_size=32", "num_key_value_heads=2"]
+ROOT = Path(__file__).parents[1]
 # with norms of heads, whose gradients processes have in parts
 MOE = ["--config=qwen3_moe", "--train-tokenizer=300", "--set", *SIZES, *EXPERTS, *STEPS, "--data=text"]
 SHARED = "--expert-parallel=2"
@@ -180,6 +187,8 @@ def test_lora(server, single):
         "can't share DoRA's adapters": ["--method=dora"],
         "can't share adapters of lm_head": ["--method=lora", "--target-modules", "lm_head", "q_proj"],
     }
+    if importlib.util.find_spec("bitsandbytes"):
+        refused["don't cut up quantised weights"] = ["--method=qlora"]
     for message, more in refused.items():
         check_refused(server, message, "tp", "finetune", *options, *more)
 
@@ -309,3 +318,21 @@ def test_configuration(monkeypatch):
     )
     variables = environment("tp", 2)
     assert variables["PARALLELISM_CONFIG_TP_SIZE"] == "2" and "ACCELERATE_USE_FSDP" not in variables
+
+
+def test_memory(tmp_path):
+    """benchmarks/devices.py counts what is there, and what it gave is what it says: a part for each process."""
+    output, sizes = tmp_path / "devices.json", "num_hidden_layers=2 hidden_size=32 intermediate_size=64"
+    sizes += " num_attention_heads=2 num_key_value_heads=2 vocab_size=2048"
+    benchmark = [sys.executable, ROOT / "benchmarks" / "devices.py", "--output", output, "--sizes", sizes]
+    subprocess.run([*benchmark, "--ways", "llama", "llama tp"], check=True, capture_output=True, timeout=250)
+    for path in (output, ROOT / "results" / "devices.json"):
+        rows = json.loads(path.read_text())["rows"]
+        whole, cut = rows["llama"], rows["llama tp"]
+        assert cut["loss"] == pytest.approx(whole["loss"], rel=REORDERED)
+        for name in ("parameters", "gradients", "optimizer"):
+            assert 0.5 <= cut[name] / whole[name] < 0.8
+        assert whole["gradients"] == whole["parameters"] == whole["optimizer"] / 2
+    assert rows["llama fsdp2"]["parameters"] <= rows["llama ddp"]["parameters"] / 2 + 1000
+    assert rows["llama ddp"]["parameters"] == whole["parameters"]
+    assert rows["qwen3_moe ep"]["parameters"] < 0.51 * rows["qwen3_moe"]["parameters"]

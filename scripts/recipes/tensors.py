@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import transformers
 from accelerate import PartialState
 from attnres_convert import InputError
+from packaging import version
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,6 +28,7 @@ from .optim import norm_of_all
 from .process import tensor_parallel_size
 
 
+OLDEST = "5.23.0"  # whose Trainer trains models that are in parts, and in which it was tested
 # sizes of accelerate's ParallelismConfig that models and packed documents can't be trained with
 UNSUPPORTED = {
     "cp_size": "context parallelism of accelerate leaves out the masks that keep documents apart",
@@ -68,8 +71,8 @@ def check_launch(expert: int):
     if expert > 1 and (expert % tensor or processes % expert):
         shared = f" and be a multiple of {tensor}, the processes that share a layer" if tensor > 1 else ""
         raise InputError(f"--expert-parallel {expert} must divide the number of processes, {processes}{shared}.")
-    if not hasattr(PreTrainedModel, "prepare_distribute_model"):
-        raise InputError(f"{kind} needs a newer transformers: pip install -U transformers.")
+    if version.parse(transformers.__version__) < version.parse(OLDEST):
+        raise InputError(f"{kind} needs transformers {OLDEST} or newer, installed is {transformers.__version__}.")
 
 
 def start_sharding(expert: int = 1) -> Sharding | None:
