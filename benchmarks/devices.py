@@ -6,7 +6,7 @@ gradients and of the optimizer's state (AdamW, float32), counted in the tensors 
 of scripts/pretrain.py that `accelerate launch` starts. On a GPU also the peak of its memory. Without one, processes run
 on the CPU with gloo, and the memory of a process, which has built the model as a whole before, says little.
 
-Prints the table, and writes it and what was run as JSON.
+Prints the table, and writes it and what was run as JSON. Ways that the output has already aren't measured again.
 """
 
 import argparse
@@ -132,20 +132,24 @@ def main(arguments: list[str] | None = None):
     args = parser.parse_args(arguments)
     from attnres_recipes.process import versions
 
-    rows = {}
+    what = {"models": {"all": args.sizes} if args.sizes else MODELS, "training": TRAINING, "versions": versions()}
+    before = json.loads(args.output.read_text()) if args.output.exists() else {}
+    rows = before.pop("rows", {})
+    rows = rows if before == what else {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.ways:
+        for name in (name for name in args.ways if name not in rows):
             way = WAYS[name]
             run = Path(folder, re.sub(r"\W+", "-", name))
             rows[name] = measure(way, run, args.tokenizer, args.sizes or MODELS[way.model])
             print(name, rows[name], file=sys.stderr)
+            rows = {name: rows[name] for name in WAYS if name in rows}
+            write_json(args.output, {**what, "rows": rows})
     columns = ("parameters", "gradients", "optimizer")
     lines = [
         (name, str(row["processes"]), *(f"{row[column] / 1e6:.1f}" for column in columns), f"{row['loss']:.4f}")
         for name, row in rows.items()
     ]
     print(table([("way", "processes", *(f"{column} (MB)" for column in columns), "loss"), *lines]), end="")
-    write_json(args.output, {"models": MODELS, "training": TRAINING, "rows": rows, "versions": versions()})
 
 
 if __name__ == "__main__":
