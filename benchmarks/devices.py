@@ -94,7 +94,7 @@ def worker(arguments: list[str]):
     Measured.command(parse_arguments(arguments))
 
 
-def measure(way: Way, folder: Path, tokenizer: Path, sizes: str) -> dict:
+def measure(way: Way, folder: Path, tokenizer: Path, sizes: str, training: str) -> dict:
     """The largest of all processes."""
     options = [
         "--config",
@@ -103,7 +103,7 @@ def measure(way: Way, folder: Path, tokenizer: Path, sizes: str) -> dict:
         *sizes.split(),
         "--tokenizer",
         tokenizer,
-        *TRAINING.split(),
+        *training.split(),
         *way.options,
     ]
     launch = [sys.executable]
@@ -128,11 +128,12 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--sizes", help="of all models, instead of the ones here, as --set takes them")
+    parser.add_argument("--training", default=TRAINING, help="options of scripts/pretrain.py; default: %(default)s")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "model_cards" / "llama-1.3m")
     args = parser.parse_args(arguments)
     from attnres_recipes.process import versions
 
-    what = {"models": {"all": args.sizes} if args.sizes else MODELS, "training": TRAINING, "versions": versions()}
+    what = {"models": {"all": args.sizes} if args.sizes else MODELS, "training": args.training, "versions": versions()}
     before = json.loads(args.output.read_text()) if args.output.exists() else {}
     rows = before.pop("rows", {})
     rows = rows if before == what else {}
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None):
         for name in (name for name in args.ways if name not in rows):
             way = WAYS[name]
             run = Path(folder, re.sub(r"\W+", "-", name))
-            rows[name] = measure(way, run, args.tokenizer, args.sizes or MODELS[way.model])
+            rows[name] = measure(way, run, args.tokenizer, args.sizes or MODELS[way.model], args.training)
             print(name, rows[name], file=sys.stderr)
             rows = {name: rows[name] for name in WAYS if name in rows}
             write_json(args.output, {**what, "rows": rows})
