@@ -2,7 +2,6 @@
 """AdamW, or Muon for the layers' matrices with AdamW for the rest; depth attention is a parameter group of its own."""
 
 import os
-from collections import defaultdict
 
 import torch
 from attnres_convert import InputError
@@ -17,16 +16,6 @@ def uses_deepspeed() -> bool:
 
 def is_depth_attention(name: str) -> bool:
     return "depth_attention" in name.split(".")
-
-
-def norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The norm of all together, of which some may be whole and others cut up, over the same processes or others."""
-    by_mesh = defaultdict(list)
-    for tensor in tensors:
-        by_mesh[getattr(tensor, "device_mesh", None)].append(tensor)
-    norms = [torch.nn.utils.get_total_norm(group) for group in by_mesh.values()]
-    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
 def parameter_groups(model, learning_rate: float, weight_decay: float, depth_lr_scale: float) -> dict[str, dict]:

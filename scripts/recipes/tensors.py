@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from transformers import PreTrainedModel
 
 from .adapters import with_adapter
-from .optim import norm_of_all
+from .look import norm_of_all
 from .process import tensor_parallel_size
 
 
