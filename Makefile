@@ -67,6 +67,9 @@ lint: $(READY) ## check style and format
 exactness: $(READY) ## measure how exact conversion is, the numbers in the README
 	$(BIN)/python benchmarks/exactness.py --output results/exactness.json $(ARGS)
 
+devices: $(READY) ## measure what each process of a training run holds, by the way in which devices share it
+	$(BIN)/python benchmarks/devices.py --output results/devices.json $(ARGS)
+
 support: $(READY) ## measure every family and fill the table of supported families in the README
 	$(BIN)/python benchmarks/support_table.py $(ARGS)
 

@@ -5,12 +5,16 @@ import importlib
 import os
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from attnres_recipes.data import stdlib_files
 from pretrain_process import LIBRARIES, SCRIPTS, Run, Server
 
 
@@ -107,3 +111,19 @@ class LaunchServer(Server):
             process.start()
             runs.append(Run(process, log))
         return Launch(runs)
+
+
+@contextmanager
+def launch_server(folder: Path) -> Iterator[LaunchServer]:
+    """A server whose folder has a folder `text` of documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "HF_DATASETS_CACHE", "PYTHONPATH"):
+            patch.setenv(name, "")
+        server = LaunchServer(folder)
+        text = server.folder / "text"
+        text.mkdir()
+        source = "".join(file.read_text(errors="replace") for file in stdlib_files()[:6])
+        for index in range(40):
+            (text / f"{index:02d}.txt").write_text(source[800 * index : 800 * index + 500 + 7 * index])
+        yield server
+        server.stop()

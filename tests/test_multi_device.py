@@ -15,10 +15,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dist_cp
 from accelerate.utils import merge_fsdp_weights
-from attnres_recipes.data import stdlib_files
 from attnres_recipes.optim import new_optimizer
 from families import perturb, tiny_model
-from launch_process import CONFIGS, LaunchServer, environment
+from launch_process import CONFIGS, environment, launch_server
 from peft import PeftModel
 from pretrain_process import SCRIPTS, SIZES
 from safetensors.torch import load_file
@@ -84,17 +83,8 @@ def check_same_weights(tensors: dict, expected: dict, tolerance: float = 0):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "HF_DATASETS_CACHE", "PYTHONPATH"):
-            patch.setenv(name, "")
-        server = LaunchServer(tmp_path_factory.mktemp("multi_device"))
-        text = server.folder / "text"
-        text.mkdir()
-        source = "".join(file.read_text(errors="replace") for file in stdlib_files()[:6])
-        for index in range(40):
-            (text / f"{index:02d}.txt").write_text(source[800 * index : 800 * index + 500 + 7 * index])
+    with launch_server(tmp_path_factory.mktemp("multi_device")) as server:
         yield server
-        server.stop()
 
 
 def accelerate_launch(config: str, *arguments) -> list[str]:

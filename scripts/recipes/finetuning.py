@@ -41,6 +41,7 @@ from .folders import whole_folder
 from .look import decoder
 from .optim import is_depth_attention
 from .options import LORA_RANK, FinetuneOptions
+from .process import data_processes
 from .run import CONVERTED_NAME
 from .start import get_tokenizer, starting_point
 from .trainer import RunTrainer
@@ -56,7 +57,7 @@ class SupervisedTrainer(RunTrainer):
     def compute_loss(self, model, inputs, num_items_in_batch=None, **kwargs):
         if not model.training:
             # a batch counts for its sequences, so each gets the same share of all tokens
-            num_items_in_batch = self.labels_per_sequence * len(inputs["input_ids"]) * self.args.world_size
+            num_items_in_batch = self.labels_per_sequence * len(inputs["input_ids"]) * data_processes()
         return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
 
     @functools.cached_property
@@ -118,7 +119,7 @@ class Finetuning(Run):
                 lines.append(f"{count} of {number} examples are {what}")
         if is_main:
             print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
-        per_step = given.batch_size * given.accumulate * PartialState().num_processes
+        per_step = self.sequences_per_step
         steps = given.steps or math.ceil(given.epochs * len(train) / per_step)
         held_out = spread_out(test, given.eval_sequences)  # of long and short examples
         amount |= counts | {

@@ -2,6 +2,7 @@
 """What a model does over depth, seen in a forward: outputs of sublayers, reads and their weights, gradients."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -129,14 +130,22 @@ def look(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, list[flo
                 module.reshard()
 
 
+def norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of all together, of which some may be whole and others cut up, over the same processes or others."""
+    by_mesh = defaultdict(list)
+    for tensor in tensors:
+        by_mesh[getattr(tensor, "device_mesh", None)].append(tensor)
+    norms = [torch.nn.utils.get_total_norm(group) for group in by_mesh.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+
+
 def gradient_norms(layers: nn.ModuleList) -> list[float | None]:
     """Of each layer's parameters together; None for a layer without gradients."""
     norms = []
     for layer in layers:
         gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        norms.append(None if norm is None else norm.item())
+        norms.append(norm_of_all(gradients).item() if gradients else None)
     return norms
 
 

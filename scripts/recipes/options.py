@@ -109,6 +109,7 @@ class TrainingOptions(Options):
     bf16: bool = option(False, "compute in bfloat16, weights stay in float32")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     compile: bool = option(False, "torch.compile")
+    expert_parallel: Batch = option(1, "processes that share the experts of each layer, each with whole ones")
     seed: Seed = option(0, "of new weights, dropout and the order of the data")
 
 
@@ -252,6 +253,8 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
             raise InputError("--resize-embeddings goes with --model; with --config, --set vocab_size decides")
         if self.pipeline_stages and self.mode == "donor":
             raise InputError("--pipeline-stages cuts AttnRes models; with --mode donor use FSDP2")
+        if self.pipeline_stages and self.expert_parallel > 1:
+            raise InputError("--pipeline-stages and --expert-parallel don't go together; leave out one of them")
         if self.pipeline_stages and self.compile:
             raise InputError("--pipeline-stages can't compile; leave out --compile")
         if self.streaming and self.num_workers:

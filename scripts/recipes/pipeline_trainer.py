@@ -49,9 +49,6 @@ class PipelineTrainer(RunTrainer):
         if (state := self.pipeline.state_dict()) is not None:
             self._save(output_dir, state_dict=state)
 
-    def load_weights(self, model):
-        self.pipeline.load_state_dict(model.state_dict())
-
     def parts(self, folder: str) -> dict[Path, object]:
         """By file, what this process has of the optimizer and, as its groups may be fewer, of the schedule."""
         suffix = f"-{self.pipeline.rank}" * (self.pipeline.rank > 0)

@@ -470,10 +470,6 @@ class Pipeline:
                 whole[name] = received.cpu()
         return whole
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]):
-        """Takes from a whole model's tensors those of this process."""
-        self.model.load_state_dict({name: state[name] for name in self.model.state_dict()})
-
     def save_pretrained(self, folder, **kwargs):
         """As that of the model. The first process writes, the others wait."""
         if (state := self.state_dict()) is not None:

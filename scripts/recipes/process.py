@@ -54,9 +54,21 @@ def main_process_first():
             broadcast_object_list(succeeded)
 
 
+def tensor_parallel_size() -> int:
+    """How many processes share each layer; 1 where `accelerate launch` wasn't told."""
+    return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+
+
+def data_processes() -> int:
+    """How many processes there are that train on batches of their own: those that share a layer have the same."""
+    return max(1, PartialState().num_processes // tensor_parallel_size())
+
+
 def launched() -> dict:
     """How `accelerate launch` started this process; a run goes on as it began."""
     sharding = [name for name in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"]
+    if tensor_parallel_size() > 1:
+        sharding.append(f"tensors in {tensor_parallel_size()}")
     return {"processes": PartialState().num_processes, "sharding": sharding[0] if sharding else None}
 
 
@@ -97,8 +109,8 @@ def start_process() -> PartialState:
     # the others wait for the main process to prepare the data
     state = PartialState(**options, timeout=timedelta(hours=3))
     quieten_libraries()
-    # AttnRes layers return views to nothing that changes them in place
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPAttnRes\w+\) returned a view")
+    # nothing changes in place what the embedding, the layers and the head return
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.+\) returned a view")
     return state
 
 

@@ -45,6 +45,9 @@ RUN_FILES = (RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE, "data.json", "d
 WRITTEN = (*RUN_FILES, "comparison.json", "comparison.md", "comparison.png")
 LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, WRITTEN))})(\.attnres-tmp-[0-9a-f]{{8}}){{1,2}}")
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
+# arguments that runs of old versions don't have
+OF_OLD_RUNS = {"processes": 1, "resize_embeddings": False, "samples": 0, "expert_parallel": 1}
+OF_OLD_RUNS |= {"pipeline_schedule": "1f1b"}
 
 
 def read_results(path: Path, *counts: str) -> dict:
@@ -143,9 +146,7 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
                 raise InputError(f"{folder} holds {other} and isn't the output of such a run; choose another --output.")
             begin_run(folder, now, new)
     before = read_run(folder)
-    # what old versions don't have
-    begun = {"processes": 1, "resize_embeddings": False, "samples": 0, "pipeline_schedule": "1f1b"}
-    begun |= before["arguments"]
+    begun = {name: OF_OLD_RUNS[name] for name in OF_OLD_RUNS.keys() & arguments.keys()} | before["arguments"]
     for name in arguments.keys() | begun.keys():
         is_gone = name not in arguments and not begun[name]  # an option of old versions that wasn't used
         if arguments.get(name) != begun.get(name) and not is_gone:

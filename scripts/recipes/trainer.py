@@ -26,7 +26,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .checkpoints import ADVICE, check_archives, check_same_model, checkpoints, is_untouched, list_files, run_id
 from .folders import FAILURE_FILE, WORK_NAME, begin_work, end_work, no_space_in_one_line, publish, remove
 from .optim import is_depth_attention, uses_deepspeed
-from .process import end_without_a_word, main_process_first
+from .process import data_processes, end_without_a_word, main_process_first, tensor_parallel_size
+from .tensors import clip_as_one, cut_optimizer_state, part_of, whole_optimizer_state
 
 
 OVERRIDDEN = {
@@ -69,7 +70,9 @@ def check_saved(folder: Path, model: torch.nn.Module) -> bool:
         return False
     with understood("the model can't be saved in a form that loads again"):
         if isinstance(model, PeftModel):
-            saved, expected = read_shard(folder / name).tensors, get_peft_model_state_dict(model)
+            # names alone matter, and other processes don't wait to put parts together
+            state = {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in model.state_dict().items()}
+            saved, expected = read_shard(folder / name).tensors, get_peft_model_state_dict(model, state)
             for tensor in sorted(saved.keys() ^ expected.keys()):
                 raise KeyError(tensor)
         else:
@@ -89,10 +92,13 @@ class RunTrainer(Trainer):
     Batches may hold `documents` `(batch, seq)`, which row of the data each token is from.
     """
 
-    def __init__(self, *args, optimizers: tuple = (None, None), keep_checkpoints: int = 2, **kwargs):
+    def __init__(self, model, args, *more, optimizers: tuple = (None, None), keep_checkpoints: int = 2, **kwargs):
         # a Trainer that shards refuses an optimizer that it is given, and takes it from create_optimizer
         self.given_optimizer, scheduler = optimizers
-        super().__init__(*args, optimizers=(None, scheduler), **kwargs)
+        self.in_parts = getattr(model, "_is_distributed_loading_by_transformers", False)  # see tensors.py
+        args.save_only_model = self.in_parts  # a Trainer refuses others: it would save a part of the optimizer's state
+        super().__init__(model, args, *more, optimizers=(None, scheduler), **kwargs)
+        self.args.save_only_model = False
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             # accelerate fails at a class that a model names and doesn't have
             classes = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
@@ -111,8 +117,9 @@ class RunTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self):
         state = self.args.distributed_state
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate would leave the model unsharded on CPUs without a word, and needs no more than this to shard
+        shards = os.environ.get("ACCELERATE_USE_FSDP") == "true" or tensor_parallel_size() > 1
+        if shards and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate would leave the model unsharded on CPUs without a word, or refuse, and needs no more than this
             state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
         if self.accelerator.is_fsdp2 and self.args.bf16:
@@ -131,6 +138,8 @@ class RunTrainer(Trainer):
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
             self.optimizer = self.given_optimizer
+            if self.in_parts:
+                self.optimizer.register_load_state_dict_pre_hook(cut_optimizer_state)
         return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -163,7 +172,7 @@ class RunTrainer(Trainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (depth if is_depth_attention(name) else others).append(parameter)
-        clip = self.accelerator.clip_grad_norm_
+        clip = clip_as_one if self.in_parts else self.accelerator.clip_grad_norm_
         self.depth_grad_norm = self._checked_norm(
             clip(depth, self.args.max_grad_norm) if depth else None, "gradient norm of depth attention"
         )
@@ -183,9 +192,18 @@ class RunTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
+        if self.args.world_size > data_processes():
+            self.gather_function = self.gather_once
         metrics = super().evaluate(*args, **kwargs)
         self._check_finite(metrics["eval_loss"], "held-out loss", self.state.global_step)
         return metrics
+
+    def gather_once(self, values: torch.Tensor) -> torch.Tensor:
+        """As `gather_for_metrics` of accelerate, which takes several times what processes with the same batches have,
+        but where it leaves out what it has filled up with."""
+        gathered = self.accelerator.gather(values).view(data_processes(), -1, len(values))[:, 0].flatten()
+        state = self.accelerator.gradient_state
+        return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
 
     def _check_finite(self, value, name: str, step: int):
         """Stops the run if `value` isn't finite in one of the processes.
@@ -236,11 +254,9 @@ class RunTrainer(Trainer):
             )
         if info["missing_keys"]:
             raise InputError(f"{resume_from_checkpoint} is damaged: it has no {min(info['missing_keys'])}.")
-        self.load_weights(loaded)
-
-    def load_weights(self, model):
-        """Takes those of another model of the same kind."""
-        self.model.load_state_dict(model.state_dict())
+        state = loaded.state_dict()  # of which this process may have a part
+        own = {name: part_of(state[name], value) for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(own)
 
     def complete(self, folder: Path):
         """Adds what else belongs to a saved model. For the main process."""
@@ -267,7 +283,7 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(self.folder / WORK_NAME)
         try:
-            with self._written_whole():
+            with self._written_whole(), whole_optimizer_state(self.given_optimizer, self.in_parts):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(self.folder)

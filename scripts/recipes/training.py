@@ -27,10 +27,19 @@ from .log import RunLog, losses, read_lines, tokens_per_second
 from .look import check_can_be_watched
 from .optim import is_depth_attention, new_optimizer, uses_deepspeed
 from .options import RunOptions
-from .process import enough_memory, launched, main_process_first, peak_memory, start_process, versions
+from .process import (
+    data_processes,
+    enough_memory,
+    launched,
+    main_process_first,
+    peak_memory,
+    start_process,
+    versions,
+)
 from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_errors, open_run, read_results, unlock
 from .space import FEW, LARGE, check_run_space, sizes
 from .start import load_model
+from .tensors import check_can_be_cut, check_launch, in_parts, start_sharding
 from .trainer import RunTrainer
 
 
@@ -62,6 +71,7 @@ class Run:
     label: str  # of what is plotted, in `results.json`
     columns: dict[str, str]  # of a comparison: names in `results.json` by heading
     trainer_class = RunTrainer
+    sharding = None  # how the processes share a model
 
     def __init__(self, options: RunOptions):
         self.given, self.options, self.folder = options, options.settled(), options.output
@@ -99,11 +109,18 @@ class Run:
             return read_results(self.folder / RESULTS_FILE)
         with discarded_if_refused(self.folder):
             with main_process_first():
+                sharding = launched()["sharding"]
+                if self.options.pipeline_stages and sharding:
+                    raise InputError(f"--pipeline-stages goes with pipeline.yaml, and not with {sharding}.")
+                check_launch(self.options.expert_parallel)
+            self.sharding = start_sharding(self.options.expert_parallel)
+            with main_process_first():
                 prepared = self.prepare()
                 check_same_data(self.folder, prepared.train, is_new=checkpoint is None)
+                if self.sharding is not None:
+                    check_can_be_cut(prepared.model, self.sharding)
             options = self.options = self.options.settled(prepared.steps)
-            optimizer = self.new_optimizer(prepared)
-            needed = sizes(prepared.model, optimizer, getattr(options, "merge", False))
+            needed = sizes(prepared.model, self.new_optimizer(prepared), getattr(options, "merge", False))
             if self.given.save_steps is None and needed.checkpoint >= LARGE:
                 options.save_steps = arguments["save_steps"] = options.save_steps_of(FEW)
                 if state.is_main_process:
@@ -111,11 +128,9 @@ class Run:
                     print(f"{what} every {options.save_steps} steps; --save-steps changes that", file=sys.stderr)
             with main_process_first():
                 check_run_space(self.folder, options, needed, checkpoint)
-            # before they are sharded
             trained = {name: p.numel() for name, p in prepared.model.named_parameters() if p.requires_grad}
-            if options.pipeline_stages:
-                self.cut(prepared)
-                optimizer = self.new_optimizer(prepared)
+            self.distribute(prepared)
+            optimizer = self.new_optimizer(prepared)
         tokens_per_step = round(self.sequences_per_step * prepared.tokens_per_sequence)
         trainer = self.new_trainer(prepared, optimizer, tokens_per_step, is_new=checkpoint is None)
         if checkpoint is not None and state.is_main_process:
@@ -155,7 +170,7 @@ class Run:
     def sequences_per_step(self) -> int:
         """In all processes, which share one batch in a pipeline."""
         options = self.options
-        replicas = 1 if options.pipeline_stages else PartialState().num_processes
+        replicas = 1 if options.pipeline_stages else data_processes()
         return options.batch_size * options.accumulate * replicas
 
     def new_optimizer(self, prepared: Prepared) -> torch.optim.Optimizer:
@@ -164,16 +179,18 @@ class Run:
             prepared.model, options.optimizer, options.learning_rate, options.weight_decay, options.depth_lr_scale
         )
 
-    def cut(self, prepared: Prepared):
-        """Leaves in the model what this process has of a pipeline."""
+    def distribute(self, prepared: Prepared):
+        """Leaves in the model what this process has of it, in a pipeline or of tensors that are cut up."""
         options = self.options
+        if self.sharding is not None:
+            prepared.model = in_parts(prepared.model, self.sharding)
+        if not options.pipeline_stages:
+            return
         from .pipeline_trainer import PipelineTrainer  # these take a second
         from .pipelines import Pipeline, check_pipeline
 
         shape = options.accumulate, options.pipeline_stages, options.pipeline_schedule
         with main_process_first():
-            if launched()["sharding"]:
-                raise InputError("--pipeline-stages goes with scripts/accelerate/pipeline.yaml, which doesn't shard.")
             check_pipeline(prepared.model, PartialState().num_processes, *shape)
         self.trainer_class = partial(PipelineTrainer, Pipeline(prepared.model, *shape))
 
@@ -302,6 +319,8 @@ def training_arguments(options: RunOptions) -> TrainingArguments:
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
         dataloader_num_workers=options.num_workers,
+        # each process reads a stream by itself: one that reads for all would share out what others are to have too
+        accelerator_config={"dispatch_batches": False} if data_processes() < PartialState().num_processes else None,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
