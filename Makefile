@@ -14,7 +14,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
 .PHONY: help setup quickstart test test-real test-serving test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
-	gpu gpu-evidence conformance architecture clean
+	devices gpu gpu-evidence conformance architecture clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"

@@ -50,6 +50,7 @@ WAYS = {
     "llama fsdp2": Way("llama", "fsdp2", 2),
     "llama tp": Way("llama", "tp", 2),
     "llama tp x fsdp": Way("llama", "tp", 4),
+    "llama, accumulate 2": Way("llama", None, 1, ("--accumulate", "2")),
     "llama pipeline": Way("llama", "pipeline", 2, ("--pipeline-stages", "2", "--accumulate", "2")),
     "qwen3_moe": Way("qwen3_moe", None, 1),
     "qwen3_moe fsdp2": Way("qwen3_moe", "fsdp2", 2),
@@ -124,6 +125,16 @@ def measure(way: Way, folder: Path, tokenizer: Path, sizes: str, training: str) 
     return {"processes": way.processes, **most, "loss": json.loads(losses[-1])["loss"]}
 
 
+def markdown(rows: dict[str, dict]) -> str:
+    """MB of the process that holds the most, and the loss of the last step."""
+    columns = ("parameters", "gradients", "optimizer")
+    lines = [
+        (name, str(row["processes"]), *(f"{row[column] / 1e6:.1f}" for column in columns), f"{row['loss']:.4f}")
+        for name, row in rows.items()
+    ]
+    return table([("way", "processes", *columns, "loss"), *lines]).rstrip()
+
+
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -146,12 +157,7 @@ def main(arguments: list[str] | None = None):
             print(name, rows[name], file=sys.stderr)
             rows = {name: rows[name] for name in WAYS if name in rows}
             write_json(args.output, {**what, "rows": rows})
-    columns = ("parameters", "gradients", "optimizer")
-    lines = [
-        (name, str(row["processes"]), *(f"{row[column] / 1e6:.1f}" for column in columns), f"{row['loss']:.4f}")
-        for name, row in rows.items()
-    ]
-    print(table([("way", "processes", *(f"{column} (MB)" for column in columns), "loss"), *lines]), end="")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_files_that_travel():
 
 def test_names_exist():
     """Names of classes, functions and fields in the prose are those of the code."""
-    folders = ("", "convert", "attnres_kernels")
+    folders = ("", "convert", "attnres_kernels", "scripts/recipes")
     sources = [path.read_text(encoding="utf-8") for name in folders for path in (ROOT / name).glob("*.py")]
     defined = set(re.findall(r"(?:def|class) (\w+)", "\n".join(sources)))
     defined |= set(re.findall(r'"(?:\w+::)?(\w+)"', "\n".join(sources)))  # of operators, modes, implementations

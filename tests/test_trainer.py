@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from attnres_convert import InputError
-from attnres_recipes.trainer import OVERRIDDEN, RunTrainer
+from attnres_recipes.trainer import OVERRIDDEN, OVERRIDDEN_IN_PIPELINES, PipelineTrainer, RunTrainer
 from families import attn_res_from_donor, perturb, tiny_config, tiny_donor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -23,8 +23,10 @@ def private_methods(kind: type) -> set[str]:
 def test_overridden_methods():
     """Exactly those named are overridden, and take what transformers' take."""
     assert private_methods(RunTrainer) == OVERRIDDEN.keys()
-    for name in OVERRIDDEN:
-        ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (RunTrainer, Trainer))
+    in_pipelines = OVERRIDDEN | OVERRIDDEN_IN_PIPELINES
+    assert private_methods(PipelineTrainer) == in_pipelines.keys()
+    for name in in_pipelines:
+        ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (PipelineTrainer, Trainer))
         names = [parameter.name for parameter in theirs.parameters.values()]
         takes_all = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in ours.parameters.values())
         assert takes_all or [parameter.name for parameter in ours.parameters.values()] == names

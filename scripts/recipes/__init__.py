@@ -10,7 +10,7 @@ commands.
   `comparison`
 - looking into models: `look`, `plotting`, `evaluation`, `generation`, `serving`
 - other runtimes: `exporting`
-- pipelines: `pipelines`, and on paper `planning`, `schedules`
+- several devices: `tensors`, `pipelines`, and on paper `planning`, `schedules`
 - the Hub: `publishing`, `stranger`, `leaks`
 - processes and machines: `process`, `hardware`
 

@@ -1,7 +1,8 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The Trainer of all runs: it stops at what isn't finite, and goes on from a checkpoint as if there had been no end.
 
-Of transformers' private methods it overrides OVERRIDDEN, for which there is no public way.
+Of transformers' private methods it overrides OVERRIDDEN, and in pipelines OVERRIDDEN_IN_PIPELINES, for which there is
+no public way.
 """
 
 import math
@@ -20,6 +21,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -35,6 +37,10 @@ OVERRIDDEN = {
     "_load_from_checkpoint": "weights as `from_pretrained` loads them: experts have other names and shapes in a file",
     "_prepare_for_training": "no padding token without an embedding, and FSDP2 of models with buffers",
     "_save_checkpoint": "checkpoints that are complete or absent",
+}
+OVERRIDDEN_IN_PIPELINES = {
+    "_load_optimizer_and_scheduler": "each process has its own part of the optimizer",
+    "_save_optimizer_and_scheduler": "each process has its own part of the optimizer",
 }
 
 
@@ -338,3 +344,57 @@ class RunTrainer(Trainer):
                 self._check_names(partial)
                 publish(partial, folder)
             end_work(self.folder)
+
+
+class PipelineTrainer(RunTrainer):
+    """A Trainer of a model that is cut into a pipeline. A step is one batch, the same in each process.
+
+    Args:
+        pipeline: a [`Pipeline`] around the model. The arguments' batch has all microbatches of a step, without
+            gradient accumulation.
+    """
+
+    def __init__(self, pipeline, *args, **kwargs):
+        self.pipeline = pipeline
+        super().__init__(pipeline.model, *args, **kwargs)
+        if self.args.bf16:
+            for stage in pipeline.modules.values():
+                stage.autocast_dtype = torch.bfloat16
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        # each process has the whole batch, and layers that no other has
+        self.accelerator.prepare_data_loader = lambda data_loader, *args, **kwargs: data_loader
+        self.accelerator.prepare_model = lambda model, *args, **kwargs: model
+        self.accelerator.clip_grad_norm_ = self.pipeline.clip_grad_norm_
+
+    def compute_loss_context_manager(self):
+        return nullcontext()  # the stages enter it, as their backward passes are inside of a step
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name != "documents"}
+        run = self.pipeline.step if model.training else self.pipeline.evaluate
+        loss = run(**inputs, num_items_in_batch=num_items_in_batch).float()
+        if model.training:
+            loss.requires_grad_()  # a Trainer calls backward, of which nothing is left to do
+        return (loss, {}) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if (state := self.pipeline.state_dict()) is not None:
+            self._save(output_dir, state_dict=state)
+
+    def parts(self, folder: str) -> dict[Path, object]:
+        """By file, what this process has of the optimizer and, as its groups may be fewer, of the schedule."""
+        suffix = f"-{self.pipeline.rank}" * (self.pipeline.rank > 0)
+        named = {OPTIMIZER_NAME: self.optimizer, SCHEDULER_NAME: self.lr_scheduler}
+        return {Path(folder) / name.replace(".", f"{suffix}."): part for name, part in named.items()}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may not have made it yet
+        for file, part in self.parts(output_dir).items():
+            torch.save(part.state_dict(), file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        if checkpoint is not None:
+            for file, part in self.parts(checkpoint).items():
+                part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))

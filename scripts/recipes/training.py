@@ -40,7 +40,7 @@ from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_err
 from .space import FEW, LARGE, check_run_space, sizes
 from .start import load_model
 from .tensors import check_can_be_cut, check_launch, in_parts, start_sharding
-from .trainer import RunTrainer
+from .trainer import PipelineTrainer, RunTrainer
 
 
 SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
@@ -186,8 +186,7 @@ class Run:
             prepared.model = in_parts(prepared.model, self.sharding)
         if not options.pipeline_stages:
             return
-        from .pipeline_trainer import PipelineTrainer  # these take a second
-        from .pipelines import Pipeline, check_pipeline
+        from .pipelines import Pipeline, check_pipeline  # which take a second
 
         shape = options.accumulate, options.pipeline_stages, options.pipeline_schedule
         with main_process_first():
