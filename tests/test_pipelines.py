@@ -5,14 +5,22 @@ import copy
 import functools
 import itertools
 
+import peft
 import pytest
 import torch
 import torch.multiprocessing
 from attnres_convert import InputError
 from attnres_convert.verification import Float64
-from attnres_recipes.pipelines import Pipeline, PipelinePlan, balanced, layer_costs, paper_blocks_sent
-from families import relative_error, tiny_config, tiny_model, tokens
-from transformers import AutoModelForCausalLM
+from attnres_recipes.pipelines import (
+    Pipeline,
+    PipelinePlan,
+    balanced,
+    check_pipeline,
+    layer_costs,
+    paper_blocks_sent,
+)
+from families import relative_error, tiny_config, tiny_donor, tiny_model, tokens
+from transformers import AutoModel, AutoModelForCausalLM
 
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -171,6 +179,9 @@ def uses(rank, folder):
     torch.distributed.barrier()
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/before").train()
     pipeline = Pipeline(model, num_microbatches=4)
+    pipeline.save_pretrained(f"{folder}/untrained")
+    untrained = AutoModelForCausalLM.from_pretrained(f"{folder}/untrained").state_dict()
+    assert all(torch.equal(untrained[name], tensor) for name, tensor in whole.state_dict().items())
     ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (pipeline.model, whole.train()))
     for shape in [(4, 7), (8, 12), (4, 7)]:
         ids = tokens(*shape)
@@ -262,3 +273,15 @@ def test_layer_costs():
     assert first == others + experts * 2 / 5 and last == first + model.lm_head.weight.numel()
     with pytest.raises(InputError, match="are no 2 stages of a model of 5 layers"):
         PipelinePlan(config, 2, 2, sizes=(2, 2))
+
+
+def test_no_such_model():
+    """A donor, an adapter, a head without tokens, and a loss over all layers."""
+    adapter = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    for model in (tiny_donor(), adapter, tiny_model(auto_class=AutoModel)):
+        with pytest.raises(InputError, match="no causal language model of this project"):
+            check_pipeline(model, 2, 4)
+    with pytest.raises(InputError, match="set output_router_logits to false"):
+        check_pipeline(tiny_model("mixtral", output_router_logits=True), 2, 4)
+    with pytest.raises(InputError, match="'zero-bubble' is no schedule of a pipeline"):
+        check_pipeline(tiny_model(), 2, 4, schedule="zero-bubble")

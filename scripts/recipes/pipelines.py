@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleLoopedBFS,
 )
+from transformers import PreTrainedModel
 
 
 # By name: for one stage per process, and for several
@@ -68,6 +69,14 @@ class PipelinePlan:
         else:
             bounds = sum(self.sizes[:stage]), sum(self.sizes[: stage + 1])
         return slice(*bounds)
+
+    def is_last(self, stage: int) -> bool:
+        return stage == self.num_stages - 1
+
+    def place(self, stage: int) -> slice:
+        """What a model knows as its `stage`: the last one also has what comes after the layers."""
+        layers = self.layers(stage)
+        return slice(layers.start, None if self.is_last(stage) else layers.stop)
 
     def rank(self, stage: int) -> int:
         return stage % self.num_ranks
@@ -152,6 +161,7 @@ def cut(model: nn.Module, plan: PipelinePlan, rank: int) -> nn.Module:
     if plan.num_stages - 1 not in stages:
         base.norm = Elsewhere()
         setattr(model, HEAD, Elsewhere())
+    base.stage = plan.place(rank)
     return model
 
 
@@ -182,7 +192,6 @@ class StageModule(nn.Module):
         super().__init__()
         self.model, self.plan, self.stage, self.kept = model, plan, stage, kept
         self.autocast_dtype = None
-        self.is_last = stage == plan.num_stages - 1
         self.is_followed = plan.cached and stage + plan.num_ranks < plan.num_stages  # by another one in this process
 
     def keep(self, sources: tuple, leaves: list) -> tuple:
@@ -208,11 +217,10 @@ class StageModule(nn.Module):
             The sources that the next stage gets, or the loss `(1,)`.
         """
         plan, key, base = self.plan, int(microbatch), self.model.base_model
-        layers = plan.layers(self.stage)
-        base.stage = slice(layers.start, None if self.is_last else layers.stop)
+        base.stage, is_last = plan.place(self.stage), plan.is_last(self.stage)
         leaves = list(self.kept.pop(key, ()))
         if self.stage:
-            num_closed = plan.config.num_closed_depth_sources(2 * layers.start)
+            num_closed = plan.config.num_closed_depth_sources(2 * base.stage.start)
             sources = (*leaves, *received)
             sources = (*self.keep(sources[:num_closed], leaves), *sources[num_closed:])
             inputs["inputs_embeds"] = sources
@@ -220,7 +228,7 @@ class StageModule(nn.Module):
             (inputs["input_ids"],) = received
         inputs["use_cache"] = False
         with torch.autocast(labels.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            if self.is_last:
+            if is_last:
                 return self.model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss[None]
             sources = base(**inputs).last_hidden_state
         num_closed = plan.num_closed(self.stage)
@@ -496,7 +504,7 @@ def check_pipeline(
         InputError: there can't be one; one line says why.
     """
     config = model.config
-    if not (hasattr(config, "num_depth_sources") and hasattr(model, HEAD)):
+    if not (isinstance(model, PreTrainedModel) and hasattr(config, "num_depth_sources") and hasattr(model, HEAD)):
         raise InputError(f"{type(model).__name__} is no causal language model of this project; convert it first.")
     if getattr(config, "output_router_logits", False):
         raise InputError(
