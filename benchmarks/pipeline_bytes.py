@@ -60,7 +60,8 @@ def sent_in_a_step(case: dict, args: argparse.Namespace) -> dict[str, int]:
         model_config(case["mode"], case["block_size"], args.layers, args.hidden_size)
     ).train()
     num_stages = dist.get_world_size() * case["num_virtual"]
-    pipeline = Pipeline(model, args.microbatches, num_stages, cached=case["cached"])
+    sizes = num_stages * (args.layers // num_stages,)  # blocks begin with stages
+    pipeline = Pipeline(model, args.microbatches, num_stages, cached=case["cached"], sizes=sizes)
     ids = torch.arange(args.microbatches * args.tokens).view(args.microbatches, -1) % model.config.vocab_size
     pipeline.step(ids, labels=ids)
     sent = torch.tensor([pipeline.bytes_sent["forward"], pipeline.bytes_sent["backward"]])

@@ -329,6 +329,14 @@ def test_memory_by_hand():
 # The command, and what is published
 
 
+@needs_gloo
+@pytest.mark.slow
+def test_bytes_can_be_counted_again(capsys):
+    pipeline_bytes.main(["--processes", "2", "--stages-per-process", "2", "--layers", "4", "--block-sizes", "1"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len(rows) == 4 and all(row["counted_forward"] == row["counted_backward"] == row["planned"] for row in rows)
+
+
 def test_published_bytes():
     """What was counted in real processes is what the plan says, and less than the paper's formulas where it can be."""
     results = json.loads((PUBLISHED.parent / "bytes.json").read_text())
