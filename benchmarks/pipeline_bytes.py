@@ -12,6 +12,8 @@ import argparse
 import itertools
 import json
 import platform
+import shlex
+import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -22,12 +24,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 import transformers
 from attnres_convert.writing import table, write_json, write_text
-from attnres_recipes.pipelines import Pipeline, PipelinePlan, paper_blocks_sent
+from attnres_recipes.pipelines import Pipeline, PipelinePlan
+from attnres_recipes.planning import paper_blocks_sent
 
 import attnres
-
-
-COMMAND = "python benchmarks/pipeline_bytes.py --output results/pipeline/bytes"
 
 
 def model_config(mode: str, block_size: int, num_layers: int, hidden_size: int) -> attnres.AttnResConfig:
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None):
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     rows = measure(args)
     results = {
-        "command": COMMAND,
+        "command": shlex.join(["python", "benchmarks/pipeline_bytes.py", *(sys.argv[1:] if argv is None else argv)]),
         "settings": settings,
         "hardware": f"CPU, {platform.machine()}",
         "versions": {"python": platform.python_version()}

@@ -21,7 +21,6 @@ import sys
 import threading
 
 from attnres_convert import InputError
-from attnres_convert.cli import quieten_torchao
 from attnres_convert.reading import one_line
 from attnres_recipes.leaks import printable
 from attnres_recipes.options import PushOptions
@@ -37,7 +36,6 @@ def main(argv: list[str] | None = None):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files are removed then too
     options = parse_arguments(argv)
-    quieten_torchao()
     from attnres_recipes.publishing import GO_ON, push  # takes seconds
 
     logging.set_verbosity_error()

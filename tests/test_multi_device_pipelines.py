@@ -92,15 +92,15 @@ def test_refused(server, single):
     refused = {
         "stages can't be divided among 2 processes": ("pipeline", *RUN, "--pipeline-stages=3"),
         "a model of 5 layers has no 6 stages": ("pipeline", *RUN, "--pipeline-stages=6"),
-        "2 processes need as many microbatches": ("pipeline", *RUN, "--pipeline-stages=2", "--accumulate=1"),
-        "5 microbatches can't be interleaved": ("pipeline", *RUN, STAGES, "--accumulate=5"),
+        "1F1B in 2 processes needs 2 microbatches, not 1": ("pipeline", *RUN, "--pipeline-stages=2", "--accumulate=1"),
+        "5 microbatches (--accumulate) can't be interleaved": ("pipeline", *RUN, STAGES, "--accumulate=5"),
         "goes with pipeline.yaml, and not with FSDP": ("fsdp2", *RUN, "--pipeline-stages=2"),
         "set output_router_logits": (
             "pipeline", "--model=moe", *STEPS, "--data=text", "--accumulate=4", "--pipeline-stages=2",
         ),
         "leave out --compile": ("pipeline", *RUN, STAGES, "--compile"),
         "don't go together": ("pipeline", *RUN, STAGES, "--expert-parallel=2"),
-        "goes with pipeline.yaml, and not with tensors in 2": ("tp", *RUN, STAGES),
+        "goes with pipeline.yaml, and not with tensor parallelism in 2": ("tp", *RUN, STAGES),
         "with --mode donor use FSDP2": ("pipeline", *RUN, STAGES, "--mode=donor"),
         "a pipeline needs two processes": ("", *RUN, "--pipeline-stages=2"),
     }  # fmt: skip

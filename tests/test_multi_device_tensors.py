@@ -254,7 +254,7 @@ def test_refusals(server, single, trained):
     llama = ["--config=llama", "--train-tokenizer=300", *STEPS, "--data=text"]
     check_refused(server, "must divide num_attention_heads = 3", "tp", "pretrain", *llama, *one_head)
     outputs = server.launch("ddp", "pretrain", *RUN, ONE, "--output=tp").finish(exit_code=1)
-    assert "holds a run with sharding = tensors in 2, not None" in "".join(outputs)
+    assert "holds a run with sharding = tensor parallelism in 2, not None" in "".join(outputs)
 
 
 def test_refused_launches(monkeypatch):

@@ -17,9 +17,10 @@ from attnres_recipes.pipelines import (
     balanced,
     check_pipeline,
     layer_costs,
-    paper_blocks_sent,
 )
-from families import relative_error, tiny_config, tiny_donor, tiny_model, tokens
+from attnres_recipes.planning import paper_blocks_sent
+from attnres_recipes.process import enough_memory
+from families import perturb, relative_error, tiny_config, tiny_donor, tiny_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
 
@@ -139,7 +140,7 @@ def test_other_ways(tmp_path):
 @needs_gloo
 @pytest.mark.slow
 def test_uses(tmp_path):
-    run_on_processes(4, tmp_path, replicas, uses)
+    run_on_processes(4, tmp_path, replicas, uses, made_without_a_seed)
 
 
 def replicas(rank, folder):
@@ -164,11 +165,27 @@ def replicas(rank, folder):
     gradients["lm_head.weight"] = gradients["model.embed_tokens.weight"]
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, gradients[name]) < 1e-10, name
+    if mesh.get_local_rank("replicas"):
+        with pytest.raises(InputError, match="transformers saves in process 0 alone"):
+            pipeline.save_pretrained(f"{folder}/nothing")
     norm = pipeline.clip_grad_norm_(model.parameters(), 0.5)
     expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
     assert expected > 1 and relative_error(norm, expected) < 1e-10
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, gradients[name]) < 1e-6, name  # torch adds 1e-6 to the norm
+
+
+def made_without_a_seed(rank, folder):
+    """Models that differ between processes are one model in the end: the one that is saved."""
+    torch.manual_seed(rank)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=4, tie_word_embeddings=True))
+    perturb(model, seed=rank)
+    pipeline, ids = Pipeline(model, num_microbatches=4), tokens(4, 7)
+    loss = pipeline.step(ids, labels=ids)
+    if (state := pipeline.state_dict()) is not None:
+        whole = AutoModelForCausalLM.from_config(model.config)
+        whole.load_state_dict(state, strict=False)  # but for the head, which is tied
+        assert whole(ids, labels=ids).loss.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def uses(rank, folder):
@@ -285,3 +302,18 @@ def test_no_such_model():
         check_pipeline(tiny_model("mixtral", output_router_logits=True), 2, 4)
     with pytest.raises(InputError, match="'zero-bubble' is no schedule of a pipeline"):
         check_pipeline(tiny_model(), 2, 4, schedule="zero-bubble")
+    reentrant = tiny_model()
+    reentrant.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(InputError, match="can't checkpoint with use_reentrant"):
+        check_pipeline(reentrant, 2, 4)
+    reentrant.gradient_checkpointing_enable({"use_reentrant": False})
+    check_pipeline(reentrant, 2, 4)
+
+
+def test_memory_of_a_stage():
+    """What torch says of a stage has the reason behind it."""
+    with pytest.raises(InputError, match="there isn't enough memory"), enough_memory():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        except RuntimeError as error:
+            raise RuntimeError("[Stage 0] failed to run forward") from error

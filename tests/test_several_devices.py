@@ -45,9 +45,12 @@ def test_table():
     assert rows["llama pipeline"]["loss"] == pytest.approx(rows["llama, accumulate 2"]["loss"], rel=1e-6)
 
 
-def test_commands_exist():
+def test_commands_exist(capsys):
     """Options are known, and files are there."""
     assert len(commands()) == 3
+    plan = next(command for command in commands() if "scripts/plan_devices.py" in command)
+    importlib.import_module("plan_devices").main(plan[2:])
+    assert "1f1b, 2 stages" in capsys.readouterr().out
     for command in commands():
         script = next(word for word in command if word.startswith("scripts/") and word.endswith(".py"))
         importlib.import_module(Path(script).stem).parse_arguments(command[command.index(script) + 1 :])

@@ -29,7 +29,7 @@ from .defaults import STDLIB
 from .figures import describe_mode, has_depth_weights, plot_reads, read_names, save_figure, source_names
 from .look import check_can_be_watched, mean_weights
 from .options import RunOptions
-from .process import launched
+from .process import launched, tensor_parallel_size
 from .run import CONVERTED_NAME
 
 
@@ -86,7 +86,10 @@ def model_results(name: str, options: RunOptions, results: dict, config, base: s
         base: what the model was made from, if it isn't `--model`.
     """
     processes = launched()["processes"]
-    launcher = ["accelerate", "launch", "--num_processes", str(processes), "-m", f"attnres_commands.{name}"]
+    launcher = ["accelerate", "launch", "--num_processes", str(processes)]
+    if (size := tensor_parallel_size()) > 1:
+        launcher += ["--use_parallelism_config", "--parallelism_config_tp_size", str(size)]
+    launcher += ["-m", f"attnres_commands.{name}"]
     data = options.data
     stdlib = STDLIB_NAMES.get((name, data[0])) if len(data) == 1 else None
     on_hub = stdlib is None and not any(Path(path).exists() for path in data)

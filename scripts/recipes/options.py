@@ -577,7 +577,7 @@ class PlanOptions(ClusterOptions):
     stages_per_device: Annotated[int, Limits(2, 64)] = option(2, "of the interleaved schedule")
     batch_size: Batch = option(256, "sequences per step, of all devices together")
     microbatch_size: Batch = option(1, "sequences per microbatch")
-    seq_len: SeqLen = option(4096, "tokens per sequence")
+    seq_len: SeqLen | None = option(None, "tokens per sequence; default: 4096, or the model's context if that is less")
     precision: Literal["mixed", "bfloat16", "float32"] = option("mixed", "mixed: weights, gradients and activations "
         "in bfloat16, AdamW's master weights and moments in float32; else all of it in one")  # fmt: skip
     gradient_checkpointing: bool = option(False, "compute each layer again in the backward pass")

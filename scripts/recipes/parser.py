@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from attnres_convert import InputError, reading
+from attnres_convert.cli import quieten_torchao
 from transformers import HfArgumentParser
 
 
@@ -324,6 +325,7 @@ def parse(kind: type[Options], name: str, doc: str, argv: list[str] | None = Non
         argv: by default the words that the program was called with.
         shown: what of a message may be printed.
     """
+    quieten_torchao()  # before anything imports it
     example, description = doc.split("\n\n", 1)
     program = Path(sys.argv[0]).name
     if program.startswith("attnres-"):

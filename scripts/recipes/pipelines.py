@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from attnres_convert import InputError
+from packaging import version
 from torch import nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 # By name: for one stage per process, and for several
 SCHEDULES = {"gpipe": (ScheduleGPipe, ScheduleLoopedBFS), "1f1b": (Schedule1F1B, ScheduleInterleaved1F1B)}
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
+OLDEST = "2.13"  # torch whose stages LeanStage knows
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,6 @@ def balanced(costs: list[float], num_stages: int) -> tuple[int, ...]:
                 ways[end] = min(ways.get(end, way), way)
         best = ways
     return best[len(costs)][1]
-
-
-def paper_blocks_sent(num_ranks: int, num_virtual: int, blocks_per_stage: float, cached: bool) -> float:
-    """The paper's count of sent blocks, `(batch, seq, hidden)` each, for `num_virtual` stages per process. It leaves
-    the embedding out, and has each process sent again the blocks that it has closed itself."""
-    if not cached:
-        num_stages = num_ranks * num_virtual
-        return num_stages * (num_stages - 1) / 2 * blocks_per_stage
-    return (num_ranks * (num_ranks - 1) / 2 + (num_virtual - 1) * num_ranks**2) * blocks_per_stage
 
 
 class Elsewhere(nn.Identity):
@@ -306,7 +299,7 @@ class Pipeline:
     """A causal language model of this project, cut into the stages of a pipeline. One in each process of `group`.
 
     ```python
-    pipeline = Pipeline(AutoModelForCausalLM.from_pretrained("my-model"), num_microbatches=8)
+    pipeline = Pipeline(AutoModelForCausalLM.from_pretrained("my-model").train(), num_microbatches=8)
     optimizer = torch.optim.AdamW(pipeline.model.parameters())
     loss = pipeline.step(input_ids, labels=labels)  # in all processes, with the same batch
     optimizer.step()
@@ -344,7 +337,7 @@ class Pipeline:
         self.kept = {}  # closed sources, by microbatch
         self.modules = {stage: StageModule(model, self.plan, stage, self.kept) for stage in self.plan.stages(self.rank)}
         self.bytes_sent = Counter()  # by this process, "forward" and "backward"
-        self._schedules = {}
+        self._schedules = {}  # by whether they train: shapes, stages, schedule
         self.shared = self.find_shared()
 
     @property
@@ -370,7 +363,7 @@ class Pipeline:
     def schedule(self, inputs: dict, num_microbatches: int, trains: bool):
         """A schedule for inputs of these shapes. That of other ones, with its buffers, goes."""
         shapes = {name: value.shape for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        known, schedule = self._schedules.get(trains, (None, None))
+        known, stages, schedule = self._schedules.get(trains, (None, None, None))
         if known != shapes:
             stages = [
                 LeanStage(module, stage, self.plan.num_stages, self.device, group=self.group, sent=self.bytes_sent)
@@ -383,8 +376,8 @@ class Pipeline:
                 loss_fn=lambda output, _: output.sum(),
                 scale_grads=False,
             )
-            self._schedules[trains] = shapes, schedule
-        return schedule
+            self._schedules[trains] = shapes, stages, schedule
+        return stages, schedule
 
     def run(self, input_ids: torch.Tensor, inputs: dict, num_microbatches: int, trains: bool) -> torch.Tensor:
         if len(input_ids) % num_microbatches:
@@ -395,11 +388,16 @@ class Pipeline:
         numbers = torch.arange(num_microbatches)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         self.kept.clear()  # of a step that failed
-        schedule = self.schedule({"input_ids": input_ids, **inputs}, num_microbatches, trains)
+        if not self._schedules:  # made without a seed, what processes share would differ, and go on so
+            for parameter, group in self.shared:
+                dist.broadcast(parameter.data, self.global_rank(0), group)
+        stages, schedule = self.schedule({"input_ids": input_ids, **inputs}, num_microbatches, trains)
         losses = []
         args = (input_ids,) if self.is_first else ()
         run = schedule.step if trains else schedule.eval
         run(*args, **inputs, microbatch=numbers, target=numbers, losses=losses)
+        for stage in stages:
+            stage.clear_runtime_states()  # or what was last evaluated would be kept
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.is_last:
             loss += torch.stack(losses).detach().sum()
@@ -407,7 +405,7 @@ class Pipeline:
         return loss
 
     def step(self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **inputs) -> torch.Tensor:
-        """One batch, forward and backward: adds its gradients to those of the parameters.
+        """One batch, forward and backward: adds its gradients to those of the parameters. What is frozen stays so.
 
         Args:
             input_ids, labels: `(batch, seq)`; `batch` is a multiple of the number of microbatches.
@@ -479,7 +477,13 @@ class Pipeline:
         return whole
 
     def save_pretrained(self, folder, **kwargs):
-        """As that of the model. The first process writes, the others wait."""
+        """As that of the model. The first process writes, the others wait.
+
+        Raises:
+            InputError: it isn't the first one of all, and transformers would write nothing.
+        """
+        if self.global_rank(0):
+            raise InputError("transformers saves in process 0 alone: save the pipeline that has it.")
         if (state := self.state_dict()) is not None:
             self.model.save_pretrained(folder, state_dict=state, **kwargs)
         dist.barrier(self.group)
@@ -504,12 +508,18 @@ def check_pipeline(
         InputError: there can't be one; one line says why.
     """
     config = model.config
+    if version.parse(torch.__version__) < version.parse(OLDEST):
+        raise InputError(f"a pipeline needs torch {OLDEST} or newer, installed is {torch.__version__}.")
     if not (isinstance(model, PreTrainedModel) and hasattr(config, "num_depth_sources") and hasattr(model, HEAD)):
         raise InputError(f"{type(model).__name__} is no causal language model of this project; convert it first.")
     if getattr(config, "output_router_logits", False):
         raise InputError(
             "a pipeline has no loss for the balance of experts over all layers; set output_router_logits to false."
         )
+    for module in model.modules():
+        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if options.get("use_reentrant"):
+            raise InputError("a pipeline can't checkpoint with use_reentrant; enable gradient checkpointing without.")
     plan = PipelinePlan(config, num_ranks if num_stages is None else num_stages, num_ranks, cached, sizes)
     if sizes is None:
         plan = replace(plan, sizes=balanced(layer_costs(model), plan.num_stages))
@@ -523,6 +533,11 @@ def check_pipeline(
 def check_number(num_microbatches: int, num_ranks: int, is_interleaved: bool):
     """Raises an [`InputError`] for numbers of microbatches with which torch's 1F1B can't begin."""
     if num_microbatches < num_ranks:
-        raise InputError(f"{num_ranks} processes need as many microbatches, not {num_microbatches}; or use gpipe.")
+        raise InputError(
+            f"1F1B in {num_ranks} processes needs {num_ranks} microbatches, not {num_microbatches}: give more of them "
+            "(--accumulate), or take GPipe (--pipeline-schedule gpipe)."
+        )
     if is_interleaved and num_microbatches % (num_microbatches // num_ranks):
-        raise InputError(f"{num_microbatches} microbatches can't be interleaved; use a multiple of {num_ranks}.")
+        raise InputError(
+            f"{num_microbatches} microbatches (--accumulate) can't be interleaved; take a multiple of {num_ranks}."
+        )

@@ -23,7 +23,7 @@ Left out: fragmentation, workspaces and the optimizer's time; uneven loads of ex
 import math
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -44,7 +44,6 @@ from .pipelines import (
     balanced,
     check_number,
     layer_costs,
-    paper_blocks_sent,
 )
 from .schedules import Operation, Simulation, most_held, order, simulate
 
@@ -148,6 +147,15 @@ class Model:
         if checkpointing:
             return size * self.hidden_size * (2 if self.is_attnres and self.config.attn_res_mode == "full" else 1)
         return size * self.layers[layer].kept + 4 * sum(map(self.num_sources, self.reads(layer)))
+
+
+def paper_blocks_sent(num_ranks: int, num_virtual: int, blocks_per_stage: float, cached: bool) -> float:
+    """The paper's count of sent blocks, `(batch, seq, hidden)` each, for `num_virtual` stages per process. It leaves
+    the embedding out, and has each process sent again the blocks that it has closed itself."""
+    if not cached:
+        num_stages = num_ranks * num_virtual
+        return num_stages * (num_stages - 1) / 2 * blocks_per_stage
+    return (num_ranks * (num_ranks - 1) / 2 + (num_virtual - 1) * num_ranks**2) * blocks_per_stage
 
 
 def count(module: nn.Module) -> int:
@@ -392,7 +400,6 @@ class Step:
             "largest_device": largest,
             "memory_gb": memory,
             "sent_forward_gb": self.sent / GB,
-            "sent_backward_gb": self.sent / GB,
             "busiest_link_gb": self.busiest_link / GB,
             **{name: value if value is None else value / GB for name, value in paper.items()},
             "step_s": run.seconds + reduced,
@@ -428,6 +435,8 @@ def plan_devices(options: PlanOptions) -> dict:
     """
     given = read_config(options.config, options.set, may_be_type=True)
     check_sizes(given)
+    if options.seq_len is None:
+        options = replace(options, seq_len=min(4096, getattr(given, "max_position_embeddings", None) or 4096))
     check_context(given, options.seq_len)
     models = {}
     for mode in ("donor", "block", "full"):
@@ -475,7 +484,10 @@ def schedule_rows(
         )
     num_microbatches = options.batch_size // replicas // options.microbatch_size
     if schedule == "1f1b":
-        check_number(num_microbatches, ranks, num_virtual > 1)
+        try:
+            check_number(num_microbatches, ranks, num_virtual > 1)
+        except InputError:  # too few microbatches for this schedule
+            return []
     forms = [("donor", True), ("block", True), ("full", True)]
     forms += [("block", False), ("full", False)] if num_virtual > 1 else []
     rows, sizes = [], balanced(models["donor"].costs, ranks * num_virtual)

@@ -22,7 +22,6 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from attnres_convert import InputError, reading
-from attnres_convert.cli import quieten_torchao
 
 from .hardware import cpu_name
 from .optim import uses_deepspeed
@@ -68,7 +67,7 @@ def launched() -> dict:
     """How `accelerate launch` started this process; a run goes on as it began."""
     sharding = [name for name in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"]
     if tensor_parallel_size() > 1:
-        sharding.append(f"tensors in {tensor_parallel_size()}")
+        sharding.append(f"tensor parallelism in {tensor_parallel_size()}")
     return {"processes": PartialState().num_processes, "sharding": sharding[0] if sharding else None}
 
 
@@ -118,7 +117,6 @@ def quieten_libraries():
     """What is wrong shows as an error."""
     import datasets  # not what a trainer alone needs
 
-    quieten_torchao()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -158,6 +156,8 @@ def enough_memory() -> Iterator[None]:
         with reading.no_panic():
             yield
     except (MemoryError, RuntimeError) as error:
+        while isinstance(error.__cause__, (MemoryError, RuntimeError)):  # of a pipeline's stage
+            error = error.__cause__
         if isinstance(error, MemoryError) or re.search("(can't|not) allocate memory|out of memory", str(error)[:1000]):
             advice = "choose a smaller --batch-size or --seq-len, or --gradient-checkpointing"
             raise InputError(f"there isn't enough memory: {reading.reason(error)}; {advice}.") from None

@@ -192,13 +192,18 @@ class RunTrainer(Trainer):
             self._check_finite(norm, name, self.state.global_step + 1)
         return norm
 
+    @property
+    def copies(self) -> int:
+        """How many processes have the same batch."""
+        return self.args.world_size // data_processes()
+
     def log(self, logs, *args, **kwargs):
         if "grad_norm" in logs and self.depth_grad_norm is not None:
             logs["depth_grad_norm"] = float(self.depth_grad_norm)
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
-        if self.args.world_size > data_processes():
+        if tensor_parallel_size() > 1:
             self.gather_function = self.gather_once
         metrics = super().evaluate(*args, **kwargs)
         self._check_finite(metrics["eval_loss"], "held-out loss", self.state.global_step)
@@ -229,7 +234,7 @@ class RunTrainer(Trainer):
         failure = {"step": step, "what": name, "value": reading, "documents": documents, "checkpoint": last}
         if self.processing_class is not None:
             texts = [self.processing_class.decode(ids) for batch in batches for ids in batch["input_ids"]]
-            failure["batch"] = gather_object(texts)
+            failure["batch"] = gather_object([] if self.args.process_index % self.copies else texts)
         if not self.is_world_process_zero():
             end_without_a_word()
         write_json(self.folder / FAILURE_FILE, failure)
@@ -360,6 +365,10 @@ class PipelineTrainer(RunTrainer):
         if self.args.bf16:
             for stage in pipeline.modules.values():
                 stage.autocast_dtype = torch.bfloat16
+
+    @property
+    def copies(self) -> int:
+        return self.args.world_size
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
