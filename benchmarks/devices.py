@@ -137,11 +137,12 @@ def markdown(rows: dict[str, dict]) -> str:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file of the results; what it has isn't run again")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--sizes", help="of all models, instead of the ones here, as --set takes them")
     parser.add_argument("--training", default=TRAINING, help="options of scripts/pretrain.py; default: %(default)s")
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "model_cards" / "llama-1.3m")
+    tokenizer = ROOT / "model_cards" / "llama-1.3m"
+    parser.add_argument("--tokenizer", type=Path, default=tokenizer, help="folder of a tokenizer")
     args = parser.parse_args(arguments)
     from attnres_recipes.process import versions
 
