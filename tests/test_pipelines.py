@@ -104,43 +104,32 @@ def case(family: str, num_stages: int, schedule: str, cached: bool = True, **opt
 
 
 FAMILIES = ("llama", "qwen3_moe", "kimi_linear")
+OTHERS = [  # a tied embedding and soft caps, no cache, another mixer
+    case("gemma2", 4, "1f1b", tie_word_embeddings=True),
+    case("llama", 2, "gpipe", cached=False),
+    case("llama", 8, "1f1b", cached=False),
+    case("llama", 8, "1f1b", attn_res_mode="denseformer"),
+]
 
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes(family, tmp_path):
-    """Modes and schedules; stages that begin in the middle of a block."""
+@pytest.mark.timeout(900)
+def test_two_processes(tmp_path):
+    """Families, modes and schedules; stages that begin in the middle of a block."""
     ways = [(2, "1f1b"), (4, "gpipe"), (6, "1f1b")]
-    run_on_processes(2, tmp_path, *(case(family, *way, **mode) for mode, way in itertools.product(MODES, ways)))
+    cases = [case(family, *way, **mode) for family, mode, way in itertools.product(FAMILIES, MODES, ways)]
+    run_on_processes(2, tmp_path, *cases, *OTHERS)
 
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_four_processes(family, tmp_path):
-    """More stages than blocks, and eight stages of which some have two layers."""
-    cases = [case(family, 4, "1f1b"), case(family, 8, "gpipe"), case(family, 8, "1f1b", attn_res_mode="full")]
-    run_on_processes(4, tmp_path, *cases)
-
-
-@needs_gloo
-@pytest.mark.slow
-def test_other_ways(tmp_path):
-    """A tied embedding, soft caps, no cache, another mixer."""
-    cases = [
-        case("gemma2", 4, "1f1b", tie_word_embeddings=True),
-        case("llama", 2, "gpipe", cached=False),
-        case("llama", 8, "1f1b", cached=False),
-        case("llama", 8, "1f1b", attn_res_mode="denseformer"),
-    ]
-    run_on_processes(2, tmp_path, *cases)
-
-
-@needs_gloo
-@pytest.mark.slow
-def test_uses(tmp_path):
-    run_on_processes(4, tmp_path, replicas, uses, made_without_a_seed)
+@pytest.mark.timeout(900)
+def test_four_processes(tmp_path):
+    """More stages than blocks, eight stages of which some have two layers, and uses."""
+    ways = [(4, "1f1b", {}), (8, "gpipe", {}), (8, "1f1b", {"attn_res_mode": "full"})]
+    cases = [case(family, *way, **mode) for family, (*way, mode) in itertools.product(FAMILIES, ways)]
+    run_on_processes(4, tmp_path, *cases, replicas, uses, made_without_a_seed)
 
 
 def replicas(rank, folder):
