@@ -91,6 +91,11 @@ def check_saved(folder: Path, model: torch.nn.Module) -> bool:
     return True
 
 
+def without_documents(inputs: dict) -> dict:
+    """A batch as models take it."""
+    return {name: value for name, value in inputs.items() if name != "documents"}
+
+
 class RunTrainer(Trainer):
     """A Trainer that takes the data in the order it is in, writes checkpoints complete or not at all, and stops at a
     loss or gradient that isn't finite, before the step is taken, and before a checkpoint of such a model is written.
@@ -154,7 +159,7 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model, inputs, **kwargs):
         # a cache would hide from transformers that the sequences are packed
-        inputs = {name: value for name, value in inputs.items() if name != "documents"}
+        inputs = without_documents(inputs)
         return super().compute_loss(model, {**inputs, "use_cache": False}, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -359,9 +364,9 @@ class PipelineTrainer(RunTrainer):
             gradient accumulation.
     """
 
-    def __init__(self, pipeline, *args, **kwargs):
+    def __init__(self, *args, pipeline, **kwargs):
         self.pipeline = pipeline
-        super().__init__(pipeline.model, *args, **kwargs)
+        super().__init__(*args, **kwargs)
         if self.args.bf16:
             for stage in pipeline.modules.values():
                 stage.autocast_dtype = torch.bfloat16
@@ -381,7 +386,7 @@ class PipelineTrainer(RunTrainer):
         return nullcontext()  # the stages enter it, as their backward passes are inside of a step
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name != "documents"}
+        inputs = without_documents(inputs)
         run = self.pipeline.step if model.training else self.pipeline.evaluate
         loss = run(**inputs, num_items_in_batch=num_items_in_batch).float()
         if model.training:

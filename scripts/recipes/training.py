@@ -191,15 +191,15 @@ class Run:
         shape = options.accumulate, options.pipeline_stages, options.pipeline_schedule
         with main_process_first():
             check_pipeline(prepared.model, PartialState().num_processes, *shape)
-        self.trainer_class = partial(PipelineTrainer, Pipeline(prepared.model, *shape))
+        self.trainer_class = partial(PipelineTrainer, pipeline=Pipeline(prepared.model, *shape))
 
     def new_trainer(self, prepared: Prepared, optimizer, tokens_per_step: int, is_new: bool) -> RunTrainer:
         options, probe = self.options, prepared.held_out[0]
         training = training_arguments(options)
         training.eval_on_start = is_new and options.model is not None
         trainer = self.trainer_class(
-            **({} if options.pipeline_stages else {"model": prepared.model}),
-            args=training,
+            prepared.model,
+            training,
             data_collator=prepared.collate,
             train_dataset=prepared.train,
             eval_dataset=prepared.held_out,
