@@ -22,6 +22,7 @@ from attnres_kernels.peers import register_peers
 from configuration_attnres import *  # noqa: F403
 from configuration_attnres import (
     ATTN_RES_MODES,
+    DepthSources,
     __getattr__,  # noqa: F401
 )
 from depth_attention_attnres import *  # noqa: F403
@@ -42,7 +43,7 @@ __all__ = [
 
 def register_depth_mixer(mode: str, mixer_class: type[DepthMixer], sums_blocks: bool = False):
     """Makes `attn_res_mode=mode` choose a [`DepthMixer`]; with `sums_blocks`, the outputs of a block are one source."""
-    ATTN_RES_MODES[mode] = sums_blocks
+    ATTN_RES_MODES[mode] = DepthSources(sums_blocks)
     DEPTH_MIXERS[mode] = mixer_class
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import __version__ as transformers_version
@@ -50,7 +51,37 @@ except ImportError:  # an older transformers
 
 
 SAVING = ".attnres-saving-"  # begins the names of the folders in which saves are written
-ATTN_RES_MODES = {"block": True, "full": False, "denseformer": False}  # whether a source sums the outputs of a block
+
+
+class DepthSources(NamedTuple):
+    """What the reads of a mode read.
+
+    Args:
+        sums_blocks: one source sums the outputs of a block; otherwise each output is one.
+        has_streams: what isn't closed is kept as `attn_res_num_streams` streams instead of one sum.
+        closes: sources are closed, the embedding first; otherwise there are only the streams.
+    """
+
+    sums_blocks: bool = False
+    has_streams: bool = False
+    closes: bool = True
+
+
+# Ways to weight sources, each of blocks and of single outputs
+SOFTMAX_VARIANTS = (
+    *("sigmoid", "raw_keys", "static", "window", "heads", "input_query"),
+    *("low_rank", "delta", "recency", "inkling2"),
+)
+ATTN_RES_MODES = {
+    "block": DepthSources(sums_blocks=True),
+    "full": DepthSources(),
+    "denseformer": DepthSources(),
+    **{f"block_{variant}": DepthSources(sums_blocks=True) for variant in SOFTMAX_VARIANTS},
+    **{f"full_{variant}": DepthSources() for variant in SOFTMAX_VARIANTS},
+    "hc": DepthSources(has_streams=True, closes=False),
+    "mhc": DepthSources(has_streams=True, closes=False),
+    "block_mhc": DepthSources(sums_blocks=True, has_streams=True),
+}
 MASK_FIELDS = {"attention_chunk_size", "layer_types", "sliding_window"}  # that masks are made by, if they are there
 
 KIMI_LINEAR_IS_ABSENT = f"it needs a transformers that has kimi_linear; installed is {transformers_version}"
@@ -141,17 +172,25 @@ class AttnResConfigMixin:
     Args:
         attn_res_mode (`str`, *optional*, defaults to `"block"`):
             `"block"` sums the sublayer outputs of a block into one source, `"full"` makes every sublayer's output a
-            source. `"denseformer"` is the paper's ablation: the sources of `"full"`, mixed by one learned scalar for
-            each source of each read, which starts at 1, the plain sum.
+            source. The others mix them in other ways; the README's table of modes and `depth_mixers_attnres.py` say
+            how.
         attn_res_block_size (`int`, *optional*, defaults to `ceil(num_hidden_layers / 8)`):
             Decoder layers per block, from 1 to `num_hidden_layers`; the last block may be shorter. The paper counts
-            sublayers, twice this number. Only for `"block"` mode.
+            sublayers, twice this number. Only for `"block"` and the modes whose names begin so.
         attn_res_sum_scale (`bool`, *optional*, defaults to `False`):
             Multiply each read by its number of sources, so that uniform weights give the plain residual sum. Converted
             checkpoints set it: with zero queries they then compute what the donor computes. It is the same function as
             the paper's with the epsilon of the norm that follows divided by the square of the number of sources.
         attn_res_norm_eps (`float`, *optional*, defaults to the donor's norm epsilon):
             Epsilon of the RMSNorm that turns sources into keys.
+        attn_res_window (`int`, *optional*, defaults to 8):
+            How many of the latest sources the window modes read, besides the embedding.
+        attn_res_num_heads (`int`, *optional*, defaults to 16):
+            Heads of the modes with heads; divides `hidden_size`.
+        attn_res_rank (`int`, *optional*, defaults to 64):
+            Width of the keys of the low rank modes.
+        attn_res_num_streams (`int`, *optional*, defaults to 4):
+            Parallel residual streams of hyper-connections, at least 2.
         attn_res_implementation (`str`, *optional*):
             Which implementation of depth attention runs; a key of `ALL_DEPTH_ATTENTION_FUNCTIONS`. Not saved.
         output_depth_attentions (`bool`, *optional*, defaults to `False`):
@@ -171,6 +210,10 @@ class AttnResConfigMixin:
     attn_res_block_size: int | None = None
     attn_res_sum_scale: bool = False
     attn_res_norm_eps: float | None = None
+    attn_res_window: int = 8
+    attn_res_num_heads: int = 16
+    attn_res_rank: int = 64
+    attn_res_num_streams: int = 4
     output_depth_attentions: bool = False
 
     def __post_init__(self, **kwargs):
@@ -190,20 +233,35 @@ class AttnResConfigMixin:
         """Runs when a configuration is built or saved, and when a model is built from it."""
         if self.attn_res_mode not in ATTN_RES_MODES:
             raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
-        sums_blocks = ATTN_RES_MODES[self.attn_res_mode]
+        sums_blocks = self.depth_sources.sums_blocks
         most = self.num_hidden_layers if sums_blocks else self.attn_res_block_size  # elsewhere unused
         if not 1 <= self.attn_res_block_size <= most:
             raise ValueError(
                 f"attn_res_block_size is {self.attn_res_block_size}; it counts decoder layers and must be an integer "
                 f"from 1 to num_hidden_layers = {self.num_hidden_layers}."
             )
+        for name, least in (("window", 1), ("num_heads", 1), ("rank", 1), ("num_streams", 2)):
+            if (value := getattr(self, f"attn_res_{name}")) < least:
+                raise ValueError(f"attn_res_{name} is {value}; it must be at least {least}.")
+        if self.attn_res_mode.endswith("_heads") and self.hidden_size % self.attn_res_num_heads:
+            raise ValueError(
+                f"attn_res_num_heads is {self.attn_res_num_heads}; it must divide hidden_size = {self.hidden_size}."
+            )
         if not 0 < self.attn_res_norm_eps < 1:
             raise ValueError(f"attn_res_norm_eps is {self.attn_res_norm_eps}; it must be between 0 and 1.")
 
     @property
+    def depth_sources(self) -> DepthSources:
+        return ATTN_RES_MODES[self.attn_res_mode]
+
+    @property
     def attn_res_sublayers_per_block(self) -> int:
         """S in the paper: how many sublayer outputs one source sums."""
-        return 2 * self.attn_res_block_size if ATTN_RES_MODES[self.attn_res_mode] else 1
+        return 2 * self.attn_res_block_size if self.depth_sources.sums_blocks else 1
+
+    def num_depth_queries(self, row: int) -> int:
+        """How many queries `row` has in modes whose reads may have several: one for each input of its sublayer."""
+        return 1
 
     @property
     def num_depth_reads(self) -> int:
@@ -212,15 +270,29 @@ class AttnResConfigMixin:
 
     def num_closed_depth_sources(self, row: int) -> int:
         """How many sources are complete when `row` reads: the embedding and all finished blocks."""
-        return 1 + row // self.attn_res_sublayers_per_block
+        return 1 + row // self.attn_res_sublayers_per_block if self.depth_sources.closes else 0
 
     def extends_open_depth_source(self, sublayer: int) -> bool:
         """Whether the output of `sublayer` is added to the open block rather than opening a new one."""
-        return sublayer % self.attn_res_sublayers_per_block != 0
+        return sublayer % self.attn_res_sublayers_per_block != 0 or not self.depth_sources.closes
 
     def num_depth_sources(self, row: int) -> int:
-        """How many sources `row` reads: the closed ones and, last, the open block where there is one."""
+        """How many sources `row` reads: the closed ones and, last, the open block where there is one. Streams without
+        closed sources are sources themselves."""
+        if not self.depth_sources.closes:
+            return self.attn_res_num_streams
         return self.num_closed_depth_sources(row) + self.extends_open_depth_source(row)
+
+    def num_depth_tensors(self, row: int) -> int:
+        """How many tensors `(batch, seq, hidden)` per token hold the sources of `row`."""
+        num_open = self.attn_res_num_streams if self.depth_sources.has_streams else 1
+        return self.num_closed_depth_sources(row) + num_open * self.extends_open_depth_source(row)
+
+    def depth_source_sizes(self, row: int) -> tuple[int, ...]:
+        """How many vectors each source of `row` sums: the embedding, outputs of a block."""
+        per_block = self.attn_res_sublayers_per_block
+        num_outputs = [min(per_block, row - first) for first in range(0, row, per_block)]
+        return (1, *num_outputs) if self.depth_sources.closes else (row + 1,) * self.attn_res_num_streams
 
     @classmethod
     def donor_config_class(cls) -> type:

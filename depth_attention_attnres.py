@@ -2,8 +2,8 @@
 """Depth attention: what a read of Attention Residuals computes (Kimi Team, arXiv 2603.15031), and ways to compute it.
 
 Knows no model. In this order: the specification, the interface between a model and what runs its depth attention, the
-two phases of the paper in PyTorch, the norms that are fused with a read, reads of a single token, DenseFormer's mix,
-the registry of all implementations, what each mode learns (mixers), the module of a read, and the rows of checkpoints.
+two phases of the paper in PyTorch, the norms that are fused with a read, reads of a single token, the registry of all
+implementations, what a mode learns (mixers), the module of a read, and the rows of checkpoints.
 
 A *source* is the embedding, the sum of a block's outputs or, in full mode, one output. It is *closed* when nothing will
 be added to it; at most one is open. A *product* is what depth attention has learned for one read, its query times its
@@ -48,14 +48,28 @@ def eager_depth_attention(
     Returns:
         The mix `(batch, seq, hidden)` in the dtype of the first source, and the weights `(batch, num_sources, seq)`.
     """
-    dtype = torch.promote_types(sources[0].dtype, torch.float32)
-    values = [source.to(dtype) for source in sources]
-    product = product.to(dtype)
+    values = exact(sources)
+    weights, factors = depth_softmax(key_scores(values, product, eps), 1, scale)  # (batch, num_sources, seq)
+    return weighted_sum(factors, values).to(sources[0].dtype), weights
+
+
+def exact(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """In float32, or float64 if the first is."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def key_scores(values: list[torch.Tensor], product: torch.Tensor, eps: float) -> torch.Tensor:
+    """`w . RMSNorm_g(v_i)` of values `(batch, seq, hidden)`, as `(batch, num_sources, seq)`."""
+    product = product.to(values[0].dtype)
     # not a matmul, which autocast would round
     scores = [(v * product).sum(-1) * torch.rsqrt(v.pow(2).mean(-1) + eps) for v in values]
-    weights, factors = depth_softmax(torch.stack(scores, dim=1), 1, scale)  # (batch, num_sources, seq)
-    mixed = sum(factor.unsqueeze(-1) * v for factor, v in zip(factors.unbind(1), values))
-    return mixed.to(sources[0].dtype), weights
+    return torch.stack(scores, dim=1)
+
+
+def weighted_sum(factors: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
+    """Of values `(batch, seq, hidden)`, times factors `(batch, num_sources, seq)`."""
+    return sum(factor.unsqueeze(-1) * v for factor, v in zip(factors.unbind(1), values))
 
 
 def depth_softmax(scores: torch.Tensor, dim: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +92,7 @@ class DepthPlace:
         num_closed_sources: how many of its sources are closed, the first ones.
         num_sources: how many it has.
         eps, scale: as in [`eager_depth_attention`].
+        sizes: how many vectors each source sums, the embedding or outputs.
     """
 
     row: int
@@ -85,12 +100,14 @@ class DepthPlace:
     num_sources: int
     eps: float
     scale: float
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config, row: int) -> "DepthPlace":
         num_sources = config.num_depth_sources(row)
         scale = num_sources if config.attn_res_sum_scale else 1
-        return cls(row, config.num_closed_depth_sources(row), num_sources, config.attn_res_norm_eps, scale)
+        num_closed, sizes = config.num_closed_depth_sources(row), config.depth_source_sizes(row)
+        return cls(row, num_closed, num_sources, config.attn_res_norm_eps, scale, sizes)
 
 
 def joined(sources: Sources, num_sources: int) -> Sources:
@@ -133,6 +150,9 @@ class DepthAttentionImplementation:
     is a source of its own: the block's first, or any in full mode). One more read comes before the final norm.
 
     What [`begin`] and [`open_block`] return for reads to share is handed to [`read`] as it is.
+
+    What goes from read to read is a tuple of tensors: the sources, unless an implementation keeps something else, such
+    as several streams. Then it has a [`begin`], [`joined`] and [`num_unchanged`] of its own.
     """
 
     def __call__(
@@ -142,17 +162,27 @@ class DepthAttentionImplementation:
         weights returns None for them."""
         raise NotImplementedError
 
-    def begin(self, embedding: torch.Tensor, products: torch.Tensor, eps: float, watched: bool) -> tuple:
+    def begin(self, sources: Sources, products: torch.Tensor, eps: float, watched: bool) -> tuple:
         """
         Args:
-            embedding: `(batch, seq, hidden)`, the first source.
-            products: `(num_reads, hidden)`.
+            sources: the embedding `(batch, seq, hidden)` alone; in a pipeline's later stage what the one before hands
+                on.
+            products: `(num_reads, hidden)`, or what else the mode has learned for each read.
             watched: whether reads and weights are needed themselves, not only what norms make of the reads.
 
         Returns:
             The first two as reads take them best, and what all reads of this forward share.
         """
-        return embedding, products, NOTHING_READ
+        return sources, products, NOTHING_READ
+
+    def joined(self, sources: Sources, place: DepthPlace) -> Sources:
+        """The sources of the next read, whose `place` this is; the last output may have to be added."""
+        return joined(sources, place.num_sources)
+
+    def num_unchanged(self, sources: Sources, place: DepthPlace) -> int:
+        """How many of the `sources`, the first ones, stay as they are when they are [`joined`] and outputs follow."""
+        num_pending = len(sources) - place.num_sources
+        return min(place.num_closed_sources, place.num_sources - num_pending)
 
     def open_block(
         self, place: DepthPlace, products: torch.Tensor, sources: Sources, norms: Callable, shared, watched: bool
@@ -179,7 +209,7 @@ class DepthAttentionImplementation:
             The read `(batch, seq, hidden)` and its weights `(batch, num_sources, seq)`, which may be Nones if they
             aren't `watched`; the read after the norm; the joined sources.
         """
-        sources = joined(sources, place.num_sources)
+        sources = self.joined(sources, place)
         mixed, weights = self(sources, product, place.eps, place.scale)
         return mixed, weights, norm(mixed), sources
 
@@ -213,9 +243,9 @@ class TwoPhaseDepthAttention(DepthAttentionImplementation):
             return stacked_depth_attention(sources, product, eps, scale)
         return self.merge(NOTHING_READ, sources, product, eps, scale)
 
-    def begin(self, embedding, products, eps, watched):
-        fits = not watched and TokenReads.fit(embedding, products)
-        return embedding, products, TokenScores(products, eps) if fits else NOTHING_READ
+    def begin(self, sources, products, eps, watched):
+        fits = not watched and TokenReads.fit(sources[0], products)
+        return sources, products, TokenScores(products, eps) if fits else NOTHING_READ
 
     def open_block(self, place, products, sources, norms, shared, watched):
         if shared is not NOTHING_READ or not self.pays_phase_1(sources, products):
@@ -721,26 +751,6 @@ class TokenScores(TokenReads):
         return (scale * scale * torch.dot(vector, vector).item() / vector.numel() + eps) ** -0.5
 
 
-def fixed_depth_mix(
-    sources: tuple[torch.Tensor, ...], weights: torch.Tensor, eps: float, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The read of DenseFormer, `h = sum_i w_i v_i`, with the signature and result of [`eager_depth_attention`].
-
-    Args:
-        sources: num_sources tensors `(batch, seq, hidden)`.
-        weights: `(num_depth_reads,)`, of which the first num_sources count.
-        eps: not used.
-        scale: not used.
-    """
-    dtype = torch.promote_types(sources[0].dtype, torch.float32)
-    weights = weights[: len(sources)].to(dtype)
-    mixed = sum(weight * source.to(dtype) for weight, source in zip(weights, sources))
-    return mixed.to(sources[0].dtype), weights[None, :, None].expand(sources[0].shape[0], -1, sources[0].shape[1])
-
-
-FIXED_DEPTH_MIX = EachReadItself(fixed_depth_mix)
-
-
 def as_implementation(function: Callable) -> DepthAttentionImplementation:
     return function if isinstance(function, DepthAttentionImplementation) else EachReadItself(function)
 
@@ -795,8 +805,13 @@ class DepthMixer(nn.Module):
     ```
     """
 
+    sums_to_one = True  # the weights of a read; otherwise they are factors, 1 each in the plain sum
+    depends_on_input = True  # so that tokens have weights of their own
+    shared_by_reads: tuple[str, ...] = ()  # parameters that aren't made of rows
+    idle: tuple[str, ...] = ()  # parameters that, as long as they are as at first, make the model a donor; () for all
+
     def reset_parameters(self):
-        """Gives the parameters their initial values."""
+        """Gives the parameters their initial values: those of a donor, if `attn_res_sum_scale` is set."""
         raise NotImplementedError
 
     @staticmethod
@@ -805,13 +820,17 @@ class DepthMixer(nn.Module):
         return ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(config._attn_res_implementation)
 
     @staticmethod
-    def rows_of(parameter: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def why_no_donor(config) -> str | None:
+        """Why a model of this configuration can't compute what a donor does; None if it can."""
+        return None
+
+    def rows_of(self, name: str, parameter: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """A copy of what belongs to the reads with these `rows`, two of each layer that stays, and to the last read."""
-        return parameter[[*rows, -1]]
+        return parameter.clone() if name in self.shared_by_reads else parameter[[*rows, -1]]
 
     def keep_rows(self, rows: Sequence[int]):
         for name, parameter in list(self.named_parameters(recurse=False)):
-            kept = nn.Parameter(self.rows_of(parameter.detach(), rows), parameter.requires_grad)
+            kept = nn.Parameter(self.rows_of(name, parameter.detach(), rows), parameter.requires_grad)
             kept._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)
             setattr(self, name, kept)
 
@@ -825,6 +844,8 @@ class DepthMixer(nn.Module):
 
 class DepthQueries(DepthMixer):
     """The queries and key norm gains of Attention Residuals. Zero queries, the initial ones, weight sources equally."""
+
+    idle = ("query",)
 
     def __init__(self, config):
         super().__init__()
@@ -842,29 +863,7 @@ class DepthQueries(DepthMixer):
         return self.query.to(dtype) * self.key_norm.to(dtype)
 
 
-class DenseFormerWeights(DepthMixer):
-    """The weight of each source in each read, which doesn't depend on the input; 1 at first, the plain sum."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.num_depth_reads, config.num_depth_reads, dtype=torch.float32))
-
-    def reset_parameters(self):
-        init.ones_(self.weight)
-
-    @staticmethod
-    def implementation(config) -> DepthAttentionImplementation:
-        return FIXED_DEPTH_MIX
-
-    @staticmethod
-    def rows_of(parameter: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        return DepthMixer.rows_of(parameter, rows)[:, [0, *(row + 1 for row in rows)]]  # each is a source too
-
-    def forward(self) -> torch.Tensor:
-        return self.weight.clone()
-
-
-DEPTH_MIXERS = {"block": DepthQueries, "full": DepthQueries, "denseformer": DenseFormerWeights}
+DEPTH_MIXERS: dict[str, type[DepthMixer]] = {"block": DepthQueries, "full": DepthQueries}  # by mode
 
 
 class NormOfRead:
@@ -913,6 +912,10 @@ class RowsOfLayers(ConversionOps):
         if hasattr(model.get_parameter_or_buffer(full_layer_name), "device_mesh"):  # comes in pieces
             return {target_patterns[0]: parameter}
         num_reads = config.num_depth_reads
+        module_name, _, name = full_layer_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if name in module.shared_by_reads:
+            return {target_patterns[0]: parameter}
         if len(parameter) < num_reads:
             raise ValueError(
                 f"{full_layer_name} has {len(parameter)} rows, those of {len(parameter) // 2} layers, and "
@@ -920,8 +923,7 @@ class RowsOfLayers(ConversionOps):
                 "theirs. Set num_hidden_layers to the number of layers, or fewer."
             )
         if len(parameter) > num_reads:
-            module = model.get_submodule(full_layer_name.rpartition(".")[0])
-            parameter = module.rows_of(parameter, range(num_reads - 1))
+            parameter = module.rows_of(name, parameter, range(num_reads - 1))
         return {target_patterns[0]: parameter}
 
     @property
@@ -945,12 +947,19 @@ __all__ = [
     "DepthAttentionImplementation",
     "DepthAttentionInterface",
     "DepthMixer",
+    "DepthPlace",
+    "DepthQueries",
     "DepthRead",
+    "EachReadItself",
     "NormOfRead",
     "Sources",
     "TwoPhaseDepthAttention",
+    "depth_softmax",
     "eager_depth_attention",
+    "exact",
     "has_forward_hooks",
     "joined",
+    "key_scores",
     "register_checkpoint_names",
+    "weighted_sum",
 ]

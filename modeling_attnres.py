@@ -32,11 +32,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 try:
     from .configuration_attnres import AttnResConfig, donor_class, replaced_model
     from .depth_attention_attnres import *  # noqa: F403
+    from .depth_mixers_attnres import DEPTH_MIXERS
 except ImportError:
     if __package__:  # loaded from the Hub: the relative import must work, so the error is real
         raise
     from configuration_attnres import AttnResConfig, donor_class, replaced_model
     from depth_attention_attnres import *  # noqa: F403
+    from depth_mixers_attnres import DEPTH_MIXERS
 
 
 class HiddenStateRecorded:
@@ -75,13 +77,11 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
             self.mlp_read = DepthRead(config, self.depth_row + 1)
         self.attention_read.set_place(config, self.depth_row)
         self.mlp_read.set_place(config, self.depth_row + 1)
-        self.place = self.attention_read.place
-        self.num_sources_after = config.num_depth_sources(self.depth_row + 2)
+        self.place, self.place_after = self.attention_read.place, DepthPlace.of(config, self.depth_row + 2)
 
     def num_unchanged(self, sources: Sources) -> int:
         """How many of the `sources` that the layer gets stay as they are; the last may have to be joined."""
-        num_pending = len(sources) - self.place.num_sources
-        return min(self.place.num_closed_sources, self.place.num_sources - num_pending)
+        return self.attention_read.implementation.num_unchanged(sources, self.place)
 
     def forward(
         self,
@@ -113,7 +113,7 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
         )
         sources = (*sources, self.transform(normed))
         if self.gradient_checkpointing and self.training:  # what a layer returns is kept until the backward pass
-            sources = joined(sources, self.num_sources_after)
+            sources = self.mlp_read.implementation.joined(sources, self.place_after)
         return attention_input if self.layer_idx else None, attention_weights, mlp_weights, *sources[num_unchanged:]
 
 
@@ -315,9 +315,9 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
 
     def open_block(self, block: list, products: torch.Tensor, sources: Sources, shared, watched: bool) -> tuple:
         """The sources as the first layer of a `block` takes them, and what its reads, with `products`, share."""
-        place = block[0].place
+        place, implementation = block[0].place, self.output_read.implementation
         if torch.is_grad_enabled():  # what layers hand on is kept, and the sum is one source for all that read it
-            sources = joined(sources, place.num_sources)
+            sources = implementation.joined(sources, place)
         is_open = place.num_sources > place.num_closed_sources  # already, in another stage
         if is_open or self.training and any(layer.gradient_checkpointing for layer in block):
             return sources, len(products) * [shared]  # what reads share would be kept for the backward pass
@@ -326,7 +326,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             norm_of_output = () if self.stage.stop else (self.norm,)
             return *norm_of_output, *(norm for layer in block for norm in (layer.attention_norm, layer.mlp_norm))
 
-        return self.output_read.implementation.open_block(place, products, sources, norms, shared, watched)
+        return implementation.open_block(place, products, sources, norms, shared, watched)
 
     def read_over_depth(self, sources: Sources, with_weights: bool, layer_kwargs: Callable) -> tuple:
         """The normalised output of the layers (or what the stage hands on) and the weights of all reads, or Nones;
@@ -337,8 +337,8 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         block_size, output_read = self.config.attn_res_block_size, self.output_read
         watched = with_weights or any(has_forward_hooks(layer) for layer in layers)
         eps, products = output_read.place.eps, self.depth_attention()
-        embedding, products, shared = output_read.implementation.begin(sources[0], products, eps, watched)
-        sources, product_of_read, all_weights = (embedding, *sources[1:]), products.unbind(0), []
+        sources, products, shared = output_read.implementation.begin(sources, products, eps, watched)
+        product_of_read, all_weights = tuple(products), []
         for start in range(stage.start - stage.start % block_size, stage.stop, block_size):
             first = max(start, stage.start)
             block = layers[first : start + block_size]
@@ -359,7 +359,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
                 all_weights += [attention_weights, mlp_weights]
 
         if 2 * stage.stop < output_read.place.row:  # whose place is that after all layers
-            sources = joined(sources, self.config.num_depth_sources(2 * stage.stop))
+            sources = output_read.implementation.joined(sources, layers[-1].place_after)
         if self.stage.stop:
             return self.hand_on(sources), tuple(all_weights)
         device = sources[-1].device  # layers may lie on several devices

@@ -40,6 +40,7 @@ setup(
         "attnres",
         "configuration_attnres",
         "depth_attention_attnres",
+        "depth_mixers_attnres",
         "families_attnres",
         "modeling_attnres",
         *(f"attnres_commands.{module}" for module in ("__init__", *COMMANDS.values())),

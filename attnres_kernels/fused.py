@@ -866,16 +866,17 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
             return False
         return super().pays_phase_1(sources, products)
 
-    def begin(self, embedding, products, eps, watched):
+    def begin(self, sources, products, eps, watched):
+        embedding, *others = sources
         if not self.runs([embedding]):
-            return super().begin(embedding, products, eps, watched)
+            return super().begin(sources, products, eps, watched)
         shared = NOTHING_READ
         if is_untraced():
             if not watched and TokenReads.fit(embedding, products):
                 shared = self.kernels.token_reads(embedding, products, eps)
         elif self.reads_at_once(embedding, products):
             embedding, products = _stored(embedding), _stored(products)
-        return embedding, products, shared
+        return (embedding, *others), products, shared
 
     def phase_1(self, sources, products, eps, watched=True, rounded=False):
         if not self.runs(sources):

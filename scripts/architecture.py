@@ -38,6 +38,7 @@ PLACES = {
     "modeling_attnres": (3.9, 2.6, 2.6, "model and heads, Llama"),
     "configuration_attnres": (1.9, 1.1, 2.9, "fields, arithmetic of blocks"),
     "depth_attention_attnres": (6.0, 1.1, 3.2, "operator, interface, mixers"),
+    "depth_mixers_attnres": (6.4, 2.6, 2.0, "other modes"),
     "attnres_kernels.cpu": (6.35, 5.2, 1.1, "in C++"),
     "attnres_kernels.triton_kernels": (7.85, 5.2, 1.7, "for GPUs"),
     "attnres_kernels.peers": (9.3, 5.2, 1.0, "of others"),

@@ -25,7 +25,7 @@ class AttnResMixin:
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = self.text_config
-        num_sources = config.num_depth_sources(2 * self.model.stage.start)
+        num_sources = config.num_depth_tensors(2 * self.model.stage.start)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], num_sources * config.hidden_size
         )

@@ -231,7 +231,7 @@ def test_depth_weights(models):
 
 RUN_SNIPPETS = """
 import json, sys
-PROJECT = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres"
+PROJECT = "attnres families_attnres modeling_attnres depth_mixers_attnres depth_attention_attnres configuration_attnres"
 for name in (*PROJECT.split(), "attnres_convert"):
     sys.modules[name] = None  # as if the project weren't installed
 import torch, transformers

@@ -80,7 +80,8 @@ def test_snippets_chat(models, tmp_path):
         code = code_of((folder / "README.md").read_text())
         assert code == folder_card(folder, name).snippet + "\n" and 'import"' not in code
         codes[name] = code.replace(f'"{name}"', json.dumps(str(folder)))
-    project = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres attnres_convert"
+    project = "attnres families_attnres modeling_attnres depth_mixers_attnres depth_attention_attnres"
+    project += " configuration_attnres attnres_convert"
     command = [sys.executable, "-c", RUN_SNIPPETS, json.dumps(codes), json.dumps(project.split())]
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     cwd = models["converted"].parent  # where the path of the adapter's base starts

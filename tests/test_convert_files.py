@@ -79,7 +79,7 @@ def test_what_comes_along(full_donor, tmp_path):
     }
     assert {name: after.get(name) for name in expected} == {name: before[name] for name in expected}
     own = {"README.md", "DONOR_README.md", "results.json", "config.json", "model.safetensors.index.json"}
-    own |= {"modeling_attnres.py", "depth_attention_attnres.py", "configuration_attnres.py"}
+    own |= {"modeling_attnres.py", "depth_mixers_attnres.py", "depth_attention_attnres.py", "configuration_attnres.py"}
     own |= {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     assert after.keys() == expected | own
     assert tree(full_donor) == before
@@ -97,7 +97,8 @@ def test_code_that_comes_along(tmp_path, family, others):
         (tmp_path / "src" / name).write_text("raise ValueError")
     convert_checkpoint(tmp_path / "src", tmp_path / "dst", verify=False)
     after = {name: content for name, content in tree(tmp_path / "dst").items() if name.endswith(".py")}
-    assert after.keys() == {"configuration_attnres.py", "depth_attention_attnres.py", "modeling_attnres.py"} | others
+    code = {f"{name}_attnres.py" for name in ("configuration", "depth_attention", "depth_mixers", "modeling")}
+    assert after.keys() == code | others
     assert all(content == (ROOT / name).read_bytes() for name, content in after.items())
 
 

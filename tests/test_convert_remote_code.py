@@ -17,7 +17,8 @@ import importlib.abc, json, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        PROJECT = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres"
+        PROJECT = "attnres families_attnres modeling_attnres depth_mixers_attnres depth_attention_attnres"
+        PROJECT += " configuration_attnres"
         if name in (*PROJECT.split(), "attnres_convert"):
             raise ModuleNotFoundError(name)
 

@@ -254,7 +254,8 @@ def run_python(script: str, *arguments, **environment) -> str:
 
 LOAD_FROM_FOLDER = """
 import sys
-for name in "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres".split():
+names = "attnres families_attnres modeling_attnres depth_mixers_attnres depth_attention_attnres"
+for name in (*names.split(), "configuration_attnres"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -317,7 +318,8 @@ except ValueError as error:
 """
 ABSENT_DONOR_OF_A_FOLDER = """
 import sys
-for name in "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres".split():
+names = "attnres families_attnres modeling_attnres depth_mixers_attnres depth_attention_attnres"
+for name in (*names.split(), "configuration_attnres"):
     sys.modules[name] = None
 import torch
 from transformers import AutoModelForCausalLM

@@ -25,10 +25,13 @@ from attnres import AttnResConfig, AttnResForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
-CODE_FILES = ("configuration_attnres.py", "depth_attention_attnres.py", "modeling_attnres.py")
+CODE_FILES = (
+    *("configuration_attnres.py", "depth_attention_attnres.py"),
+    *("depth_mixers_attnres.py", "modeling_attnres.py"),
+)
 WITHOUT_PROJECT = """
 import json, sys
-PROJECT = "attnres families_attnres modeling_attnres depth_attention_attnres configuration_attnres"
+PROJECT = "attnres families_attnres modeling_attnres depth_mixers_attnres depth_attention_attnres configuration_attnres"
 for name in (*PROJECT.split(), "attnres_convert", "attnres_recipes"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import torch, transformers

@@ -53,11 +53,11 @@ from depth_attention_attnres import (
     DepthPlace,
     DepthRead,
     TokenScores,
-    fixed_depth_mix,
     fused_rms_norm,
     joined,
     stacked_depth_attention,
 )
+from depth_mixers_attnres import fixed_depth_mix
 
 
 FLOAT64 = 1e-12  # two ways to write the same sums in float64

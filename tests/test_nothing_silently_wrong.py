@@ -252,7 +252,8 @@ FOLDER = Path(depth_attention_attnres.__file__).parent
 KERNELS = FOLDER / "attnres_kernels"
 MODULES = {  # by name, each after those that it imports
     **{
-        name: FOLDER / f"{name}.py" for name in ("configuration_attnres", "depth_attention_attnres", "modeling_attnres")
+        name: FOLDER / f"{name}.py"
+        for name in ("configuration_attnres", "depth_attention_attnres", "depth_mixers_attnres", "modeling_attnres")
     },
     **{name: KERNELS / f"{name}.py" for name in ("fused", "cpu")},
 }
@@ -312,7 +313,7 @@ def modules_without(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", private_names())
 def test_without_a_private_name(name, modules_without):
     """Forward, backward and decoding work in a torch or transformers without it, and what changes is speed alone."""
-    configuration, operator, modeling, fused, kernels = modules_without(name)
+    configuration, operator, _, modeling, fused, kernels = modules_without(name)
     if kernels.compiler() is not None:
         attention = fused.FusedDepthAttention(kernels.CPP_KERNELS)
         operator.DepthAttentionInterface.register("cpp", attention)

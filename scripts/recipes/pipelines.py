@@ -88,7 +88,7 @@ class PipelinePlan:
 
     def num_sources(self, stage: int) -> int:
         """How many tensors the first layer of a stage takes: the closed sources and the sum of an open block."""
-        return self.config.num_depth_sources(2 * self.layers(stage).start)
+        return self.config.num_depth_tensors(2 * self.layers(stage).start)
 
     def num_closed(self, stage: int) -> int:
         """How many sources are closed behind a stage, to which nothing will be added."""

@@ -28,7 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ROOT if (ROOT / "attnres.py").is_file() else None  # installed, it is beside libraries: no folder to leave out
-MODULES = ["attnres", "configuration_attnres", "depth_attention_attnres", "families_attnres", "modeling_attnres"]
+MODULES = ["attnres", "configuration_attnres", "depth_attention_attnres", "depth_mixers_attnres"]
+MODULES += ["families_attnres", "modeling_attnres"]
 MODULES += ["attnres_commands", "attnres_convert", "attnres_kernels", "attnres_recipes"]
 TEST_PROMPT, TEST_MESSAGE = "import", "Hello"  # the second of a chat
 TEST_TOKENS = 4
