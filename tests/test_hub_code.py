@@ -69,7 +69,7 @@ try:
 except ValueError:
     print("unknown")
 """
-    assert python(script).stdout.split() == ["blocked"] * 5 + ["unknown"]
+    assert python(script).stdout.split() == ["blocked"] * 6 + ["unknown"]
 
 
 @torch.no_grad()
