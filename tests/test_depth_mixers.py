@@ -8,14 +8,14 @@ import torch
 from attnres_convert.verification import Float64
 from behaviours import assert_close, greedy_without_cache, loss_and_gradients
 from depth_references import reference_reads
-from families import attn_res_from_donor, config_class, perturb, relative_error, tiny_config, tiny_donor, tokens
+from families import config_class, perturb, relative_error, tiny_config, tiny_donor, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as deepseek_v4
 
 from attnres import AttnResForCausalLM
 from depth_attention_attnres import DepthPlace
-from depth_mixers_attnres import DEPTH_MIXERS, HyperConnections, manifold_connections
+from depth_mixers_attnres import DEPTH_MIXERS, HyperConnections, NormedValues, manifold_connections
 
 
 # hidden size 40: heads of 10 channels; a window that leaves sources out
@@ -32,7 +32,10 @@ def config_of(mode: str, family: str = "llama", **kwargs):
 def model_of(mode: str, family: str = "llama", **kwargs):
     """All tensors are moved away from their initial values."""
     torch.manual_seed(0)
-    return perturb(AutoModelForCausalLM.from_config(config_of(mode, family, **kwargs)), std=0.2)
+    model = perturb(AutoModelForCausalLM.from_config(config_of(mode, family, **kwargs)), std=0.2)
+    if mode.endswith("input_query"):  # whose scores are sums over a matrix, and roundings of sources change queries too
+        model.model.depth_attention.weight.data.div_(20)
+    return model
 
 
 # --- Formulas
@@ -141,3 +144,192 @@ def test_manifold_connections_of_transformers():
     read, _, _ = HyperConnections(manifold_connections, 3).connect(streams.unbind(2), learned, 0.01)
     for found, expected in ((written, post), (mixed, comb), (read, collapsed)):
         assert_close(found, expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_normed_values_of_transformers(num_queries):
+    """Inkling 2's reads are those of transformers, also of several queries."""
+    inkling2 = pytest.importorskip("transformers.models.inkling2.modeling_inkling2")
+    theirs = inkling2.Inkling2BlockAttentionResidual(inkling2.Inkling2TextConfig(hidden_size=12), num_queries)
+    generator = torch.Generator().manual_seed(8)
+    nn.init.normal_(theirs.query, std=5.0, generator=generator)
+    *closed, open_source = sources = [size * torch.randn(2, 5, 12, generator=generator) for size in (1, 20, 3)]
+    mixes, weights = NormedValues.all_reads(tuple(sources), theirs.query.view(num_queries, 12), theirs.norm.eps)
+    for found, expected in zip(mixes, theirs(torch.stack(closed, dim=-2), open_source), strict=True):
+        assert_close(found, expected)
+    assert_close(weights.sum(1), torch.ones(2, 5))
+
+
+# --- Models
+
+
+def from_donor(donor, mode: str):
+    """The model of the mode that has the donor's tensors, new depth attention, and reads that are scaled."""
+    config = config_class("llama")(
+        **{**donor.config.to_dict(), "model_type": "attnres", **FIELDS},
+        attn_res_mode=mode,
+        attn_res_sum_scale=True,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    missing, unexpected = model.load_state_dict(donor.state_dict(), strict=False)
+    assert missing and all(name.startswith("model.depth_attention.") for name in missing) and not unexpected
+    return model.eval()
+
+
+@MODES
+@torch.no_grad()
+def test_a_donor_is_where_modes_begin(mode):
+    """With massive activations too, as long as the idle parameters are as at first, and no longer; unless a reason is
+    given why a mode can't compute what a donor computes, and then it doesn't."""
+    donor, mixer_class, input_ids = tiny_donor(), DEPTH_MIXERS[mode], tokens(2, 17)
+    model, expected = from_donor(donor, mode), donor(input_ids).logits
+    error = relative_error(model(input_ids).logits, expected)
+    if mixer_class.why_no_donor(model.config) is not None:
+        assert error > 1e-2
+        return
+    assert error <= 3e-6  # the bound of conversion
+    parameters = dict(model.model.depth_attention.named_parameters())
+    idle = {name: parameters.pop(name) for name in mixer_class.idle or list(parameters)}
+    for are_idle, moved in ((True, parameters), (False, idle)):
+        for parameter in moved.values():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        assert (relative_error(model(input_ids).logits, expected) <= 3e-6) == are_idle
+
+
+def test_a_window_of_all_sources_computes_what_a_donor_computes():
+    config = config_of("full_window", attn_res_window=10)
+    assert DEPTH_MIXERS["full_window"].why_no_donor(config) is None
+    config.attn_res_window = 9
+    assert "attn_res_window = 10 leaves out none" in DEPTH_MIXERS["full_window"].why_no_donor(config)
+
+
+@MODES
+def test_gradients_and_checkpointing(mode):
+    """Each parameter has a gradient that isn't zero, in all rows, and the same with gradient checkpointing, in both
+    ways."""
+    model = model_of(mode)
+    outputs, gradients = loss_and_gradients(model, tokens())
+    assert outputs.loss.isfinite()
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all() and gradient.abs().max() > 0, name
+        if "depth_attention" in name and len(gradient) == model.config.num_depth_reads:
+            is_idle = gradient.flatten(1).abs().amax(1) == 0
+            single = [0] if DEPTH_MIXERS[mode].sums_to_one else []  # where there is one source, there is no choice
+            closed = (
+                [0, 4, 8] if name.endswith(("connections.weight", "connections.scale")) else []
+            )  # where streams begin, as zeros
+            assert set(is_idle.nonzero().flatten().tolist()) <= {*single, *closed}, name
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        again, others = loss_and_gradients(model, tokens())
+        assert_close(again.loss, outputs.loss)
+        for name, gradient in gradients.items():
+            assert_close(others[name], gradient, 1e-4)  # queries far from zero amplify roundings
+
+
+@MODES
+@torch.no_grad()
+def test_outputs(mode):
+    """Weights of all reads, hidden states, and each sequence of a batch as if it were alone."""
+    model, input_ids = model_of(mode), tokens()
+    outputs = model(input_ids, output_depth_attentions=True, output_hidden_states=True)
+    assert torch.equal(outputs.logits, model(input_ids).logits)
+    for row, weights in enumerate(outputs.depth_attentions):
+        assert weights.shape == (3, model.config.num_depth_sources(row), 7) and weights.dtype == torch.float32
+        if DEPTH_MIXERS[mode].sums_to_one:
+            assert_close(weights.sum(1), torch.ones(3, 7))
+    by_token = outputs.depth_attentions[-1].std(dim=(0, 2)).max() > 1e-4
+    assert by_token == DEPTH_MIXERS[mode].depends_on_input
+    assert len(outputs.hidden_states) == 6 and outputs.hidden_states[2].shape == (3, 7, 40)
+    for index in range(3):
+        assert_close(model(input_ids[index : index + 1]).logits, outputs.logits[index : index + 1], 1e-4)
+
+
+@MODES
+@torch.no_grad()
+def test_decoding(mode):
+    """With a cache and without, and with a padded prompt beside a longer one, a text goes on in the same way."""
+    model, prompt = model_of(mode), tokens(2, 6)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    generated = model.generate(prompt, **options)
+    assert torch.equal(generated, greedy_without_cache(model, prompt, 5))
+    padded = torch.cat([torch.zeros(2, 3, dtype=prompt.dtype), prompt], dim=1)
+    again = model.generate(padded, attention_mask=(padded != 0).long(), **options)
+    assert torch.equal(again[:, 3:], generated)
+
+
+@MODES
+@torch.no_grad()
+def test_saved_and_rounded(mode, tmp_path):
+    """A saved model computes the same; in bfloat16 depth attention stays as it is, and the rest is near."""
+    model, input_ids = model_of(mode), tokens()
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert torch.equal(loaded(input_ids).logits, expected)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for found in (rounded, loaded.to(torch.bfloat16)):
+        assert found.dtype == torch.bfloat16
+        for name, parameter in found.model.depth_attention.named_parameters():
+            assert torch.equal(parameter, model.model.depth_attention.get_parameter(name)), name
+        logits = found(input_ids).logits
+        assert logits.dtype == torch.bfloat16
+        assert (logits - expected).float().norm() <= 0.2 * expected.norm()  # 8 bits, amplified by far queries
+
+
+@MODES
+@torch.no_grad()
+def test_fewer_layers(mode, tmp_path):
+    """Loading the first layers is cutting the others off, and layers keep what they have learned where some between
+    them go."""
+    model, input_ids = model_of(mode), tokens()
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", num_hidden_layers=3)
+    cut = copy.deepcopy(model)
+    cut.model.layers = nn.ModuleList(list(cut.model.layers)[:3])
+    cut.config.num_hidden_layers = 3
+    assert torch.equal(cut(input_ids).logits, loaded(input_ids).logits)
+    model.model.layers = nn.ModuleList([model.model.layers[index] for index in (0, 3, 4)])
+    model.config.num_hidden_layers = 3
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path / "middle")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "middle")(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["block_delta", "full_low_rank", "block_mhc"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma2"])
+def test_other_families(mode, family):
+    """Experts, and norms behind sublayers."""
+    model = model_of(mode, family)
+    outputs, gradients = loss_and_gradients(model, tokens())
+    assert outputs.loss.isfinite() and all(gradient.abs().max() > 0 for gradient in gradients.values())
+    model.eval()
+    expected = model(tokens(), output_depth_attentions=True)
+    assert_close(model(tokens()).logits, expected.logits, 1e-4)
+    assert len(expected.depth_attentions) == 11
+
+
+@pytest.mark.parametrize("mode", ["block_low_rank", "mhc"])
+@torch.no_grad()
+def test_compile(mode):
+    """Without breaks in the graph; by the backend that takes no minute."""
+    torch.compiler.reset()
+    model = model_of(mode, num_hidden_layers=2, attn_res_block_size=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(tokens()).logits, model(tokens()).logits, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attn_res_mode": "blocks"}, "attn_res_mode is 'blocks'; it must be one of block, full"),
+        ({"attn_res_mode": "full_heads", "attn_res_num_heads": 3}, "must divide hidden_size = 40"),
+        ({"attn_res_mode": "full_window", "attn_res_window": 0}, "attn_res_window is 0; it must be at least 1"),
+        ({"attn_res_mode": "mhc", "attn_res_num_streams": 1}, "attn_res_num_streams is 1; it must be at least 2"),
+        ({"attn_res_mode": "full_low_rank", "attn_res_rank": 0}, "attn_res_rank is 0; it must be at least 1"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
