@@ -447,7 +447,7 @@ def test_modes_start_from_the_same_weights():
     """Of one seed, a donor and its AttnRes forms share all weights but depth attention."""
     torch.manual_seed(3)
     donor = LlamaForCausalLM(LlamaConfig(**SMALL)).state_dict()
-    for mode in ("block", "full", "denseformer"):
+    for mode in ("block", "full", "denseformer", "full_low_rank", "mhc"):
         torch.manual_seed(3)
         model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**SMALL, attn_res_mode=mode)).state_dict()
         assert {name for name in model if "depth_attention" not in name} == donor.keys()
