@@ -7,7 +7,7 @@ import torch
 from attnres_convert import InputError, convert_checkpoint, convert_to_donor
 from transformers import PreTrainedConfig
 
-from configuration_attnres import AttnResConfigMixin
+from configuration_attnres import ATTN_RES_MODES, AttnResConfigMixin
 
 from .configs import check_sizes, read_config, with_mode
 from .data import train_tokenizer
@@ -61,20 +61,18 @@ def starting_point(
         convert_to_donor(model, converted, verify=False)
     else:
         convert_checkpoint(
-            model, converted, mode=mode, block_size=block_size if mode == "block" else None, verify=False
+            model,
+            converted,
+            mode=mode,
+            block_size=block_size if ATTN_RES_MODES[mode].sums_blocks else None,
+            verify=False,
         )
     return str(converted)
 
 
 def load_model(model: str, mode: str | None, block_size: int | None, converted: Path, **options):
     """The model to train on; `options` are those of `from_pretrained`, the others those of [`starting_point`]."""
-    config = read_config(model)
-    if mode == "denseformer" and not isinstance(config, AttnResConfigMixin):
-        # not a result of conversion; depth scalars, which the checkpoint lacks, start as the plain sum
-        source, options["config"] = model, with_mode(config, mode, None)
-        options["may_be_new"] = "depth_attention"
-    else:
-        source = starting_point(model, config, mode, block_size, converted)
+    source = starting_point(model, read_config(model), mode, block_size, converted)
     loaded = load_weights(source, plain=True, **{"dtype": torch.float32, **options})
     if decoder(loaded) is None:
         raise InputError(f"{model} is a {type(loaded).__name__}, which isn't made of layers as the families here are.")
