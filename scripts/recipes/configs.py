@@ -134,10 +134,11 @@ def with_mode(config: PreTrainedConfig, mode: str | None, block_size: int | None
             return config
         own = {field.name for field in dataclasses.fields(AttnResConfigMixin)}
         return config.donor_config_class()(**{name: value for name, value in values.items() if name not in own})
-    values["attn_res_mode"] = mode or values.get("attn_res_mode", "block")
+    config_class = attn_res_config_class(config.model_type)
+    values["attn_res_mode"] = mode or values.get("attn_res_mode", config_class.attn_res_mode)
     if block_size is not None and ATTN_RES_MODES[values["attn_res_mode"]].sums_blocks:
         values["attn_res_block_size"] = block_size
-    return attn_res_config_class(config.model_type)(**values)
+    return config_class(**values)
 
 
 def check_decoder(model_type: str):

@@ -48,8 +48,7 @@ def starting_point(
     """
     is_attnres = isinstance(config, AttnResConfigMixin)
     own_mode = config.attn_res_mode if is_attnres else "donor"
-    mode = mode or (own_mode if is_attnres else "block")
-    if mode == own_mode:
+    if mode == own_mode or mode is None and is_attnres:
         if is_attnres and block_size not in (None, config.attn_res_block_size):
             raise InputError(f"--block-size can't change that of {model}; leave it out.")
         return model
@@ -60,13 +59,10 @@ def starting_point(
     if is_attnres:
         convert_to_donor(model, converted, verify=False)
     else:
-        convert_checkpoint(
-            model,
-            converted,
-            mode=mode,
-            block_size=block_size if ATTN_RES_MODES[mode].sums_blocks else None,
-            verify=False,
-        )
+        chosen = {} if mode is None else {"mode": mode}  # by default conversion decides
+        if mode is None or ATTN_RES_MODES[mode].sums_blocks:
+            chosen["block_size"] = block_size
+        convert_checkpoint(model, converted, **chosen, verify=False)
     return str(converted)
 
 
