@@ -76,7 +76,7 @@ def test_formulas(mode, is_scaled):
     for index, layer in enumerate(model.layers):
         row = 2 * index
         layer.attend = lambda normed, row=row, **kwargs: sublayers(row, normed)
-        layer.transform = lambda normed, row=row: sublayers(row + 1, normed)
+        layer.transform = lambda normed, row=row, **kwargs: sublayers(row + 1, normed)
         layer.attention_read.register_forward_hook(seen(row))
         layer.mlp_read.register_forward_hook(seen(row + 1))
         gains += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
