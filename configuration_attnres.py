@@ -49,6 +49,11 @@ try:
 except ImportError:  # an older transformers
     KimiLinearConfig = None
 
+try:
+    from transformers.models.inkling2.configuration_inkling2 import Inkling2TextConfig
+except ImportError:
+    Inkling2TextConfig = None
+
 
 SAVING = ".attnres-saving-"  # begins the names of the folders in which saves are written
 
@@ -84,7 +89,9 @@ ATTN_RES_MODES = {
 }
 MASK_FIELDS = {"attention_chunk_size", "layer_types", "sliding_window"}  # that masks are made by, if they are there
 
-KIMI_LINEAR_IS_ABSENT = f"it needs a transformers that has kimi_linear; installed is {transformers_version}"
+# Families that an older transformers doesn't have, by the model type of the donor, and how their classes begin
+YOUNG_FAMILIES = {"kimi_linear": "AttnResKimiLinear", "inkling2_text": "AttnResInkling2Text"}
+IS_ABSENT = f"it needs a transformers that has {{}}; installed is {transformers_version}"
 
 # Donors that zero queries cannot reproduce, and why
 REFUSED = {
@@ -482,6 +489,30 @@ if KimiLinearConfig is not None:
         model_type = "attnres_kimi_linear"
 
 
+if Inkling2TextConfig is not None:
+
+    @strict
+    class AttnResInkling2TextConfig(AttnResConfigMixin, Inkling2TextConfig):
+        """[`~transformers.Inkling2TextConfig`] with the fields of [`AttnResConfig`]. The default mode, block size and
+        epsilon are those of Inkling 2's own depth attention."""
+
+        model_type = "attnres_inkling2_text"
+
+        attn_res_mode: str = "block_inkling2"
+
+        def __post_init__(self, **kwargs):
+            if self.attn_res_block_size is None:
+                self.attn_res_block_size = min(self.n_layers_per_attn_res_block, self.num_hidden_layers)
+            if self.attn_res_norm_eps is None:
+                self.attn_res_norm_eps = 1e-6  # a literal there
+            super().__post_init__(**kwargs)
+
+        def num_depth_queries(self, row: int) -> int:
+            """Full attention reads its queries, keys and values apart, but for the first layer."""
+            is_attention = row % 2 == 0 and 0 < row < 2 * self.num_hidden_layers
+            return 3 if is_attention and self.layer_types[row // 2] == "hybrid" else 1
+
+
 __all__ = [name for name in globals() if name.startswith("AttnRes") and name.endswith("Config")]
 
 
@@ -497,8 +528,8 @@ def attn_res_config_class(model_type: str | None) -> type:
             return config_class
     if model_type in REFUSED:
         reason = REFUSED[model_type]
-    elif model_type in ("kimi_linear", "attnres_kimi_linear"):
-        reason = KIMI_LINEAR_IS_ABSENT
+    elif model_type and (donor_type := model_type.removeprefix("attnres_")) in YOUNG_FAMILIES:
+        reason = IS_ABSENT.format(donor_type)
     elif model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         reason = "it is an encoder-decoder, and only decoders are supported"
     elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -512,6 +543,7 @@ def attn_res_config_class(model_type: str | None) -> type:
 
 
 def __getattr__(name: str):
-    if name.startswith("AttnResKimiLinear"):
-        raise ImportError(f"{name}: {KIMI_LINEAR_IS_ABSENT}.")
+    for donor_type, prefix in YOUNG_FAMILIES.items():
+        if name.startswith(prefix):
+            raise ImportError(f"{name}: {IS_ABSENT.format(donor_type)}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -271,8 +271,8 @@ class AveragedBlocks(DepthAttentionImplementation):
     def __call__(self, sources, product, eps, scale, sizes=None):
         sizes = sizes or (1,) * len(sources)
         values = exact(sources)
-        counts = torch.tensor(sizes, dtype=values[0].dtype, device=values[0].device)
-        scores = key_scores(values, product, eps) + counts.log()[None, :, None]
+        scores = key_scores(values, product, eps).unbind(1)
+        scores = torch.stack([score + math.log(size) for score, size in zip(scores, sizes)], dim=1)
         scale = sum(sizes) if scale == len(sources) else scale
         return scaled_sum(scores, [value / size for value, size in zip(values, sizes)], sources, scale)
 

@@ -40,6 +40,21 @@ except ImportError:  # an older transformers
     KimiLinearModel = None
 
 try:
+    from transformers.masking_utils import (
+        create_causal_mask,
+        create_recurrent_attention_mask,
+        create_sliding_window_causal_mask,
+    )
+    from transformers.models.inkling2.modeling_inkling2 import (
+        Inkling2ForCausalLM,
+        Inkling2FullDecoderLayer,
+        Inkling2Softcap,
+        Inkling2TextModel,
+    )
+except ImportError:  # an older transformers
+    Inkling2TextModel = None
+
+try:
     from .configuration_attnres import *  # noqa: F403
     from .configuration_attnres import __all__ as CONFIG_CLASSES
     from .configuration_attnres import __getattr__  # noqa: F401
@@ -151,8 +166,8 @@ class AttnResPhi3DecoderLayer(AttnResDecoderLayerMixin, Phi3DecoderLayer):
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.resid_attn_dropout(super().attend(hidden_states, **kwargs))
 
-    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.resid_mlp_dropout(super().transform(hidden_states))
+    def transform(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.resid_mlp_dropout(super().transform(hidden_states, **kwargs))
 
 
 class AttnResPhi3Model(AttnResModelMixin, Phi3Model):
@@ -211,8 +226,8 @@ class AttnResDeepseekV3ForCausalLM(AttnResForCausalLMMixin, DeepseekV3ForCausalL
 
 
 class AttnResGptOssDecoderLayer(AttnResDecoderLayerMixin, GptOssDecoderLayer):
-    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output, _ = super().transform(hidden_states)  # and router scores
+    def transform(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        output, _ = super().transform(hidden_states, **kwargs)  # and router scores
         return output
 
 
@@ -230,8 +245,8 @@ class AttnResGraniteDecoderLayer(AttnResDecoderLayerMixin, GraniteDecoderLayer):
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return super().attend(hidden_states, **kwargs) * self.residual_multiplier
 
-    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().transform(hidden_states) * self.residual_multiplier
+    def transform(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return super().transform(hidden_states, **kwargs) * self.residual_multiplier
 
 
 class AttnResGraniteModel(AttnResModelMixin, GraniteModel):
@@ -253,8 +268,8 @@ class AttnResGemma2DecoderLayerMixin(AttnResDecoderLayerMixin):
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.post_attention_layernorm(super().attend(hidden_states, **kwargs))
 
-    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.post_feedforward_layernorm(super().transform(hidden_states))
+    def transform(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.post_feedforward_layernorm(super().transform(hidden_states, **kwargs))
 
 
 class AttnResGemma2DecoderLayer(AttnResGemma2DecoderLayerMixin, Gemma2DecoderLayer):
@@ -293,8 +308,8 @@ class AttnResGlm4DecoderLayer(AttnResDecoderLayerMixin, Glm4DecoderLayer):
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.post_self_attn_layernorm(super().attend(hidden_states, **kwargs))
 
-    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.post_mlp_layernorm(super().transform(hidden_states))
+    def transform(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.post_mlp_layernorm(super().transform(hidden_states, **kwargs))
 
 
 class AttnResGlm4Model(AttnResModelMixin, Glm4Model):
@@ -326,6 +341,77 @@ if KimiLinearModel is not None:
     class AttnResKimiLinearForCausalLM(AttnResForCausalLMMixin, KimiLinearForCausalLM):
         config: AttnResKimiLinearConfig
         model_class = AttnResKimiLinearModel
+
+
+if Inkling2TextModel is not None:
+
+    class NormsOfInputs:
+        """The norms of the inputs of attention, which are several reads, or one for all."""
+
+        def __init__(self, *norms: nn.Module):
+            self.norms = norms
+
+        def __call__(self, *reads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(norm(read) for norm, read in zip(self.norms, reads * (len(self.norms) // len(reads))))
+
+    class AttnResInkling2TextDecoderLayer(AttnResDecoderLayerMixin, Inkling2FullDecoderLayer):
+        """Layers with full attention, whose queries, keys and values come from reads of their own, and others."""
+
+        @property
+        def attention_norm(self):
+            if hasattr(self, "input_layernorm"):
+                return self.input_layernorm
+            return NormsOfInputs(self.q_input_layernorm, self.k_input_layernorm, self.v_input_layernorm)
+
+        def attend(self, hidden_states, attention_mask: tuple, past_key_values: Cache | None = None, **kwargs):
+            attention_mask, conv_mask = attention_mask
+            states = {"past_key_values": past_key_values, "conv_mask": conv_mask}
+            if isinstance(hidden_states, tuple):
+                hidden_states, kwargs["key_hidden_states"], kwargs["value_hidden_states"] = hidden_states
+            attn_output, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **states, **kwargs)
+            return self.post_attention_convolution(attn_output, **states)
+
+        def transform(self, hidden_states, attention_mask: tuple, past_key_values: Cache | None = None, **kwargs):
+            _, conv_mask = attention_mask
+            output = super().transform(hidden_states)
+            return self.post_mlp_convolution(output, past_key_values=past_key_values, conv_mask=conv_mask)
+
+    class AttnResInkling2TextModel(AttnResModelMixin, Inkling2TextModel):
+        """Inkling 2, whose own depth attention, in each layer, is the mode `block_inkling2` here."""
+
+        config: AttnResInkling2TextConfig
+        layer_class = AttnResInkling2TextDecoderLayer
+
+        def post_init(self):
+            for module in (*self.layers, self):
+                for name in ("attention_input", "mlp_input", "final_input"):
+                    if hasattr(module, name):
+                        delattr(module, name)
+            super().post_init()
+
+        def create_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids):
+            """For each layer type the masks of attention and of the convolutions."""
+            masks = attention_mask
+            if not isinstance(masks, dict):
+                arguments = (self.config, inputs_embeds, attention_mask, past_key_values)
+                masks = {
+                    "full_attention": create_causal_mask(*arguments, position_ids=position_ids),
+                    "sliding_attention": create_sliding_window_causal_mask(*arguments, position_ids=position_ids),
+                    "linear_attention": create_recurrent_attention_mask(*arguments, position_ids=position_ids),
+                }
+            by_layer_type = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+            return {kind: (masks.get(name), masks["linear_attention"]) for kind, name in by_layer_type.items()}
+
+        def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> None:
+            return None  # attention learns relative positions
+
+    class AttnResInkling2TextForCausalLM(AttnResForCausalLMMixin, Inkling2ForCausalLM):
+        config: AttnResInkling2TextConfig
+        model_class = AttnResInkling2TextModel
+
+        def add_head(self, config):
+            super().add_head(config)
+            self.logit_softcap = Inkling2Softcap(config.final_logit_softcapping)
 
 
 for _name in CONFIG_CLASSES:

@@ -61,10 +61,9 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
 
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """What attention of a normalised read, with the donor's norms after it, adds to the residual stream."""
-        attn_output, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-        return attn_output
+        return self.self_attn(hidden_states=hidden_states, **kwargs)[0]
 
-    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def transform(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """What the MLP of a normalised read, with the donor's norms after it, adds to the residual stream."""
         return self.mlp(hidden_states)
 
@@ -111,7 +110,7 @@ class AttnResDecoderLayerMixin(HiddenStateRecorded):
         _, mlp_weights, normed, sources = self.mlp_read(
             mlp_product, sources, NormOfRead(self.mlp_norm), shared[1], watched
         )
-        sources = (*sources, self.transform(normed))
+        sources = (*sources, self.transform(normed, **kwargs))
         if self.gradient_checkpointing and self.training:  # what a layer returns is kept until the backward pass
             sources = self.mlp_read.implementation.joined(sources, self.place_after)
         return attention_input if self.layer_idx else None, attention_weights, mlp_weights, *sources[num_unchanged:]
@@ -209,10 +208,8 @@ class AttnResPreTrainedModelMixin:
             if type(module).__name__ == "ModulesToSaveWrapper":  # of PEFT, which need not be installed
                 module.enable_adapters(enabled=True)
 
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        # transformers' own copying enters only the saved class, under the name that FSDP gave it: see save_pretrained
-        return False
+    # transformers' own copying enters only the saved class, under the name that FSDP gave it: see save_pretrained
+    is_remote_code = classmethod(lambda cls: False)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers; the folder also gets the code files, so that it loads without this project, and loses the
@@ -228,8 +225,8 @@ class AttnResPreTrainedModelMixin:
             target = folder if kwargs.get("distributed_checkpoint") else written  # all processes write to that one
             super().save_pretrained(target, **{"repo_id": folder.absolute().name, **kwargs})
 
-    def _get_files_timestamps(self, working_dir) -> dict:
-        return {}  # all files of a save are new to a push, the code files too
+    # all files of a save are new to a push, the code files too
+    _get_files_timestamps = staticmethod(lambda working_dir: {})
 
 
 class ReceivedWeights:
@@ -308,6 +305,12 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
     def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """The first source, from the token embeddings."""
         return inputs_embeds
+
+    def create_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids):
+        """What the layers' attention takes as `attention_mask`; a dictionary if it depends on the layer type."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return create_masks_for_generate(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
     def position_embeddings(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor):
         """What the layers' attention takes as `position_embeddings`; a dictionary if it depends on the layer type."""
@@ -402,10 +405,7 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_seen_tokens
-        if not isinstance(causal_mask := attention_mask, dict):
-            causal_mask = create_masks_for_generate(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
-            )
+        causal_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.position_embeddings(inputs_embeds, position_ids)
         kwargs.update(position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
 

@@ -29,20 +29,20 @@ WIDTH = 10  # inches, of 100 pixels where GitHub shows them
 
 # file or folder: (x, y) of its middle, width, what it has
 PLACES = {
-    "scripts": (2.1, 9.25, 3.8, "the commands"),
-    "benchmarks": (7.2, 9.25, 5.2, "speed and memory, exactness, conformance, GPUs"),
-    "attnres_recipes": (4.2, 8.05, 5.2, "training, evaluation, generation, figures, publishing"),
-    "attnres_convert": (1.75, 6.65, 3.1, ""),
-    "attnres": (7.05, 6.85, 5.5, "registers all of it with transformers and by name"),
-    "families_attnres": (3.9, 4.15, 2.6, "the other families"),
-    "modeling_attnres": (3.9, 2.6, 2.6, "model and heads, Llama"),
+    "scripts": (2.1, 10.45, 3.8, "the commands"),
+    "benchmarks": (7.2, 10.45, 5.2, "speed and memory, exactness, conformance, GPUs"),
+    "attnres_recipes": (4.2, 9.25, 5.2, "training, evaluation, generation, figures, publishing"),
+    "attnres_convert": (1.75, 7.85, 3.1, ""),
+    "attnres": (7.05, 8.05, 5.5, "registers all of it with transformers and by name"),
+    "families_attnres": (3.9, 5.35, 2.6, "the other families"),
+    "modeling_attnres": (3.9, 3.8, 2.6, "model and heads, Llama"),
     "configuration_attnres": (1.9, 1.1, 2.9, "fields, arithmetic of blocks"),
-    "depth_attention_attnres": (6.0, 1.1, 3.2, "operator, interface, mixers"),
-    "depth_mixers_attnres": (6.4, 2.6, 2.0, "other modes"),
-    "attnres_kernels.cpu": (6.35, 5.2, 1.1, "in C++"),
-    "attnres_kernels.triton_kernels": (7.85, 5.2, 1.7, "for GPUs"),
-    "attnres_kernels.peers": (9.3, 5.2, 1.0, "of others"),
-    "attnres_kernels.fused": (6.9, 3.95, 1.9, "fused operators"),
+    "depth_attention_attnres": (6.0, 1.1, 3.2, "operator, interface, queries"),
+    "depth_mixers_attnres": (4.85, 2.45, 2.5, "the other modes"),
+    "attnres_kernels.cpu": (6.35, 6.4, 1.1, "in C++"),
+    "attnres_kernels.triton_kernels": (7.85, 6.4, 1.7, "for GPUs"),
+    "attnres_kernels.peers": (9.3, 6.4, 1.0, "of others"),
+    "attnres_kernels.fused": (6.9, 5.15, 1.9, "fused operators"),
 }
 
 CONVERSION, MODEL = "attnres_convert.conversion", "modeling_attnres.AttnResModelMixin"
@@ -226,13 +226,13 @@ def draw_files(shown: dict):
     graph = shown["imports"]
     if unplaced := graph.keys() ^ PLACES.keys():
         raise SystemExit(f"error: {', '.join(sorted(unplaced))}: give it a place in {Path(__file__).name}, or take it.")
-    figure, axes = new_axes(9.7)
-    draw_box(axes, 0.2, 0.15, 7.65, 3.05, PAPER, z=0)
-    draw_box(axes, 2.35, 3.2, 3.0, 1.95, PAPER, z=0)
-    draw_box(axes, 5.6, 3.4, 4.3, 2.4, PAPER, z=0)
+    figure, axes = new_axes(10.9)
+    draw_box(axes, 0.2, 0.15, 7.65, 4.25, PAPER, z=0)
+    draw_box(axes, 2.35, 4.4, 3.0, 1.95, PAPER, z=0)
+    draw_box(axes, 5.6, 4.6, 4.3, 2.4, PAPER, z=0)
     draw_text(axes, 0.4, 0.38, "travel to the Hub with Llama", ha="left", style="italic")
-    draw_text(axes, 2.55, 4.85, "one more with others", ha="left", style="italic")
-    draw_text(axes, 9.75, 3.65, f"{KERNELS}/", ha="right", style="italic")
+    draw_text(axes, 2.55, 6.05, "one more with others", ha="left", style="italic")
+    draw_text(axes, 9.75, 4.85, f"{KERNELS}/", ha="right", style="italic")
 
     half = dict.fromkeys(PLACES, 0.4) | {"attnres_convert": 0.75}
     for name, (x, y, width, note) in PLACES.items():

@@ -289,12 +289,12 @@ def test_folder_loads_without_the_project(family, tmp_path):
 
 
 # An older transformers: what it lacks can't be imported
-WITHOUT_KIMI_LINEAR = """
+WITHOUT_YOUNG_FAMILIES = """
 import importlib.abc, sys
 
 class OlderTransformers(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("transformers.models.kimi_linear"):
+        if name.startswith(("transformers.models.kimi_linear", "transformers.models.inkling2")):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, OlderTransformers())
@@ -306,7 +306,8 @@ sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layer
 config = AttnResConfig(**sizes, bos_token_id=1, eos_token_id=2)
 print(AttnResForCausalLM(config)(torch.tensor([[3, 4]])).logits.shape)
 print(len(attnres.configuration_attnres.__all__), "AttnResKimiLinearConfig" in attnres.__all__)
-for name in ("AttnResKimiLinearConfig", "AttnResKimiLinearModel", "AttnResKimiLinearForCausalLM"):
+for name in ("KimiLinearConfig", "KimiLinearModel", "KimiLinearForCausalLM", "Inkling2TextForCausalLM"):
+    name = f"AttnRes{name}"
     try:
         exec(f"from attnres import {name}")
     except ImportError as error:
@@ -330,13 +331,14 @@ torch.save(model(torch.load(target + "/input_ids.pt")).logits, target + "/logits
 
 
 def test_absent_donor():
-    """Without kimi_linear in transformers the other families work, and the absent names say what they need."""
-    lines = run_python(WITHOUT_KIMI_LINEAR + ABSENT_FAMILY).splitlines()
+    """Without the youngest families in transformers the others work, and the absent names say what they need."""
+    lines = run_python(WITHOUT_YOUNG_FAMILIES + ABSENT_FAMILY).splitlines()
     assert lines[0] == "torch.Size([1, 2, 16])"
     assert lines[1] == f"{len(FAMILIES) - 1} False"
     for line, name in zip(lines[2:5], ("Config", "Model", "ForCausalLM"), strict=False):
         assert f"AttnResKimiLinear{name}" in line and "needs a transformers that has kimi_linear" in line
-    assert "needs a transformers that has kimi_linear" in lines[5] and "supported families: llama" in lines[5]
+    assert "AttnResInkling2TextForCausalLM" in lines[5] and "needs a transformers that has inkling2_text" in lines[5]
+    assert "needs a transformers that has kimi_linear" in lines[6] and "supported families: llama" in lines[6]
 
 
 @torch.no_grad()
@@ -346,7 +348,7 @@ def test_absent_donor_does_not_matter_to_a_folder(tmp_path):
     model.save_pretrained(tmp_path / "model")
     torch.save(tokens(), tmp_path / "input_ids.pt")
     run_python(
-        WITHOUT_KIMI_LINEAR + ABSENT_DONOR_OF_A_FOLDER,
+        WITHOUT_YOUNG_FAMILIES + ABSENT_DONOR_OF_A_FOLDER,
         tmp_path / "model",
         tmp_path,
         HF_MODULES_CACHE=str(tmp_path / "modules"),
