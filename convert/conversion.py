@@ -43,7 +43,7 @@ from .checkpoint import (
 from .code_references import AUTO_MAP, local_code
 from .families import ATTN_RES_FIELDS, Family, code_files, find_attnres_family, find_family
 from .files import FIRST_OF_TWO, check_space, copy_file, new_index, write_shards
-from .forms import INKLING2_TYPE, Form, donor_config, find_form, to_inkling2
+from .forms import INKLING2_TYPE, Form, donor_config, find_form, inkling2_fields, to_inkling2
 from .gguf_donor import check_dtype, gguf_donor
 from .kimi_k3 import to_kimi_k3
 from .loading import FLOATS, check_layers, check_tensors, empty_model, read_tensors
@@ -309,11 +309,13 @@ def _plan_attnres(source: Source, given: dict, found: list[str]) -> Plan:
     content |= {"auto_map": family.config_class.hub_classes()}
     numbers = {name: value for name, value in given.items() if name in NUMBERS}
     content |= {"attn_res_mode": given.get("mode", DEFAULT_MODE), **numbers} if form is None else form.fields
-    num_layers = build_config(family.config_class, content).num_hidden_layers
-    check_layers(num_layers, checkpoint.tensors)
-    if form is None or "attn_res_block_size" not in form.fields:
-        content["attn_res_block_size"] = _block_size(num_layers, given.get("block_size"), given.get("num_blocks"))
     config = build_config(family.config_class, content)
+    num_layers = config.num_hidden_layers
+    check_layers(num_layers, checkpoint.tensors)
+    if form is None:
+        size = _block_size(num_layers, given.get("block_size"), given.get("num_blocks"))
+        config = build_config(family.config_class, content | {"attn_res_block_size": size})
+    content["attn_res_block_size"] = config.attn_res_block_size
     content["attn_res_norm_eps"] = config.attn_res_norm_eps
     mixer = DEPTH_MIXERS[config.attn_res_mode]
     if form is None and (reason := mixer.why_no_donor(config)):
@@ -362,8 +364,9 @@ def _plan_donor(source: Source) -> Plan:
     plan = _plan_back(source)
     config, mode = plan.config, plan.config.attn_res_mode
     if plan.family.donor_type == INKLING2_TYPE:
-        ((name, query),) = plan.depth.items()
-        return replace(plan, added=to_inkling2(query.float(), config, DEPTH.fullmatch(name)[1]))
+        content = plan.new_config | inkling2_fields(config)
+        ((name, query), *_) = plan.depth.items()
+        return replace(plan, new_config=content, added=to_inkling2(query.float(), config, DEPTH.fullmatch(name)[1]))
     if reason := DEPTH_MIXERS[mode].why_no_donor(config):
         raise ConversionError(f"a model of {mode} mode can't be converted back: {reason}.")
     _check_donor(plan.depth, config)

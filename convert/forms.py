@@ -24,6 +24,7 @@ WDLCTC_TYPE = "qwen3_attnres"
 WDLCTC_NAME = re.compile(r"(|.*\.)(?:layers\.\d+\.(?:attn|mlp|v)_|final_)(?:res|null|pre)_\w+(?:\.\w+)?")
 OUTPUT_BIAS = 1e4  # by which a softmax is exactly its last source
 INKLING2_TYPE = "inkling2_text"
+INKLING2_EPS = 1e-6  # a literal there
 INKLING2_NAME = re.compile(
     r"(|.*\.)(?:layers\.(\d+)\.(attention|mlp)_input\.query|final_input\.query|"
     r"attn_res\.(attn|mlp)_queries\.(\d+)|attn_res\.output_query)"
@@ -193,6 +194,26 @@ def _inkling2_row(name: str, num_reads: int) -> int:
     if number is not None:  # released names count the reads before attention from layer 1 on
         return 2 * int(number) + 1 if released_part == "mlp" else 2 * int(number) + 2
     return num_reads - 1
+
+
+def inkling2_fields(config: PreTrainedConfig) -> dict:
+    """What the donor's config.json says of depth attention.
+
+    Raises:
+        ConversionError: the donor can't compute it.
+    """
+    if (
+        config.attn_res_mode != "block_inkling2"
+        or config.attn_res_norm_eps != INKLING2_EPS
+        or config.attn_res_sum_scale
+    ):
+        raise ConversionError(
+            f"Inkling 2 has the mode block_inkling2, the epsilon {INKLING2_EPS:g} and no scale of reads; {CONFIG_NAME} "
+            f"says {config.attn_res_mode}, {config.attn_res_norm_eps:g} and {config.attn_res_sum_scale}."
+        )
+    size = config.attn_res_block_size
+    is_said = size == min(config.n_layers_per_attn_res_block, config.num_hidden_layers)
+    return {} if is_said else {"n_layers_per_attn_res_block": size}
 
 
 def to_inkling2(query: torch.Tensor, config: PreTrainedConfig, prefix: str) -> Rows:

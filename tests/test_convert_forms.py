@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from attnres_convert import ConversionError, convert_checkpoint, convert_to_kimi_k3
+from attnres_convert import ConversionError, convert_checkpoint, convert_to_donor, convert_to_kimi_k3
 from attnres_convert.cli import main
 from attnres_convert.kimi_k3 import to_kimi_k3
 from convert_models import edit_json, relative, tensor_bytes, tree
-from families import FAMILIES, tiny_donor, tiny_model, tokens
+from families import FAMILIES, perturb, tiny_donor, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -230,7 +230,7 @@ def test_kimi_k3_there_and_back(tmp_path, family, shard_size):
     assert tensor_bytes(tmp_path / "back") == tensor_bytes(tmp_path / "src")
     loaded, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "back"), tokens()
     with torch.no_grad():
-        assert loaded(inputs).logits.equal(model(inputs).logits)
+        assert loaded(inputs, use_cache=False).logits.equal(model(inputs, use_cache=False).logits)
     assert "Kimi K3" in (tmp_path / "back" / "README.md").read_text()
 
 
@@ -271,3 +271,92 @@ def test_what_kimi_k3_would_not_compute(tmp_path):
     with pytest.raises(ConversionError, match="attn_res_mode is 'block_sigmoid'"):
         convert_to_kimi_k3(tmp_path / "other", tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.fixture(scope="module")
+def inkling2(tmp_path_factory):
+    pytest.importorskip("transformers.models.inkling2", reason="this transformers doesn't have Inkling 2")
+    from test_inkling2 import SIZES
+    from transformers import Inkling2ForCausalLM, Inkling2TextConfig
+
+    torch.manual_seed(0)
+    donor = perturb(Inkling2ForCausalLM(Inkling2TextConfig(**SIZES)))
+    with torch.no_grad():
+        for name, parameter in donor.named_parameters():
+            if name.endswith("query"):
+                parameter.mul_(30)
+    folder = tmp_path_factory.mktemp("inkling2")
+    donor.save_pretrained(folder)
+    return folder, donor
+
+
+def released(name):
+    """The name that a published checkpoint has for a depth query."""
+    name = re.sub(r"layers\.(\d+)\.attention_input\.query", lambda m: f"attn_res.attn_queries.{int(m[1]) - 1}", name)
+    name = re.sub(r"layers\.(\d+)\.mlp_input\.query", r"attn_res.mlp_queries.\1", name)
+    return name.replace("final_input.query", "attn_res.output_query")
+
+
+def in_module(tensors):
+    """The names that transformers' class has for depth queries."""
+    parts = [f"layers.{layer}.{part}_input.query" for layer in range(7) for part in ("attention", "mlp")]
+    names = {released(f"model.{name}"): f"model.{name}" for name in [*parts, "final_input.query"]}
+    return {names.get(name.replace("model.llm.", "model."), name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("names", ["released", "module"])
+def test_inkling2_there_and_back(inkling2, tmp_path, names):
+    """Compared with the donor's own class, and back."""
+    folder, donor = inkling2
+    (tmp_path / "src").mkdir()
+    for name, content in tree(folder).items():
+        (tmp_path / "src" / name).write_bytes(content)
+    tensors = in_module(load_file(folder / "model.safetensors"))
+    if names == "released":
+        tensors = {released(name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "src" / "model.safetensors", {"format": "pt"})
+    assert sum("attn_res." in name for name in tensors) == (14 if names == "released" else 0)
+    result = convert_checkpoint(tmp_path / "src", tmp_path / "there")
+    assert result.mode == "block_inkling2" and result.block_size == 2 and result.verification is not None
+    assert result.verification.relative_difference < result.verification.tolerance
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    assert config["attn_res_norm_eps"] == 1e-6 and config["attn_res_sum_scale"] is False
+    assert "Inkling 2" in (tmp_path / "there" / "README.md").read_text()
+    model, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "there"), tokens()
+    with torch.no_grad():
+        assert relative(model(inputs).logits, donor(inputs).logits) < 1e-5
+    convert_to_donor(tmp_path / "there", tmp_path / "back")
+    assert tensor_bytes(tmp_path / "back") == tensor_bytes_of(in_module(tensors), tmp_path / "expected")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("src", "back"))
+    assert before == after
+
+
+def tensor_bytes_of(tensors, folder):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return tensor_bytes(folder)
+
+
+def test_bad_inkling2(inkling2, tmp_path, capsys):
+    """A query too few, too many or of a wrong shape, and a mode that the donor doesn't have."""
+    (tmp_path / "src").mkdir()
+    for name, content in tree(inkling2[0]).items():
+        (tmp_path / "src" / name).write_bytes(content)
+    tensors = in_module(load_file(tmp_path / "src" / "model.safetensors"))
+    query = "model.layers.2.attention_input.query"
+    wrong = {
+        "reads 4 of 7 layers lack a query": {name: x for name, x in tensors.items() if name != query},
+        "reads 0 of 7 layers have two": tensors | {"model.layers.0.attention_input.query": torch.ones(40)},
+        "have two queries": tensors | {"model.attn_res.attn_queries.1": torch.ones(3, 40)},
+        r"shape \(40,\); \(3, 40\) is expected": tensors | {query: torch.ones(40)},
+        "several prefixes": tensors | {"final_input.query": torch.ones(40)},
+    }
+    for message, content in wrong.items():
+        save_file(content, tmp_path / "src" / "model.safetensors", {"format": "pt"})
+        assert message_of_a_refusal(tmp_path, capsys, message), message
+    save_file(tensors, tmp_path / "src" / "model.safetensors", {"format": "pt"})
+    assert message_of_a_refusal(tmp_path, capsys, "the checkpoint says itself", "--mode", "block")
+    convert_checkpoint(tmp_path / "src", tmp_path / "there", verify=False)
+    edit_json(tmp_path / "there" / "config.json", attn_res_norm_eps=1e-5)
+    with pytest.raises(ConversionError, match="says block_inkling2, 1e-05"):
+        convert_to_donor(tmp_path / "there", tmp_path / "back")
