@@ -420,7 +420,7 @@ def _summary(facts: Facts) -> str:
     if facts.is_converted:
         if "project" in facts.conversion:
             whose = f"the depth attention of {facts.conversion['project']}"
-            return f"{_link(facts.base, results)}, with {whose}, as {name} in {facts.mode} mode; it isn't trained on."
+            return f"{_link(facts.base, results)}, with {whose}, as {name} in {facts.mode} mode, not trained further."
         what = OTHERS.get(facts.mode, f"[Attention Residuals]({PAPER})")
         return f"{_link(facts.base, results)} with {what}, converted exactly and not yet trained."
     if "dequantized" in results:

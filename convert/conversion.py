@@ -321,16 +321,14 @@ def _plan_attnres(source: Source, given: dict, found: list[str]) -> Plan:
     if form is None and (reason := mixer.why_no_donor(config)):
         raise ConversionError(f"a donor can't be converted to {config.attn_res_mode} mode: {reason}.")
 
-    model, removed = build_model(attnres_class, config), set()
-    if form is None:
-        values = initial_values(config)
-    else:
-        values, removed = form.rows(read_tensors(checkpoint, form.names), config), {*form.names}
-    found = {name: match[2] for name in model.state_dict() if (match := DEPTH.fullmatch(name))}
-    depth = {name: values[parameter].contiguous() for name, parameter in found.items()}
+    model = build_model(attnres_class, config)
+    parameters = {name: match[2] for name in model.state_dict() if (match := DEPTH.fullmatch(name))}
+    removed = set() if form is None else {*form.names}
     shapes = {name: shape for name, shape in _shapes(checkpoint).items() if name not in removed}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in depth.items()}
+    shapes |= {name: tuple(model.state_dict()[name].shape) for name in parameters}
     warnings += check_tensors(model, shapes, num_mtp_layers(donor))
+    values = initial_values(config) if form is None else form.rows(read_tensors(checkpoint, form.names), config)
+    depth = {name: values[parameter].contiguous() for name, parameter in parameters.items()}
     return Plan(
         source=source,
         checkpoint=checkpoint,
@@ -353,8 +351,11 @@ def _plan_attnres(source: Source, given: dict, found: list[str]) -> Plan:
 @torch.no_grad()
 def initial_values(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """The parameters of depth attention as they are before any training, the same ones on every run."""
-    mixer = DEPTH_MIXERS[config.attn_res_mode](config)
-    with torch.random.fork_rng(devices=[]):
+    with (
+        understood(f"depth attention of {config.attn_res_mode} mode can't be made", kind=ConversionError),
+        torch.random.fork_rng(devices=[]),
+    ):
+        mixer = DEPTH_MIXERS[config.attn_res_mode](config)
         torch.manual_seed(SEED)
         mixer.reset_parameters()
     return mixer.state_dict()
@@ -601,12 +602,14 @@ def _write_card(
     added = {"parameters_added": _depth_parameters(plan), "tensors_added": sorted(plan.depth)}
     if plan.form is not None:
         added["project"] = plan.form.project
+    if plan.incomparable is None:
+        added["donor_class"] = donor_class(plan.attnres_class).__name__
     results = {
         "command": command,
         "base": source.name,
         "revision": source.commit,
         "model_config": config_facts(plan.new_config),
-        "conversion": {"donor_class": donor_class(plan.attnres_class).__name__, **added, **found},
+        "conversion": {**added, **found},
         "versions": versions(),
     }
     if source.dequantized is not None:
