@@ -300,7 +300,9 @@ class LowRankQueries(DepthMixer):
 
     def reset_parameters(self):
         init.zeros_(self.query)
-        init.normal_(self.key_projection, std=self.key_projection.shape[-1] ** -0.5)
+        devices = [self.key_projection.device] if self.key_projection.is_cuda else []
+        with torch.random.fork_rng(devices):  # what comes next, a head, is the same in all modes
+            init.normal_(self.key_projection, std=self.key_projection.shape[-1] ** -0.5)
 
     @staticmethod
     def implementation(config) -> DepthAttentionImplementation:

@@ -79,12 +79,24 @@ def test_outputs_are_those_that_are_read(probe):
     assert seen["output_rms"] == pytest.approx([rms(output) for output in written], rel=1e-5)
 
 
-def test_look_at_denseformer(probe):
-    """Weights that are no distribution have no entropy; the largest of the plain sum is one."""
-    model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**SIZES, attn_res_mode="denseformer"))
+@pytest.mark.parametrize(
+    ("mode", "also", "largest"),
+    [
+        ("denseformer", set(), 1),
+        ("mhc", set(), 0.5),
+        ("full_static", {"entropy"}, None),
+        ("block_sigmoid", {"query_norm"}, 1),
+        ("block_inkling2", {"entropy", "query_norm"}, None),
+    ],
+)
+def test_look_at_other_modes(mode, also, largest, probe):
+    """Weights that are no distribution have no entropy, and not all modes have queries."""
+    model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**SIZES, attn_res_mode=mode))
     seen = look(model, probe)
-    assert seen.keys() == {"output_rms", "read_rms", "largest_weight"}
-    assert seen["largest_weight"] == [1] * 7
+    assert seen.keys() == {"output_rms", "read_rms", "largest_weight", *also}
+    assert largest is None or seen["largest_weight"] == pytest.approx([largest] * 7)
+    for name in also:
+        assert len(seen[name]) == 7 and all(isinstance(value, float) for value in seen[name])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

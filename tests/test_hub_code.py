@@ -107,10 +107,12 @@ torch.save({"logits": outputs.logits, "generated": generated}, target + "/result
 
 @torch.no_grad()
 def test_every_family_loads(python, tmp_path):
-    """A folder of each family gives its logits, bit for bit, without the project, and loads a second time."""
+    """A folder of each family gives its logits, bit for bit, without the project, and loads a second time; so does one
+    of another mode."""
     expected = {}
-    for family in FAMILIES:
-        model = tiny_model(family, attn_res_implementation="two_phase")  # all that a folder has
+    for family in (*FAMILIES, "mhc"):
+        row = {"attn_res_mode": "mhc"} if family == "mhc" else {"family": family}
+        model = tiny_model(**row, attn_res_implementation="two_phase")  # all that a folder has
         model.save_pretrained(tmp_path / family)
         expected[family] = model(tokens()).logits
     script = """

@@ -57,7 +57,6 @@ from depth_attention_attnres import (
     joined,
     stacked_depth_attention,
 )
-from depth_mixers_attnres import fixed_depth_mix
 
 
 FLOAT64 = 1e-12  # two ways to write the same sums in float64
@@ -1287,41 +1286,6 @@ def test_plans_of_a_model():
     assert model.tp_plan == donor.tp_plan and model.tp_plan
     assert model.fsdp_plan == donor.fsdp_plan and model.fsdp_plan
     assert donor.pp_plan and not model.pp_plan
-
-
-# --- The DenseFormer ablation
-
-
-def test_denseformer_starts_as_the_donor():
-    """Fixed depth weights start at one, the plain sum: the donor's logits, without any scale."""
-    donor = tiny_donor()
-    model = AttnResForCausalLM(tiny_config(attn_res_mode="denseformer")).eval()
-    model.load_state_dict(donor.state_dict(), strict=False)
-    assert relative_error(model(tokens()).logits, donor(tokens()).logits) <= 3e-6
-
-
-def test_denseformer_mix():
-    """The formula, at sizes that show a transposed axis."""
-    sources, weights = random_sources(4), torch.randn(9, dtype=torch.float64)
-    mixed, depth_weights = fixed_depth_mix(sources, weights, eps=0.1, scale=3)
-    assert_close(mixed, torch.einsum("n,nbtd->btd", weights[:4], torch.stack(sources)), FLOAT64)
-    assert depth_weights.shape == (3, 4, 5)
-
-
-def test_denseformer_reads_are_weighted_sums(tmp_path):
-    """The weights of each read are its row of the parameter, for all tokens, and survive bfloat16 and the disk."""
-    model = tiny_model(attn_res_mode="denseformer").eval()
-    weight = model.model.depth_attention.weight
-    torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
-    outputs = model(tokens(), output_depth_attentions=True)
-    for row, depth_weights in enumerate(outputs.depth_attentions):
-        assert depth_weights.shape == (3, row + 1, 7)
-        assert (depth_weights == weight[row, : row + 1, None]).all()
-    outputs.logits.sum().backward()
-    assert weight.grad.tril().count_nonzero() == weight.grad.count_nonzero() > 0
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16 and loaded.model.depth_attention.weight.equal(weight)
 
 
 # --- The interface of implementations and modes

@@ -104,11 +104,13 @@ def case(family: str, num_stages: int, schedule: str, cached: bool = True, **opt
 
 
 FAMILIES = ("llama", "qwen3_moe", "kimi_linear")
-OTHERS = [  # a tied embedding and soft caps, no cache, another mixer
+OTHERS = [  # a tied embedding and soft caps, no cache, other mixers
     case("gemma2", 4, "1f1b", tie_word_embeddings=True),
     case("llama", 2, "gpipe", cached=False),
     case("llama", 8, "1f1b", cached=False),
     case("llama", 8, "1f1b", attn_res_mode="denseformer"),
+    case("llama", 4, "1f1b", attn_res_mode="mhc"),
+    case("llama", 4, "1f1b", attn_res_mode="block_mhc", attn_res_num_streams=3),
 ]
 
 

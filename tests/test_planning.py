@@ -449,3 +449,5 @@ def test_bad_options_are_refused():
     for changes in ({"utilisation": 1.5}, {"devices": []}, {"precision": "int8"}, {"latency": -1.0}):
         with pytest.raises(InputError):
             PlanOptions(**{"config": "llama", "devices": [2], **changes})
+    with pytest.raises(InputError, match="attnres is in mhc mode, and donor, block, full are what can be planned"):
+        plan_devices(PlanOptions(config="attnres", set={"attn_res_mode": "mhc"}, devices=[2]))

@@ -28,6 +28,9 @@ MODES = {
     "uneven": {"attn_res_block_size": 2},
     "full": {"attn_res_mode": "full"},
     "denseformer": {"attn_res_mode": "denseformer"},
+    "static": {"attn_res_mode": "full_static"},
+    "delta": {"attn_res_mode": "block_delta"},
+    "mhc": {"attn_res_mode": "mhc", "attn_res_num_streams": 3},
 }
 TEXT = "def main(args):\n    return args.value if args else None  # größer\n" * 20
 
@@ -88,6 +91,9 @@ def test_names():
     assert figures.block_layers(config) == ["layers 0–1", "layer 2"]
     names = figures.source_names(attnres_model("full").config)
     assert names == ["embedding", "0a", "0m", "1a", "1m", "2a", "2m"]
+    assert figures.source_names(attnres_model("mhc").config) == ["stream 1", "stream 2", "stream 3"]
+    modes = [figures.describe_mode(attnres_model(name).config) for name in ("uneven", "delta", "mhc")]
+    assert modes == ["block mode, 2 layers per block", "block_delta mode, 1 layer per block", "mhc mode"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -103,7 +109,7 @@ def test_weights(mode):
     assert [len(read) for read in mean][-1] == len(figures.source_names(model.config))
     for read, weights in zip(mean, expected):
         np.testing.assert_allclose(read, weights.mean(dim=(0, 2)), rtol=1e-5)
-    if mode != "denseformer":
+    if mode in ("uneven", "full", "static"):
         np.testing.assert_allclose([read.sum() for read in mean], 1, rtol=1e-5)
 
 
@@ -167,12 +173,14 @@ def run(capsys, *arguments) -> dict:
 def test_all_figures(models, text, tmp_path, capsys):
     """Each model gets its figures, all of them share one; each has its numbers beside it."""
     out = tmp_path / "out"
-    order = ["donor", "uneven", "full", "denseformer"]
+    order = ["donor", "uneven", "full", "denseformer", "static", "delta", "mhc"]
     prompt = ["--prompt", "return args.value $x_1$ 日本", "--tokens", 9, "--reads", "1m, output"]
     printed = run(capsys, *(models[name] for name in order), "--text", text, *prompt, "--output", out)
     kinds = ("reads", "relative", "tokens", "weights")
     expected = [f"{name}-{kind}.png" for name in ("uneven", "full") for kind in kinds]
-    expected += ["denseformer-reads.png", "dynamics.png"]
+    expected += ["denseformer-reads.png", "static-reads.png", "static-relative.png"]
+    expected += [f"{name}-{kind}.png" for name in ("delta", "mhc") for kind in ("reads", "weights")]
+    expected += ["dynamics.png"]
     assert printed == {"output": str(out), "figures": expected}
     files = {path.name for path in out.iterdir()}
     assert files == {*expected, *(name.replace(".png", ".json") for name in expected)}

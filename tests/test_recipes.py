@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import typing
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,8 +88,13 @@ def test_help_imports_nothing_slow(name):
 
 
 def test_modes():
-    """The choices of `--mode` are those of the configuration."""
-    assert set(typing.get_args(options.Mode)) == {"donor", *ATTN_RES_MODES}
+    """`--mode` takes those of the configuration, in a comparison too, and lists them where it is given another."""
+    for mode in ("donor", *ATTN_RES_MODES):
+        assert options.PretrainOptions(config="llama", output="out", mode=mode).mode == mode
+    with pytest.raises(InputError, match="it must be one of donor, block, full, .*block_mhc"):
+        options.PretrainOptions(config="llama", output="out", mode="blocks")
+    with pytest.raises(InputError, match="blocks: --mode is 'blocks'"):
+        options.PretrainOptions(config="llama", output="out", compare="donor,blocks")
 
 
 FILE = {"config": "llama", "set": {"hidden_size": 64, "hidden_act": "silu"}, "output": "out", "bf16": True}

@@ -60,8 +60,9 @@ def test_families(family, model, tmp_path):
 
 
 def test_modes(model, tmp_path):
-    """DenseFormer's mix, the paper's mean, and blocks of one layer."""
-    changes = [{"attn_res_mode": "denseformer"}, {"attn_res_mode": "full"}, {"attn_res_block_size": 1}]
+    """Other ways to mix depth, streams among them, the paper's mean, and blocks of one layer."""
+    changes = [{"attn_res_mode": mode} for mode in ("denseformer", "full", "mhc", "block_delta", "block_mhc")]
+    changes.append({"attn_res_block_size": 1})
     folders = [model("llama", **change) for change in changes]
     for folder, result in zip(folders, serve([{"path": str(folder)} for folder in folders], tmp_path), strict=True):
         check(result, reference(folder))

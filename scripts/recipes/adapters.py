@@ -26,7 +26,8 @@ from .look import decoder
 BASE_FILE = "base.json"  # beside an adapter: which model it was trained on
 DEPTH_ATTENTION = "depth_attention"
 SECONDS = 60  # to look for the modules of an adapter, whose names may be a regular expression
-READS = ("attn_res_mode", "attn_res_block_size", "attn_res_sum_scale")  # with the same weights, other sums
+# with the same weights, other sums
+READS = ("attn_res_mode", "attn_res_block_size", "attn_res_sum_scale", "attn_res_window", "attn_res_num_heads")
 QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "torchao"}  # and the package that each needs
 
 

@@ -23,6 +23,7 @@ ADVICE = "rename it to go on from the one before"
 FILES_FILE = "files.json"  # of a checkpoint: names, sizes and hashes of its files
 # what a model is, whatever its weights are
 MODEL_FACTS = ("model_type", "attn_res_mode", "attn_res_block_size", "attn_res_sum_scale", "attn_res_norm_eps")
+MODEL_FACTS += ("attn_res_window", "attn_res_num_heads", "attn_res_rank", "attn_res_num_streams")
 MODEL_FACTS += ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 MODEL_FACTS += ("head_dim", "hidden_act", "vocab_size", "rms_norm_eps", "tie_word_embeddings")
 TRAINER_READS = re.compile(

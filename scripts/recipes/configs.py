@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from attnres_convert import InputError, reading
@@ -17,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import attnres  # noqa: F401, registers its classes
-from configuration_attnres import AttnResConfigMixin, attn_res_config_class
+from configuration_attnres import ATTN_RES_MODES, AttnResConfigMixin, attn_res_config_class
 
 
 MADE_PLAIN = ("mxfp4", "fp8")  # ways to quantise whose weights transformers can make plain as it loads them
@@ -50,6 +51,9 @@ def read_config(source: str, overrides: dict | None = None, may_be_type: bool = 
             values = PreTrainedConfig.get_config_dict(source)[0]
     if not values.get("model_type"):
         raise InputError(f"no configuration at {source}: nothing names a model type.")
+    if any(name.startswith("attn_res_") for name in overrides):  # fields of the family's AttnRes form
+        with suppress(ValueError):
+            values = {**values, "model_type": attn_res_config_class(values["model_type"]).model_type}
     values = reading.check_config({**values, **overrides}, f"the configuration of {source}")
     if values["model_type"] not in CONFIG_MAPPING:
         hint = "; if you trust the code that it brings, generate.py runs it: add --trust-remote-code"
@@ -130,10 +134,11 @@ def with_mode(config: PreTrainedConfig, mode: str | None, block_size: int | None
             return config
         own = {field.name for field in dataclasses.fields(AttnResConfigMixin)}
         return config.donor_config_class()(**{name: value for name, value in values.items() if name not in own})
-    values["attn_res_mode"] = mode or values.get("attn_res_mode", "block")
-    if block_size is not None and values["attn_res_mode"] == "block":
+    config_class = attn_res_config_class(config.model_type)
+    values["attn_res_mode"] = mode or values.get("attn_res_mode", config_class.attn_res_mode)
+    if block_size is not None and ATTN_RES_MODES[values["attn_res_mode"]].sums_blocks:
         values["attn_res_block_size"] = block_size
-    return attn_res_config_class(config.model_type)(**values)
+    return config_class(**values)
 
 
 def check_decoder(model_type: str):

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from depth_mixers_attnres import DEPTH_MIXERS
+
 from .folders import write_output
 from .log import losses
 
@@ -44,9 +46,11 @@ def read_names(config) -> list[str]:
 
 
 def source_names(config) -> list[str]:
-    """Of all sources that there are in the end: the embedding, then blocks, or sublayers."""
+    """Of all sources that there are in the end: the embedding, then blocks, or sublayers; or of streams."""
     sublayers = read_names(config)[:-1]
     size = config.attn_res_sublayers_per_block
+    if not config.depth_sources.closes:
+        return [f"stream {number}" for number in range(1, config.attn_res_num_streams + 1)]
     if size == 1:
         return ["embedding", *sublayers]
     return ["embedding", *(f"block {number}" for number in range(1, len(sublayers[::size]) + 1))]
@@ -60,14 +64,14 @@ def block_layers(config) -> list[str]:
 
 
 def is_block(config) -> bool:
-    return config.attn_res_mode == "block"
+    """Whether a source sums the outputs of a block."""
+    return config.depth_sources.sums_blocks
 
 
 def describe_mode(config) -> str:
     size = config.attn_res_block_size
-    return (
-        f"block mode, {size} layer{'s' * (size > 1)} per block" if is_block(config) else f"{config.attn_res_mode} mode"
-    )
+    blocks = f", {size} layer{'s' * (size > 1)} per block" if is_block(config) else ""
+    return f"{config.attn_res_mode} mode{blocks}"
 
 
 def has_depth_weights(config) -> bool:
@@ -76,7 +80,12 @@ def has_depth_weights(config) -> bool:
 
 def has_fixed_weights(config) -> bool:
     """The same for all tokens."""
-    return config.attn_res_mode == "denseformer"
+    return not DEPTH_MIXERS[config.attn_res_mode].depends_on_input
+
+
+def is_distribution(config) -> bool:
+    """Whether the weights of a read sum to 1; otherwise they are any real numbers."""
+    return DEPTH_MIXERS[config.attn_res_mode].sums_to_one
 
 
 def cell_size(columns: int, rows: int, widest: float, highest: float) -> tuple[float, float]:
@@ -110,6 +119,19 @@ def label_columns(axes, labels: list[str], inches: float):
 def weight_norm(num_sources: int) -> colors.Normalize:
     """From 0 to 1, with the uniform weight of `num_sources` at two fifths: most weights are about as small."""
     return colors.PowerNorm(min(1, math.log(0.4) / -math.log(max(num_sources, 2))), 0, 1)
+
+
+def color_scale(weights: list[np.ndarray], config) -> tuple[colors.Normalize, str, str, tuple | None]:
+    """For weights of reads: how numbers are made colours, what they are called, the colours, and ticks.
+
+    Weights that are no distribution are drawn around those of the plain sum, 1 each, and those of streams around 0.
+    """
+    if is_distribution(config):
+        return weight_norm(max(map(len, weights))), "weight", WEIGHT_COLORS, WEIGHT_TICKS
+    center = 1 if config.depth_sources.closes else 0
+    reach = max(0.1, *(np.abs(np.asarray(read) - center).max() for read in weights))
+    label = "weight (1: the plain sum)" if center else "weight"
+    return colors.Normalize(center - reach, center + reach), label, SIGNED_COLORS, None
 
 
 def color_bar(figure: Figure, image, axes, label: str, ticks: tuple | None, inches: tuple[float, float]):
@@ -149,17 +171,15 @@ def plot_reads(weights: list, config, title: str = "What each read takes from de
     """
     reads, sources = read_names(config), source_names(config)
     cells = grid([np.asarray(read) * (len(read) if relative else 1) for read in weights], len(sources))
-    ticks, palette = None, SIGNED_COLORS
-    if config.attn_res_mode == "denseformer":  # any real numbers, 1 each at first
-        reach = max(np.nanmax(np.abs(cells - 1)), 0.1)
-        norm, label = colors.Normalize(1 - reach, 1 + reach), "weight (1: the plain sum)"
-    elif relative:
-        reach = 2 ** np.clip(np.nanmax(np.abs(np.log2(np.maximum(cells, 1e-9)))), 0.25, 4)
-        norm, label = colors.LogNorm(1 / reach, reach), "weight as a multiple of the uniform one"
+    norm, label, palette, ticks = color_scale(weights, config)
+    if relative:
+        reach = 2 ** np.clip(np.max(np.abs(np.log2(cells[cells > 1e-9]))), 0.25, 4)
+        norm, label, palette = (
+            colors.LogNorm(1 / reach, reach),
+            "weight as a multiple of the uniform one",
+            SIGNED_COLORS,
+        )
         ticks = (1, 2, 1 / 2, 4, 1 / 4, 8, 1 / 8, 16, 1 / 16) if reach > 2 else (1, 1.4, 0.7, 1.2, 0.85, 2, 0.5)
-    else:
-        norm, label, palette = weight_norm(len(sources)), "weight", WEIGHT_COLORS
-        ticks = WEIGHT_TICKS
     widest, highest = 0.8 if len(sources) <= 10 else 0.5, max(0.24, 2.6 / len(reads))
     width, height = cell_size(len(sources), len(reads), widest, highest)
     size = (max(5.5, width * len(sources) + 2.2), height * len(reads) + 2.2)
@@ -187,8 +207,8 @@ def plot_reads(weights: list, config, title: str = "What each read takes from de
 def write_numbers(axes, image, cells: np.ndarray):
     for (row, column), value in np.ndenumerate(cells):
         if not np.isnan(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            red, green, blue, alpha = image.cmap(image.norm(value))  # of 0 on a logarithmic scale nothing, alpha 0
+            is_dark = alpha * (0.3 * red + 0.59 * green + 0.11 * blue) + (1 - alpha) * 0.85 < 0.5
             text_color = "white" if is_dark else "black"
             axes.text(column, row, decimals(value, 2), ha="center", va="center", fontsize=7, color=text_color)
 
@@ -279,11 +299,11 @@ def plot_token_weights(
     width, height = cell_size(len(tokens), sum(len(weights[row]) for row in chosen), 0.24, 0.2)
     # panels of few sources stay legible beside those of many
     heights = [max(len(weights[row]) * height, min(len(weights[row]), 6) * SMALL_TYPE) for row in chosen]
-    norm = weight_norm(max(len(weights[row]) for row in chosen))
+    norm, label, palette, ticks = color_scale([weights[row] for row in chosen], config)
     size = (max(6, width * len(tokens) + 3), sum(heights) + 0.45 * len(chosen) + 2)
     figure, panels = new_figure(len(chosen), size=size, sharex=True, squeeze=False, height_ratios=heights)
     for row, inches, axes in zip(chosen, heights, panels[:, 0]):
-        image = axes.imshow(weights[row], cmap=WEIGHT_COLORS, norm=norm, aspect="auto", interpolation="nearest")
+        image = axes.imshow(weights[row], cmap=palette, norm=norm, aspect="auto", interpolation="nearest")
         labels = sources[: len(weights[row])]
         if is_block(config) and config.extends_open_depth_source(row):
             labels = [*labels[:-1], f"{labels[-1]}, open"]
@@ -291,7 +311,7 @@ def plot_token_weights(
         axes.set_title(f"read {names[row]}", fontsize=9, loc="left", pad=3)
     label_columns(panels[-1, 0], [token_label(token) for token in tokens], width)
     panels[-1, 0].set_xlabel("token")
-    color_bar(figure, image, panels, "weight", WEIGHT_TICKS, (size[0] - 2, size[1] - 2))
+    color_bar(figure, image, panels, label, ticks, (size[0] - 2, size[1] - 2))
     figure.suptitle(title, fontsize=11)
     return figure
 

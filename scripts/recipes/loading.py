@@ -109,12 +109,11 @@ def check_unused(source: str, names: list[str], model_type: str, is_quantized: b
         print(reading.one_line(text), file=sys.stderr)
 
 
-def load_weights(source: str, may_be_new: str | None = None, plain: bool = False, **options):
+def load_weights(source: str, plain: bool = False, **options):
     """A checkpoint as `from_pretrained` loads it, if it holds all weights; transformers would make up the others.
     Pickles are not loaded. What the configuration says of outputs is left out: callers ask for what they need.
 
     Args:
-        may_be_new: part of the names of the weights that the checkpoint may lack.
         plain: whether weights that are quantised in one of the ways MADE_PLAIN are to be plain numbers.
         options: of `from_pretrained`.
 
@@ -142,8 +141,7 @@ def load_weights(source: str, may_be_new: str | None = None, plain: bool = False
         text = "tensors don't have the shapes of config.json." if "mismatched" in text else text
         start = f"{source} doesn't load: "
         raise InputError(start + text.removeprefix(start)) from None
-    missing = sorted(name for name in info["missing_keys"] if may_be_new is None or may_be_new not in name)
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise InputError(f"{source} doesn't load: it has no {missing[0]} ({len(missing)} tensors are missing in all).")
     unused = sorted(name for name in info["unexpected_keys"] if LAYER.search(name))
     if any(int(LAYER.search(name)[1]) >= model.config.num_hidden_layers for name in unused):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from depth_mixers_attnres import DEPTH_MIXERS
+
 
 def decoder(model: nn.Module) -> nn.Module | None:
     """The module that holds the layers, in a head, an adapter or a wrapper; None if there is none."""
@@ -81,12 +83,13 @@ def attnres_depth(model: nn.Module, layers: nn.ModuleList, forward: Callable) ->
     seen = {"output_rms": outputs, "read_rms": reads}
     if weights:
         seen["largest_weight"] = [read.abs().amax(1).mean().item() for read in weights]
+        if DEPTH_MIXERS[decoder(model).config.attn_res_mode].sums_to_one:
+            seen["entropy"] = [torch.special.entr(read).sum(1).mean().item() for read in weights]
     queries = [value for name, value in model.named_parameters() if re.search(r"\bdepth_attention\b.*\.query$", name)]
-    if queries:  # otherwise the weights are no distribution
-        seen["entropy"] = [torch.special.entr(read).sum(1).mean().item() for read in weights]
+    if queries:
         query = queries[-1].detach()  # with adapters, the trained copy comes after the original
         query = query.full_tensor() if hasattr(query, "full_tensor") else query
-        seen["query_norm"] = query.float().norm(dim=1).tolist()
+        seen["query_norm"] = query.float().flatten(1).norm(dim=1).tolist()
     return seen
 
 
@@ -110,8 +113,9 @@ def look(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, list[flo
 
     Returns:
         `output_rms`: of what each of the 2L sublayers writes. `read_rms`: of what each of the 2L+1 reads returns. For
-        AttnRes models also, for each read, `largest_weight`, `entropy` (nats), both means over tokens, and
-        `query_norm`; denseformer mode, whose weights are no distribution, has only the first of the three.
+        AttnRes models also, for each read, `largest_weight` and `entropy` (nats), both means over tokens, and
+        `query_norm`; without entropy in modes whose weights are no distribution, and without norms where there are no
+        queries.
     """
     base = decoder(model)
     device = next(model.parameters()).device

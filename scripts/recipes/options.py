@@ -40,9 +40,17 @@ def list_rates(name: str) -> str:
     return ", ".join(f"{rates[name]:g} ({what})" for what, rates in RATES.items())
 
 
-# How a residual stream can be: that of transformers, and the kinds of depth attention
-Mode = Literal["donor", "block", "full", "denseformer"]
 Method = Literal["lora", "dora", "qlora", "full", "depth"]
+
+
+def check_mode(mode: str | None):
+    """Refuses what is no mode. Those of the paper are known without an import that takes seconds."""
+    if mode in (None, "donor", "block", "full"):
+        return
+    from configuration_attnres import ATTN_RES_MODES
+
+    if mode not in ATTN_RES_MODES:
+        raise InputError(f"--mode is {mode!r}; it must be one of donor, {', '.join(ATTN_RES_MODES)}")
 
 
 @dataclass(kw_only=True)
@@ -60,12 +68,18 @@ class StartOptions(Options):
     """What a run starts from."""
 
     group = "start"
+    mode: str | None = option(None, "donor: a residual stream; block, full: Attention Residuals; or another way to mix "
+        "depth, such as block_delta or mhc; default: the model's, or block")  # fmt: skip
     block_size: Positive | None = option(
         None, "decoder layers per block of a donor or a new model; default: an eighth of the layers"
     )
     tokenizer: str | None = option(None, "folder or Hub id; default: that of the model")
     resize_embeddings: bool = option(False, "enlarge the embeddings of --model to all tokens of the tokenizer; in "
         "fine-tuning with methods that make no adapter")  # fmt: skip
+
+    def check(self):
+        check_mode(self.mode)
+        super().check()
 
 
 @dataclass(kw_only=True)
@@ -125,7 +139,7 @@ class RunOptions(DataOptions, TrainingOptions):
         "a third where a checkpoint has 1 GB or more")  # fmt: skip
     keep_checkpoints: Positive = option(2, "how many of the last ones to keep")
     depth_every: Natural = option(100, "steps between looks at each layer, 0 for none")
-    compare: str = option("", "modes to train one after the other, such as donor,block,full,denseformer; of "
+    compare: str = option("", "modes to train one after the other, such as donor,block,full,mhc; of "
         "fine-tuning methods, such as lora,dora,full,depth")  # fmt: skip
     sweep: list[str] = option([], "values to try, such as seed=0,1,2", action=Lists, metavar="OPTION=V1,V2")
 
@@ -227,7 +241,6 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
     )
     set: dict = option({}, "fields of --config to replace", action=Lists, metavar="FIELD=VALUE")
     model: str | None = option(None, "train on: AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
-    mode: Mode | None = option(None, "residual stream or kind of depth attention; default: the model's, or block")
     train_tokenizer: Annotated[int, Limits(0, 10**7)] = option(
         0, "train one of N tokens on the training data", metavar="N"
     )
@@ -294,9 +307,6 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
 
     group = "model and data"
     model: str = option(help="AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
-    mode: Literal["donor", "block", "full"] | None = option(
-        None, "residual stream or kind of depth attention; default: the model's, or block"
-    )
     data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat; "
         "docstrings: stdlib-docstrings), files or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
     columns: str | None = option(None, "one column, of conversations, or two, of prompts and completions; default: "

@@ -53,6 +53,7 @@ from .schedules import Operation, Simulation, most_held, order, simulate
 PRECISIONS = {"mixed": (2, 2, 12, 2), "bfloat16": (2, 2, 4, 2), "float32": (4, 4, 8, 4)}
 WRITES_TO_STREAM = re.compile(r"(o_proj|down_proj|c_proj|dense)$")
 GB = 1e9
+MODES = ("donor", "block", "full")
 
 
 class StreamPlan(PipelinePlan):
@@ -435,11 +436,13 @@ def plan_devices(options: PlanOptions) -> dict:
     """
     given = read_config(options.config, options.set, may_be_type=True)
     check_sizes(given)
+    if (mode := getattr(given, "attn_res_mode", "block")) not in MODES:
+        raise InputError(f"{options.config} is in {mode} mode, and {', '.join(MODES)} are what can be planned.")
     if options.seq_len is None:
         options = replace(options, seq_len=min(4096, getattr(given, "max_position_embeddings", None) or 4096))
     check_context(given, options.seq_len)
     models = {}
-    for mode in ("donor", "block", "full"):
+    for mode in MODES:
         with reading.understood(f"the configuration of {options.config} is wrong"):
             models[mode] = Model(with_mode(given, mode, None if mode == "donor" else options.block_size))
     machine = Machine(

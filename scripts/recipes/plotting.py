@@ -18,6 +18,7 @@ from .figures import (
     describe_mode,
     has_depth_weights,
     has_fixed_weights,
+    is_distribution,
     plot_dynamics,
     plot_reads,
     plot_token_weights,
@@ -97,7 +98,8 @@ def file_stems(names: list[str]) -> list[str]:
 
 @dataclass
 class Measured:
-    """What is drawn of a model; a donor has dynamics alone, and denseformer mode no weights by token."""
+    """What is drawn of a model; a donor has dynamics alone, and weights that are the same for all tokens are drawn
+    once."""
 
     dynamics: dict[str, list[float]]
     mean: list[np.ndarray] = field(default_factory=list)
@@ -133,7 +135,8 @@ def draw_model(
     prompt: dict | None,
     options: PlotOptions,
 ) -> list[Path]:
-    """The figures of one AttnRes model."""
+    """The figures of one AttnRes model: of weights that are a distribution more than of others, and of those that
+    depend on the token more than of others."""
     config, mean, weights = checkpoint.config, measured.mean, measured.by_token
     kind = describe_mode(config)
     tokens_seen = sum(batch["input_ids"].numel() for batch in batches)
@@ -145,19 +148,21 @@ def draw_model(
     title = f"{name}: what each read takes from depth\n{about}"
     paths = [options.output / f"{stem}-reads.png"]
     save_figure(plot_reads(mean, config, title), paths[0], numbers)
+    if is_distribution(config):
+        paths.append(options.output / f"{stem}-relative.png")
+        title += "\nrelative to uniform weights"
+        save_figure(plot_reads(mean, config, title, relative=True), paths[-1], numbers)
     if fixed:
         return paths
-    paths.append(options.output / f"{stem}-relative.png")
-    title += "\nrelative to uniform weights"
-    save_figure(plot_reads(mean, config, title, relative=True), paths[-1], numbers)
     tokens = [token_text(checkpoint.tokenizer, token) for token in prompt["input_ids"][0].tolist()]
     reads = chosen_reads(config, options.reads)
     shared["tokens"] = tokens
-    paths.append(options.output / f"{stem}-tokens.png")
-    figure = plot_tokens(weights, tokens, config, f"{name}: reads by token ({kind})")
-    spread = [relative_entropy(read).tolist() for read in weights[1:]]
-    strongest = [read.argmax(0).tolist() for read in weights]
-    save_figure(figure, paths[-1], {**shared, "relative_entropy": [None, *spread], "strongest_source": strongest})
+    if is_distribution(config):
+        paths.append(options.output / f"{stem}-tokens.png")
+        figure = plot_tokens(weights, tokens, config, f"{name}: reads by token ({kind})")
+        spread = [relative_entropy(read).tolist() for read in weights[1:]]
+        strongest = [read.argmax(0).tolist() for read in weights]
+        save_figure(figure, paths[-1], {**shared, "relative_entropy": [None, *spread], "strongest_source": strongest})
     paths.append(options.output / f"{stem}-weights.png")
     figure = plot_token_weights(weights, tokens, config, reads, f"{name}: weights by token ({kind})")
     rows = dict(zip(shared["reads"], weights))

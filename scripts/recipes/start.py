@@ -7,7 +7,7 @@ import torch
 from attnres_convert import InputError, convert_checkpoint, convert_to_donor
 from transformers import PreTrainedConfig
 
-from configuration_attnres import AttnResConfigMixin
+from configuration_attnres import ATTN_RES_MODES, AttnResConfigMixin
 
 from .configs import check_sizes, read_config, with_mode
 from .data import train_tokenizer
@@ -48,8 +48,7 @@ def starting_point(
     """
     is_attnres = isinstance(config, AttnResConfigMixin)
     own_mode = config.attn_res_mode if is_attnres else "donor"
-    mode = mode or (own_mode if is_attnres else "block")
-    if mode == own_mode:
+    if mode == own_mode or mode is None and is_attnres:
         if is_attnres and block_size not in (None, config.attn_res_block_size):
             raise InputError(f"--block-size can't change that of {model}; leave it out.")
         return model
@@ -60,21 +59,16 @@ def starting_point(
     if is_attnres:
         convert_to_donor(model, converted, verify=False)
     else:
-        convert_checkpoint(
-            model, converted, mode=mode, block_size=block_size if mode == "block" else None, verify=False
-        )
+        chosen = {} if mode is None else {"mode": mode}  # by default conversion decides
+        if mode is None or ATTN_RES_MODES[mode].sums_blocks:
+            chosen["block_size"] = block_size
+        convert_checkpoint(model, converted, **chosen, verify=False)
     return str(converted)
 
 
 def load_model(model: str, mode: str | None, block_size: int | None, converted: Path, **options):
     """The model to train on; `options` are those of `from_pretrained`, the others those of [`starting_point`]."""
-    config = read_config(model)
-    if mode == "denseformer" and not isinstance(config, AttnResConfigMixin):
-        # not a result of conversion; depth scalars, which the checkpoint lacks, start as the plain sum
-        source, options["config"] = model, with_mode(config, mode, None)
-        options["may_be_new"] = "depth_attention"
-    else:
-        source = starting_point(model, config, mode, block_size, converted)
+    source = starting_point(model, read_config(model), mode, block_size, converted)
     loaded = load_weights(source, plain=True, **{"dtype": torch.float32, **options})
     if decoder(loaded) is None:
         raise InputError(f"{model} is a {type(loaded).__name__}, which isn't made of layers as the families here are.")
