@@ -13,6 +13,7 @@ _MODULES = {
     "Verification": "verification",
     "convert_checkpoint": "conversion",
     "convert_to_donor": "conversion",
+    "convert_to_kimi_k3": "conversion",
     "dequantize_checkpoint": "dequantization",
 }
 __all__ = list(_MODULES)

@@ -75,8 +75,9 @@ SHOWN = {
         "bf16": bool,
     },
     "conversion": {
-        **dict.fromkeys(("donor_class", "dtype", "verification_skipped"), str),
+        **dict.fromkeys(("donor_class", "dtype", "project", "verification_skipped"), str),
         "parameters_added": int,
+        "tensors_added": list,
         **dict.fromkeys(("donor_rounding", "relative_difference", "tolerance"), NUMBER),
     },
     "dequantized": dict.fromkeys(("architecture", "dtype", "file", "format", "name", "quantization"), str),
@@ -117,18 +118,54 @@ IDEA = (
     "learned query weighs the embedding and what earlier layers wrote by a softmax over depth, and their mix is read "
     f"([Kimi Team 2026, arXiv:2603.15031]({PAPER}))."
 )
+BASELINE = f"It is a baseline for Attention Residuals ([Kimi Team 2026, arXiv:2603.15031]({PAPER}))"
+VARIANTS = {  # of block and full mode, and what is different there
+    "sigmoid": "each weight is a sigmoid of its own, and no part of a softmax",
+    "raw_keys": "keys have no norm",
+    "static": "scores are learned numbers, which don't depend on the input",
+    "window": "a read has the embedding and only the latest of the other sources",
+    "heads": "each group of channels has weights of its own",
+    "input_query": "a query is computed from the latest source",
+    "low_rank": "keys are projections to few numbers, as in LR-AttnRes (https://github.com/jon123boss/LR-AttnRes)",
+    "delta": "a read is the residual stream with a mix of its parts added, as in Delta Attention Residuals "
+    "(https://arxiv.org/abs/2605.18855)",
+    "recency": "states of the residual stream are weighed, and the latest has a bias, as in open-attention-residuals "
+    "(https://github.com/wdlctc/open-attention-residuals)",
+    "inkling2": "normalised sources are weighed, as in Inkling 2",
+}
 ABOUT = {
     None: IDEA,
     "block": f"{IDEA} In block mode, as here, outputs are summed within blocks of {{block_size}}, and "
     "the queries weigh the blocks.",
     "full": f"{IDEA} In full mode, as here, the output of every attention and every MLP has a weight of its own.",
+    **{
+        f"block_{name}": f"{IDEA} Here, outputs are summed within blocks of {{block_size}}, and {text}."
+        for name, text in VARIANTS.items()
+    },
+    **{
+        f"full_{name}": f"{IDEA} Here, the output of every attention and every MLP is a source, and {text}."
+        for name, text in VARIANTS.items()
+    },
     "denseformer": "Each attention, each MLP and the output read a sum of the embedding and all earlier outputs with "
     "learned weights that don't depend on the input, as in DenseFormer (https://arxiv.org/abs/2402.02622). "
-    f"It is a baseline for Attention Residuals ([Kimi Team 2026, arXiv:2603.15031]({PAPER})), whose weights are a "
-    "softmax over depth.",
+    f"{BASELINE}, whose weights are a softmax over depth.",
+    "hc": "Instead of one residual stream there are several, which are read, written and mixed with learned weights, "
+    f"as in hyper-connections (https://arxiv.org/abs/2409.19606). {BASELINE}.",
+    "mhc": "Instead of one residual stream there are several, which are read, written and mixed with learned weights, "
+    "of which those that mix are doubly stochastic, as in manifold-constrained hyper-connections "
+    f"(https://arxiv.org/abs/2512.24880). {BASELINE}.",
+    "block_mhc": f"{IDEA} Here, outputs are summed within blocks of {{block_size}}. The block that is open is kept as "
+    "several streams, as in manifold-constrained hyper-connections (https://arxiv.org/abs/2512.24880), and attention "
+    "over depth reads the closed blocks and a mix of the streams.",
     "donor": "It has the plain residual stream of transformers: every attention and every MLP reads the sum of all "
     "that was written before. It is a baseline for models with Attention Residuals, which weigh what they read over "
     f"depth ([Kimi Team 2026, arXiv:2603.15031]({PAPER})), and a source to convert them from.",
+}
+OTHERS = {  # modes without attention over depth, and what they have
+    "donor": "the plain residual stream",
+    "denseformer": "fixed weights over depth",
+    "hc": "hyper-connections",
+    "mhc": "manifold-constrained hyper-connections",
 }
 
 PLACEHOLDER = "name-of-the-model"  # where a card is rendered to find its lines with names
@@ -153,6 +190,11 @@ EXACTNESS = """All tensors of the source are kept, bit for bit, under their name
 that a read mixes weigh the same, and each read is multiplied by their number, so it is the sum that the source model's
 residual stream holds: until the queries are trained, the model computes what the source model computes, and
 `attnres-convert --to-donor` goes back."""
+EXACTNESS_OF_OTHERS = """All tensors of the source are kept, bit for bit, under their names. What was added begins with
+values for which each read is the sum that the source model's residual stream holds: until they are trained, the model
+computes what the source model computes, and `attnres-convert --to-donor` goes back."""
+SAME_DEPTH = """The source has depth attention already. Its tensors became `depth_attention`, in float32, for which this
+project's code computes the same reads; all other tensors are kept, bit for bit, under their names."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +331,7 @@ def folder_card(
     metadata = read_metadata(folder) if inherited is None else inherited
     results = facts.results
     tags = [tag for tag in _list(metadata.get("tags")) if not (facts.mode == "donor" and tag == TAG)]
-    tags += [] if facts.mode in ("donor", "denseformer") else [TAG]
+    tags += [] if facts.mode in OTHERS else [TAG]
     tags += [facts.method] if facts.is_adapter else []
     datasets = list(dict.fromkeys([*_list(metadata.get("datasets")), *results.get("datasets", [])]))
     base_model = metadata.get("base_model")
@@ -311,7 +353,7 @@ def folder_card(
         command=results.get("command"),
         samples=tuple(results.get("samples", [])),
         making=tuple(_making(facts)),
-        notes=EXACTNESS if facts.is_converted else "",
+        notes=_notes(facts),
         figure=FIGURE_NAME if is_regular(folder / FIGURE_NAME) else None,
         limits=tuple(_limits(facts)),
         donor_card=is_regular(folder / DONOR_CARD_NAME),
@@ -376,13 +418,14 @@ class Facts:
 def _summary(facts: Facts) -> str:
     results, name = facts.results, f"`{facts.class_name}`"
     if facts.is_converted:
-        return (
-            f"{_link(facts.base, results)} with [Attention Residuals]({PAPER}), converted exactly and not yet trained."
-        )
+        if "project" in facts.conversion:
+            whose = f"the depth attention of {facts.conversion['project']}"
+            return f"{_link(facts.base, results)}, with {whose}, as {name} in {facts.mode} mode, not trained further."
+        what = OTHERS.get(facts.mode, f"[Attention Residuals]({PAPER})")
+        return f"{_link(facts.base, results)} with {what}, converted exactly and not yet trained."
     if "dequantized" in results:
         return f"{_link(facts.base, results)}, its weights made {results['dequantized']['dtype']}, else unchanged."
-    stream = {"donor": "the plain residual stream", "denseformer": "fixed weights over depth"}
-    kind = stream.get(facts.mode, f"Attention Residuals in {facts.mode} mode" if facts.mode else "Attention Residuals")
+    kind = OTHERS.get(facts.mode, f"Attention Residuals in {facts.mode} mode" if facts.mode else "Attention Residuals")
     if facts.is_adapter:
         return f"A PEFT adapter ({facts.method}) on {_link(facts.base, results)}, a model with {kind}."
     if not results.get("arguments"):
@@ -394,6 +437,14 @@ def _summary(facts: Facts) -> str:
     if facts.base:
         return f"{_link(facts.base, results)}, trained on with {results['data']}: {name} with {kind}."
     return f"{name} with {kind}, pretrained from scratch on {results['data']}."
+
+
+def _notes(facts: Facts) -> str:
+    if not facts.is_converted:
+        return ""
+    if "project" in facts.conversion:
+        return SAME_DEPTH
+    return EXACTNESS if facts.mode in ("block", "full", None) else EXACTNESS_OF_OTHERS
 
 
 def _link(base: str | None, results: dict) -> str:
@@ -416,15 +467,17 @@ def _making(facts: Facts) -> list[tuple[str, str]]:
     if facts.class_name:
         source = conversion.get("donor_class")
         rows.append(("class", f"`{facts.class_name}`" + (f", from `{source}`" if source else "")))
-    if facts.mode == "block":
-        rows.append(("mode", f"block, {facts.block_size} each"))
+    if (facts.mode or "").startswith("block"):
+        rows.append(("mode", f"{facts.mode}, {facts.block_size} each"))
     elif facts.mode not in ("donor", None):
         rows.append(("mode", facts.mode))
     if config.get("hidden_size") and config.get("num_hidden_layers"):
         rows.append(("shape", f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']:,}"))
     if conversion:
-        added = f"{conversion['parameters_added']:,} (`depth_attention.query` and `.key_norm`, float32)"
-        rows += [("parameters added", added), ("verification", _verification(conversion))]
+        names = ", ".join(f"`{name}`" for name in conversion.get("tensors_added", ["depth_attention"]))
+        what = "parameters of depth attention" if "project" in conversion else "parameters added"
+        rows.append((what, f"{conversion['parameters_added']:,} ({names}, float32)"))
+        rows.append(("verification", _verification(conversion)))
     if "parameters" in results:
         depth = f", {results['depth_parameters']:,} of them of depth attention" if results["depth_parameters"] else ""
         rows.append(("parameters", f"{results['parameters']:,}{depth}"))
@@ -497,7 +550,8 @@ def _limits(facts: Facts) -> list[str]:
             f"Its weights keep the rounding of their quantisation ({results['dequantized']['quantization']})."
         )
     if facts.is_converted:
-        limits.append("It is no better than its source until it has been trained, and has all limits of its source.")
+        better = "" if "project" in facts.conversion else "is no better than its source until it has been trained, and "
+        limits.append(f"It {better}has all limits of its source.")
     if "tokens" in results:
         tokens, size = results["tokens"], results.get("parameters", results.get("trained_parameters", 0))
         scale = f"{tokens:,} tokens and {size:,} {'' if 'parameters' in results else 'trained '}parameters"
@@ -612,6 +666,7 @@ def _results(content: dict) -> dict:
     if threads is None:
         versions.pop("device", None)
     texts(results, "datasets", "results")
+    texts(results.get("conversion", {}), "tensors_added", "conversion")
     if isinstance(results.get("language"), list):
         texts(results, "language", "results")
     return results

@@ -14,11 +14,27 @@ EXAMPLES = """examples:
   attnres-convert path/to/llama path/to/llama-attnres
   attnres-convert organisation/model ./converted --revision main --block-size 4
   attnres-convert path/to/llama ./full --mode full --link
+  attnres-convert path/to/llama ./window --mode full_window --set attn_res_window=100
   attnres-convert --to-donor ./converted ./llama-again
   attnres-convert model.Q4_K_M.gguf ./converted --dtype bfloat16
   attnres-convert organisation/model-GGUF ./converted --gguf-file model.Q8_0.gguf
   attnres-convert --dequantize bfloat16 openai/gpt-oss-20b ./gpt-oss-bf16
 """
+# Here as well as in the configuration, whose import takes seconds
+VARIANTS = (
+    "sigmoid",
+    "raw_keys",
+    "static",
+    "window",
+    "heads",
+    "input_query",
+    "low_rank",
+    "delta",
+    "recency",
+    "inkling2",
+)
+MODES = ("block", "full", "denseformer", *(f"{x}_{name}" for name in VARIANTS for x in ("block", "full")))
+MODES += ("hc", "mhc", "block_mhc")
 DTYPES = ("bfloat16", "float32")
 BY_ITSELF = "default"  # what --dequantize means without a dtype
 
@@ -33,7 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("src", metavar="SRC", help="checkpoint folder, GGUF file, or Hub id")
     parser.add_argument("dst", metavar="DST", help="folder to write")
-    parser.add_argument("--mode", choices=("block", "full"), help="block (default) or full Attention Residuals")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        metavar="MODE",
+        help="block (default) or full Attention Residuals, denseformer, hc, mhc, block_mhc, or block_X or full_X with "
+        f"one X of {', '.join(VARIANTS)}",
+    )
+    parser.add_argument(
+        "--set", action="append", metavar="NAME=N", help="a number of the mode, such as attn_res_window=4; repeatable"
+    )
     parser.add_argument("--block-size", type=int, metavar="N", help="decoder layers per block (default: an eighth)")
     parser.add_argument("--num-blocks", type=int, metavar="N", help="number of blocks, instead of --block-size")
     parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the folder or repository SRC")
@@ -53,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--to-donor", action="store_true", help="convert back to the donor; exact, so only while all queries are zero"
+    )
+    parser.add_argument(
+        "--to-kimi-k3",
+        action="store_true",
+        help="write the donor's tensors, and depth attention under the names of Kimi K3 (block mode, unscaled reads)",
     )
     parser.add_argument(
         "--dequantize",
@@ -107,29 +137,44 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(arguments: argparse.Namespace):
     from .checkpoint import ConversionError
-    from .conversion import convert_checkpoint, convert_to_donor
+    from .conversion import convert_checkpoint, convert_to_donor, convert_to_kimi_k3
     from .dequantization import dequantize_checkpoint
 
     options = {name: value for name, value in vars(arguments).items() if value is not None}
-    to_donor, dtype = options.pop("to_donor"), options.pop("dequantize", None)
-    shape, gguf = ("mode", "block_size", "num_blocks"), ("gguf_file", "dtype")
+    dtype = options.pop("dequantize", None)
+    ways_back = {"--to-donor": convert_to_donor, "--to-kimi-k3": convert_to_kimi_k3}
+    ways_back = {name: way for name, way in ways_back.items() if options.pop(name[2:].replace("-", "_"))}
+    shape, gguf = ("mode", "block_size", "num_blocks", "set"), ("gguf_file", "dtype")
 
     def refuse(names: tuple[str, ...], why: str):
         if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name, False) is not False]:
             raise ConversionError(f"{why}; leave out {', '.join(given)}.")
 
     if dtype is not None:
-        if to_donor:
-            raise ConversionError("--dequantize writes no AttnRes model; leave out --to-donor.")
+        if ways_back:
+            raise ConversionError(f"--dequantize writes no AttnRes model; leave out {', '.join(ways_back)}.")
         refuse((*shape, "link"), "--dequantize writes new weights, and no AttnRes model")
         refuse(("dtype",), "--dequantize takes the dtype itself")
         del options["link"], options["verify"]
         return dequantize_checkpoint(**options, dtype=None if dtype == BY_ITSELF else dtype, progress=True)
-    if not to_donor:
-        return convert_checkpoint(**options, progress=True)
-    refuse(shape, "--to-donor takes the shape from SRC")
-    refuse(gguf, "--to-donor takes an AttnRes checkpoint, which is no GGUF file")
-    return convert_to_donor(**options, progress=True)
+    if not ways_back:
+        fields = dict(map(_number, options.pop("set", [])))
+        return convert_checkpoint(**options, fields=fields, progress=True)
+    if len(ways_back) > 1:
+        raise ConversionError(f"{' and '.join(ways_back)} are two ways; give one.")
+    ((name, convert_back),) = ways_back.items()
+    refuse(shape, f"{name} takes the shape from SRC")
+    refuse(gguf, f"{name} takes an AttnRes checkpoint, which is no GGUF file")
+    return convert_back(**options, progress=True)
+
+
+def _number(text: str) -> tuple[str, int]:
+    from .checkpoint import ConversionError
+
+    name, _, value = text.partition("=")
+    if not value.lstrip("-").isdecimal():
+        raise ConversionError(f"--set is {text!r}; give a name and an integer, such as attn_res_window=4.")
+    return name, int(value)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from .conversion import (
     SPACE_FOR_SMALL_FILES,
     build_config,
     build_model,
-    check_layers,
     check_paths,
     copy_companions,
     num_mtp_layers,
@@ -46,7 +45,7 @@ from .conversion import (
 from .families import find_attnres_family, find_family, supported_families
 from .files import check_space, copy_file
 from .gguf_donor import DTYPES, check_dtype, gguf_donor, make_readable
-from .loading import check_tensors
+from .loading import check_layers, check_tensors
 from .reading import is_regular, one_line, understood
 from .source import Source, find_gguf, open_source
 from .staging import staged
@@ -276,7 +275,7 @@ def _write_rest(source: Source, checkpoint: Checkpoint, shapes: dict, folder: Pa
     family, model_class = _family(content)
     config_class = model_class.config_class
     config = build_config(config_class, content)
-    check_layers(config.num_hidden_layers, checkpoint)
+    check_layers(config.num_hidden_layers, checkpoint.tensors)
     more += check_tensors(build_model(model_class, config), shapes, num_mtp_layers(content))
     copy_companions(companions, source.folder, folder)
     if config_class is family.config_class:

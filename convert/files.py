@@ -66,11 +66,14 @@ def check_space(folder: Path, needed: int, what: str = "", advice: str = "") -> 
         )
 
 
-def new_index(checkpoint: Checkpoint, names: dict[str, str], weights: dict[str, str], change: dict[str, int]) -> dict:
+def new_index(
+    checkpoint: Checkpoint, names: dict[str, str], removed: set[str], weights: dict[str, str], change: dict[str, int]
+) -> dict:
     """The index of the written shards.
 
     Args:
         names: old shard name to new shard name.
+        removed: names of tensors that are left out.
         weights: the new tensors and their files; other tensors stay where they were, if their shard is in `names`.
         change: by how much `total_size` (bytes) and `total_parameters` grow.
     """
@@ -84,7 +87,8 @@ def new_index(checkpoint: Checkpoint, names: dict[str, str], weights: dict[str, 
     metadata = dict(metadata) if isinstance(metadata, dict) else {"total_size": checkpoint.num_bytes}
     for key in metadata.keys() & change.keys():
         metadata[key] = (metadata[key] if type(metadata[key]) is int else sizes[key]) + change[key]
-    return {"metadata": metadata, "weight_map": {t: names[n] for t, n in old_map.items() if n in names} | weights}
+    kept = {tensor: names[name] for tensor, name in old_map.items() if name in names and tensor not in removed}
+    return {"metadata": metadata, "weight_map": kept | weights}
 
 
 def _open(path: Path) -> BinaryIO:

@@ -7,7 +7,8 @@
 Kimi K3 has one pair of tensors per read, `..._res_proj.weight` `(1, hidden)`, the query, and `..._res_norm.weight`
 `(hidden,)`, the gain of the keys: `layers.N.self_attention` and `layers.N.mlp` before the sublayers of layer N and
 `output_attn` before the final norm. An AttnRes checkpoint has all queries and all gains in two tensors
-`(2 * num_hidden_layers + 1, hidden)`, in the same order.
+`(2 * num_hidden_layers + 1, hidden)`, in the same order. Whole checkpoints are written in this form by
+`attnres-convert --to-kimi-k3` and read by `attnres-convert`.
 """
 
 import argparse

@@ -2,17 +2,20 @@
 """Whether a model of transformers would load a checkpoint completely, found out from names and shapes alone."""
 
 import re
+from collections.abc import Collection, Iterable
 
 import torch
+from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
-from .checkpoint import CONFIG_NAME, ConversionError
+from .checkpoint import CONFIG_NAME, Checkpoint, ConversionError
 from .reading import understood
 from .verification import quiet
 
 
+FLOATS = ("F32", "F16", "BF16")  # which float32 holds exactly
 LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
 
 
@@ -20,6 +23,36 @@ def empty_model(model_class: type, config) -> PreTrainedModel:
     """The model on the `meta` device: its names and shapes, without memory."""
     with quiet(), torch.device("meta"):
         return model_class(config)
+
+
+def check_layers(num_layers: int, names: Collection[str]) -> None:
+    """Before a model is built, which takes time for each layer.
+
+    Args:
+        names: of all tensors.
+    """
+    if num_layers > len(names):
+        raise ConversionError(
+            f"{CONFIG_NAME} disagrees with the tensors: it says {num_layers} layers, more than there are tensors."
+        )
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str], dtypes: tuple[str, ...] = FLOATS) -> dict:
+    """A few small tensors of a checkpoint, by name.
+
+    Raises:
+        ConversionError: one is of none of `dtypes`, has values that aren't finite, or can't be read.
+    """
+    tensors = {}
+    for name in names:
+        if (dtype := checkpoint.tensors[name].dtype) not in dtypes:
+            raise ConversionError(f"{name} is {dtype}; one of {', '.join(dtypes)} is expected.")
+        path = checkpoint.shards[checkpoint.file_of(name)].path
+        with understood(f"{path.name} can't be read"), safe_open(path, framework="pt") as file:
+            tensors[name] = file.get_tensor(name)
+        if not tensors[name].isfinite().all():
+            raise ConversionError(f"{name} has values that aren't finite.")
+    return tensors
 
 
 def check_tensors(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], num_mtp_layers: int) -> list[str]:

@@ -1,6 +1,8 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The table that a conversion prints."""
 
+from configuration_attnres import ATTN_RES_MODES
+
 from .card import measured
 from .conversion import ConversionResult
 from .dequantization import DequantizationResult
@@ -26,10 +28,10 @@ def _dequantized(result: DequantizationResult) -> dict[str, str]:
 
 
 def _converted(result: ConversionResult) -> dict[str, str]:
-    reads = result.depth_sources
+    reads, is_of_blocks = result.depth_sources, ATTN_RES_MODES[result.mode].sums_blocks
     rows = {
         "written": one_line(str(result.path), MAX_PATH),
-        "mode": result.mode if result.mode == "full" else f"block, {result.block_size} decoder layers per block",
+        "mode": result.mode + (f", {result.block_size} decoder layers per block" if is_of_blocks else ""),
         "sources per read": f"{min(reads)} to {max(reads)} in {len(reads)} reads",
         "depth parameters": f"{result.depth_parameters:,} beside {result.num_parameters:,}",
     }
