@@ -50,7 +50,11 @@ def check_mode(mode: str | None):
     from configuration_attnres import ATTN_RES_MODES
 
     if mode not in ATTN_RES_MODES:
-        raise InputError(f"--mode is {mode!r}; it must be one of donor, {', '.join(ATTN_RES_MODES)}")
+        ways = [name.removeprefix("full_") for name in ATTN_RES_MODES if name.startswith("full_")]
+        pairs = {f"{sources}_{way}" for sources in ("block", "full") for way in ways}
+        others = ", ".join(name for name in ATTN_RES_MODES if name not in pairs)
+        either = f"or block_ or full_ with {', '.join(ways)}"
+        raise InputError(f"--mode is {mode!r}; it must be donor, {others}, {either}")
 
 
 @dataclass(kw_only=True)
