@@ -87,6 +87,15 @@ ATTN_RES_MODES = {
     "mhc": DepthSources(has_streams=True, closes=False),
     "block_mhc": DepthSources(sums_blocks=True, has_streams=True),
 }
+
+
+def known_modes() -> str:
+    """The names of all modes, for people: those of variants once for both kinds of sources."""
+    pairs = {f"{sources}_{variant}" for variant in SOFTMAX_VARIANTS for sources in ("block", "full")}
+    others = ", ".join(mode for mode in ATTN_RES_MODES if mode not in pairs)
+    return f"{others}, or block_ or full_ with {', '.join(SOFTMAX_VARIANTS)}"
+
+
 MASK_FIELDS = {"attention_chunk_size", "layer_types", "sliding_window"}  # that masks are made by, if they are there
 
 # Families that an older transformers doesn't have, by the model type of the donor, and how their classes begin
@@ -239,7 +248,7 @@ class AttnResConfigMixin:
     def validate_attn_res(self):
         """Runs when a configuration is built or saved, and when a model is built from it."""
         if self.attn_res_mode not in ATTN_RES_MODES:
-            raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
+            raise ValueError(f"attn_res_mode is {self.attn_res_mode!r}; it must be one of {known_modes()}.")
         sums_blocks = self.depth_sources.sums_blocks
         most = self.num_hidden_layers if sums_blocks else self.attn_res_block_size  # elsewhere unused
         if not 1 <= self.attn_res_block_size <= most:

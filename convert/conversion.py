@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import save as serialize
 from transformers import PreTrainedConfig
 
-from configuration_attnres import ATTN_RES_MODES, donor_class
+from configuration_attnres import ATTN_RES_MODES, donor_class, known_modes
 from depth_attention_attnres import DEPTH_MIXERS
 
 from .card import (
@@ -280,7 +280,7 @@ def _checked_numbers(numbers: dict | None) -> dict[str, int]:
 def _check_mode(given: dict) -> None:
     mode, is_sized = given.get("mode", DEFAULT_MODE), "block_size" in given or "num_blocks" in given
     if mode not in ATTN_RES_MODES:
-        raise ConversionError(f"mode is {mode!r}; it must be one of {', '.join(ATTN_RES_MODES)}.")
+        raise ConversionError(f"mode is {mode!r}; it must be one of {known_modes()}.")
     if "block_size" in given and "num_blocks" in given:
         raise ConversionError("give either a block size or a number of blocks, not both.")
     if is_sized and not ATTN_RES_MODES[mode].sums_blocks:

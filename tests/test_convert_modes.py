@@ -5,14 +5,13 @@ import json
 
 import pytest
 import torch
-from attnres_convert import ConversionError, cli, convert_checkpoint, convert_to_donor
+from attnres_convert import ConversionError, convert_checkpoint, convert_to_donor
 from attnres_convert.cli import main
 from attnres_convert.verification import TOLERANCE
 from convert_models import edit_json, save_donor, tensor_bytes, tree
 from safetensors.torch import load_file, save_file
 
 from configuration_attnres import ATTN_RES_MODES
-from depth_attention_attnres import DEPTH_MIXERS
 
 
 NO_DONOR = {mode for mode in ATTN_RES_MODES if mode.endswith(("_recency", "_inkling2"))}
@@ -125,6 +124,7 @@ def test_the_scale_of_reads_on_the_way_back(donor, tmp_path):
 
 
 OPTIONS = {
+    "mode": (["--mode", "half"], "mode is 'half'; it must be one of block, full, denseformer, hc, mhc, b"),
     "size": (["--mode", "hc", "--block-size", "2"], "hc mode has no blocks"),
     "number": (["--mode", "full_delta", "--num-blocks", "2"], "full_delta mode has no blocks"),
     "other field": (["--set", "vocab_size=2"], "vocab_size can't be set; attn_res_window, "),
@@ -152,7 +152,3 @@ def test_the_command(donor, tmp_path, capsys):
     assert "block_low_rank, 2 decoder layers per block" in capsys.readouterr().out
     results = json.loads((tmp_path / "dst" / "results.json").read_text())
     assert results["command"].endswith("dst --mode block_low_rank --block-size 2 --set attn_res_rank=3")
-
-
-def test_modes_are_the_configurations():
-    assert {*cli.MODES} == {*ATTN_RES_MODES} == {*DEPTH_MIXERS}

@@ -354,7 +354,7 @@ def test_the_installed_command(src, tmp_path):
     shown = run("--help")
     assert shown.returncode == 0 and "examples:" in shown.stdout and "--num-blocks" in shown.stdout
     assert run(src).returncode == 2
-    assert run(src, tmp_path / "dst", "--mode", "half").returncode == 2
+    assert run(src, tmp_path / "dst", "--block-size", "half").returncode == 2
     garbage(src)
     failed = run(src, tmp_path / "dst")
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr

@@ -47,14 +47,10 @@ def check_mode(mode: str | None):
     """Refuses what is no mode. Those of the paper are known without an import that takes seconds."""
     if mode in (None, "donor", "block", "full"):
         return
-    from configuration_attnres import ATTN_RES_MODES
+    from configuration_attnres import ATTN_RES_MODES, known_modes
 
     if mode not in ATTN_RES_MODES:
-        ways = [name.removeprefix("full_") for name in ATTN_RES_MODES if name.startswith("full_")]
-        pairs = {f"{sources}_{way}" for sources in ("block", "full") for way in ways}
-        others = ", ".join(name for name in ATTN_RES_MODES if name not in pairs)
-        either = f"or block_ or full_ with {', '.join(ways)}"
-        raise InputError(f"--mode is {mode!r}; it must be donor, {others}, {either}")
+        raise InputError(f"--mode is {mode!r}; it must be one of donor, {known_modes()}")
 
 
 @dataclass(kw_only=True)
