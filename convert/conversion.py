@@ -528,23 +528,24 @@ def _check_space(plan: Plan, dst: Path, link: bool) -> None:
 
 
 def _write_attnres(plan: Plan, folder: Path, link: bool | None, progress: bool) -> None:
-    _write(plan, folder, link, progress)
+    write_shards(plan.checkpoint, plan.shard_names, plan.removed, folder, link, progress)
+    _write_rest(plan, folder)
     for file in plan.family.config_class.hub_files():
         copy_file(file, folder / file.name)
 
 
 def _write_donor(plan: Plan, folder: Path, link: bool, progress: bool) -> None:
-    _write(plan, folder, link, progress)
+    write_shards(plan.checkpoint, plan.shard_names, plan.removed, folder, link, progress)
+    _write_rest(plan, folder)
     if not plan.added:  # else it isn't as the card says
         for name, donor_name in DONOR_FILES.items():
             if is_regular(plan.source.folder / donor_name):
                 copy_file(plan.source.folder / donor_name, folder / name)
 
 
-def _write(plan: Plan, folder: Path, link: bool | None, progress: bool) -> None:
-    """Weights, index, small files and configuration."""
+def _write_rest(plan: Plan, folder: Path) -> None:
+    """New tensors, index, small files and configuration."""
     names = plan.shard_names
-    write_shards(plan.checkpoint, names, plan.removed, folder, link, progress)
     name = SECOND_OF_TWO if {*names.values()} == {FIRST_OF_TWO} else DEPTH_SHARD_NAME
     if plan.added:
         metadata = {"format": "pt"}
