@@ -604,8 +604,12 @@ class ManifoldWeights(DepthMixer):
         self.scale = new_parameter(num_reads, 3)
 
     def reset_parameters(self):
-        others = 0.5 / (self.num_streams - 1)
-        taken = torch.full((self.num_streams, self.num_streams), others).fill_diagonal_(0.5).logit()
+        # a half of one stream and the rest of the others, which sum to 1 although these logits are rounded
+        num_others = self.num_streams - 1
+        others = torch.tensor(0.5 / num_others).logit()
+        own = (1 - num_others * others.double().sigmoid()).logit().float()
+        taken = others.repeat(self.num_streams, self.num_streams)
+        taken[range(self.num_streams), range(self.num_streams)] = own
         written, mixed = torch.zeros(self.num_streams), self.diagonal * torch.eye(self.num_streams).flatten()
         rows = [torch.cat([taken[read % self.num_streams], written, mixed]) for read in range(len(self.bias))]
         init.zeros_(self.weight)

@@ -17,7 +17,7 @@ from configuration_attnres import ATTN_RES_MODES
 NO_DONOR = {mode for mode in ATTN_RES_MODES if mode.endswith(("_recency", "_inkling2"))}
 FIELDS = {"full_window": {"attn_res_window": 10}, "block_heads": {"attn_res_num_heads": 5}}
 FIELDS |= {"full_heads": {"attn_res_num_heads": 4}, "full_low_rank": {"attn_res_rank": 3}}
-FIELDS |= dict.fromkeys(("mhc", "block_mhc"), {"attn_res_num_streams": 2})
+FIELDS |= {"block_mhc": {"attn_res_num_streams": 3}}
 
 
 @pytest.fixture(scope="module")

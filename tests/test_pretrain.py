@@ -482,7 +482,8 @@ def test_training_on(server, text, donor):
     """A donor's checkpoint is converted on the way, trained as it is with `--mode donor`, and a trained AttnRes
     checkpoint goes on; the first loss is the donor's in all forms."""
     first = {}
-    for mode in ("donor", "block", "full"):
+    modes = ("donor", "block", "full", "denseformer", "mhc")
+    for mode in modes:
         server.run("--model", donor, "--mode", mode, *CONTINUE, "--data", text, "--output", f"on-{mode}")
         before, line = read_lines(server.folder / f"on-{mode}" / "metrics.jsonl")[:2]
         assert before["step"] == 0
@@ -490,7 +491,7 @@ def test_training_on(server, text, donor):
         model = AutoModelForCausalLM.from_pretrained(server.folder / f"on-{mode}" / "model")
         assert getattr(model.config, "attn_res_mode", "donor") == mode
     for losses in zip(*first.values()):
-        assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+        assert losses == pytest.approx([losses[0]] * len(modes), abs=1e-5)
     server.run("--model", "on-block/model", *CONTINUE, "--data", text, "--output", "on-on")
     losses = [read_lines(server.folder / name / "metrics.jsonl") for name in ("on-block", "on-on")]
     assert losses[1][1]["loss"] < losses[0][1]["loss"]  # the same batch, three steps later

@@ -91,7 +91,7 @@ def test_modes():
     """`--mode` takes those of the configuration, in a comparison too, and lists them where it is given another."""
     for mode in ("donor", *ATTN_RES_MODES):
         assert options.PretrainOptions(config="llama", output="out", mode=mode).mode == mode
-    names = "it must be one of donor, block, full, denseformer, hc, mhc, block_mhc, or block_ or full_ with sigmoid, .*inkling2"
+    names = "one of donor, block, full, denseformer, hc, mhc, block_mhc, or block_ or full_ with sigmoid, .*inkling2"
     with pytest.raises(InputError, match=names):
         options.PretrainOptions(config="llama", output="out", mode="blocks")
     with pytest.raises(InputError, match="blocks: --mode is 'blocks'"):
