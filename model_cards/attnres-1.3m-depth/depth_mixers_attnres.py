@@ -1,0 +1,1 @@
+../../depth_mixers_attnres.py
