@@ -102,7 +102,7 @@ MASK_FIELDS = {"attention_chunk_size", "layer_types", "sliding_window"}  # that 
 YOUNG_FAMILIES = {"kimi_linear": "AttnResKimiLinear", "inkling2_text": "AttnResInkling2Text"}
 IS_ABSENT = f"it needs a transformers that has {{}}; installed is {transformers_version}"
 
-# Donors that zero queries cannot reproduce, and why
+# Donors that have no AttnRes form, and why
 REFUSED = {
     **dict.fromkeys(
         ("olmo2", "olmo3", "olmo_hybrid", "flex_olmo", "exaone4"),
@@ -111,6 +111,10 @@ REFUSED = {
     **dict.fromkeys(
         ("cohere", "cohere2", "cohere2_moe", "codegen", "gptj", "phi"),
         "its attention and MLP read the same input, so that there is no read between them",
+    ),
+    **dict.fromkeys(
+        ("kimi_k3", "kimi_k3_text"),
+        "transformers doesn't have Kimi K3's layers; python -m attnres_convert.kimi_k3 exchanges depth attention alone",
     ),
 }
 

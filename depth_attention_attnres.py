@@ -48,12 +48,12 @@ def eager_depth_attention(
     Returns:
         The mix `(batch, seq, hidden)` in the dtype of the first source, and the weights `(batch, num_sources, seq)`.
     """
-    values = exact(sources)
+    values = upcast(sources)
     weights, factors = depth_softmax(key_scores(values, product, eps), 1, scale)  # (batch, num_sources, seq)
     return weighted_sum(factors, values).to(sources[0].dtype), weights
 
 
-def exact(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def upcast(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """In float32, or float64 if the first is."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
@@ -956,7 +956,7 @@ __all__ = [
     "TwoPhaseDepthAttention",
     "depth_softmax",
     "eager_depth_attention",
-    "exact",
+    "upcast",
     "has_forward_hooks",
     "joined",
     "key_scores",

@@ -25,8 +25,8 @@ try:
         EachReadItself,
         Sources,
         depth_softmax,
-        exact,
         key_scores,
+        upcast,
         weighted_sum,
     )
 except ImportError:
@@ -41,8 +41,8 @@ except ImportError:
         EachReadItself,
         Sources,
         depth_softmax,
-        exact,
         key_scores,
+        upcast,
         weighted_sum,
     )
 
@@ -78,7 +78,7 @@ def fixed_depth_mix(sources: Sources, weights: torch.Tensor, eps: float, scale: 
         weights: of which the first num_sources count.
         eps, scale: not used.
     """
-    values = exact(sources)
+    values = upcast(sources)
     weights = weights[: len(sources)].to(values[0].dtype)
     mixed = sum(weight * value for weight, value in zip(weights, values))
     return mixed.to(sources[0].dtype), for_all_tokens(weights, sources)
@@ -92,7 +92,7 @@ def for_all_tokens(weights: torch.Tensor, sources: Sources) -> torch.Tensor:
 def static_depth_attention(sources: Sources, scores: torch.Tensor, eps: float, scale: float):
     """Learned numbers instead of scores, `h = scale * sum_i softmax_i(b_i) v_i`: input-independent mixing, an ablation
     of Attention Residuals (Kimi Team, arXiv 2603.15031)."""
-    values = exact(sources)
+    values = upcast(sources)
     scores = for_all_tokens(scores[: len(sources)].to(values[0].dtype), sources)
     return scaled_sum(scores, values, sources, scale)
 
@@ -150,7 +150,7 @@ def sigmoid_depth_attention(sources: Sources, product: torch.Tensor, eps: float,
     The factor 2 is the same function but for the epsilon of the norm that follows; zero queries give the plain sum.
     `scale` is not used.
     """
-    values = exact(sources)
+    values = upcast(sources)
     weights = 2 * torch.sigmoid(key_scores(values, product, eps))
     return weighted_sum(weights, values).to(sources[0].dtype), weights
 
@@ -165,7 +165,7 @@ class SigmoidQueries(DepthQueries):
 
 def raw_key_depth_attention(sources: Sources, query: torch.Tensor, eps: float, scale: float):
     """Keys without a norm, `h = scale * sum_i softmax_i(w . v_i) v_i`: an ablation of arXiv 2603.15031."""
-    values = exact(sources)
+    values = upcast(sources)
     scores = torch.stack([(value * query.to(value.dtype)).sum(-1) for value in values], dim=1)
     return scaled_sum(scores, values, sources, scale)
 
@@ -192,7 +192,7 @@ def windowed_depth_attention(sources: Sources, product: torch.Tensor, eps: float
     """Attention to the embedding and to the `window` latest sources, an ablation of arXiv 2603.15031. The others weigh
     nothing, and a `scale` that is the number of sources becomes that of those that are read."""
     chosen = [*sources[:1], *sources[1:][-window:]]
-    values = exact(chosen)
+    values = upcast(chosen)
     scale = len(chosen) if scale == len(sources) else scale
     mixed, weights = scaled_sum(key_scores(values, product, eps), values, sources, scale)
     nothing = torch.zeros_like(weights[:, :1]).expand(-1, len(sources) - len(chosen), -1)
@@ -218,7 +218,7 @@ class WindowQueries(DepthQueries):
 def headed_depth_attention(sources: Sources, product: torch.Tensor, eps: float, scale: float, num_heads: int):
     """A softmax for each of `num_heads` groups of channels, an ablation of arXiv 2603.15031. The norm of the keys is
     over all channels. The weights are means over the heads."""
-    values = exact(sources)
+    values = upcast(sources)
     product = product.to(values[0].dtype)
     scores = [(normalized(v, eps) * product).unflatten(-1, (num_heads, -1)).sum(-1) for v in values]
     weights, factors = depth_softmax(torch.stack(scores, dim=1), 1, scale)  # (batch, num_sources, seq, num_heads)
@@ -235,7 +235,7 @@ class HeadQueries(DepthQueries):
 def input_query_depth_attention(sources: Sources, weight: torch.Tensor, eps: float, scale: float):
     """A query that is computed from the latest source v_n, `w = W RMSNorm(v_n)`, with keys `RMSNorm(v_i)`: an ablation
     of arXiv 2603.15031, which doesn't say from which vector."""
-    values = exact(sources)
+    values = upcast(sources)
     keys = [normalized(value, eps) for value in values]
     with torch.autocast(weight.device.type, enabled=False):
         query = nn.functional.linear(keys[-1], weight.to(keys[-1].dtype))
@@ -270,7 +270,7 @@ class AveragedBlocks(DepthAttentionImplementation):
 
     def __call__(self, sources, product, eps, scale, sizes=None):
         sizes = sizes or (1,) * len(sources)
-        values = exact(sources)
+        values = upcast(sources)
         scores = key_scores(values, product, eps).unbind(1)
         scores = torch.stack([score + math.log(size) for score, size in zip(scores, sizes)], dim=1)
         scale = sum(sizes) if scale == len(sources) else scale
@@ -330,7 +330,7 @@ def delta_depth_attention(sources: Sources, learned: torch.Tensor, eps: float, s
     Returns:
         The mix, and the factor of each source, `1 + a alpha_i`.
     """
-    values = exact(sources)
+    values = upcast(sources)
     product, null_source, gate = learned.to(values[0].dtype).split([values[0].shape[-1], values[0].shape[-1], 1])
     read = [null_source.expand_as(values[0]), *values]
     added = gate * key_scores(read, product, eps).softmax(1)
@@ -375,7 +375,7 @@ def recent_depth_attention(sources: Sources, learned: torch.Tensor, eps: float, 
         learned: the product of w and g, and b, one after the other.
         scale: not used.
     """
-    values = [*torch.stack(exact(sources)).cumsum(0)]
+    values = [*torch.stack(upcast(sources)).cumsum(0)]
     product, bias = learned.to(values[0].dtype).split([values[0].shape[-1], 1])
     *others, latest = key_scores(values, product, eps).unbind(1)
     scores = torch.stack([*others, latest + bias], dim=1)
@@ -418,7 +418,7 @@ class NormedValues(DepthAttentionImplementation):
 
     @staticmethod
     def all_reads(sources: Sources, queries: torch.Tensor, eps: float) -> tuple[list[torch.Tensor], torch.Tensor]:
-        values = [normalized(value, eps) for value in exact(sources)]
+        values = [normalized(value, eps) for value in upcast(sources)]
         mixes, all_weights = [], []
         for query in queries.to(values[0].dtype) / math.sqrt(queries.shape[-1]):
             scores = torch.stack([(value * query).sum(-1) for value in values], dim=1)
@@ -538,11 +538,11 @@ class HyperConnections(DepthAttentionImplementation):
     def written(streams: Sequence[torch.Tensor], written: torch.Tensor, output: torch.Tensor) -> Sources:
         """The streams with a sublayer's output."""
         parts = written.unbind(-1)
-        return tuple((v + w.unsqueeze(-1) * output).to(s.dtype) for s, v, w in zip(streams, exact(streams), parts))
+        return tuple((v + w.unsqueeze(-1) * output).to(s.dtype) for s, v, w in zip(streams, upcast(streams), parts))
 
     def connect(self, streams: Sequence[torch.Tensor], learned: torch.Tensor, eps: float) -> tuple:
         """What is read of the streams, in float32, what of each, and the streams as they are behind the read."""
-        values = torch.stack(exact(streams), dim=2)  # (batch, seq, num_streams, hidden)
+        values = torch.stack(upcast(streams), dim=2)  # (batch, seq, num_streams, hidden)
         taken, written, mixed = self.connections(values, learned, eps)
         read = (taken.unsqueeze(-1) * values).sum(2)
         kept = [(mixed[..., k].unsqueeze(-1) * values).sum(2).to(streams[0].dtype) for k in range(self.num_streams)]
@@ -641,7 +641,7 @@ class BlockHyperConnections(HyperConnections):
         *before, written, output = sources
         streams = self.written(before[-self.num_streams :], written, output)
         if not is_open:
-            streams = [(sum(exact(streams)) / self.num_streams).to(output.dtype)]
+            streams = [(sum(upcast(streams)) / self.num_streams).to(output.dtype)]
         return *before[: -self.num_streams], *streams
 
     def num_unchanged(self, sources, place):
@@ -659,7 +659,7 @@ class BlockHyperConnections(HyperConnections):
         if not is_open:
             streams = [torch.zeros_like(closed[0])] * self.num_streams
         partial_sum, _, kept = self.connect(streams, learned, place.eps)
-        values = [*exact(closed), *[partial_sum] * is_open]
+        values = [*upcast(closed), *[partial_sum] * is_open]
         mixed, weights = scaled_sum(key_scores(values, query, place.eps), values, closed, place.scale)
         return mixed, weights, norm(mixed), (*closed, *kept)
 
