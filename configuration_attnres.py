@@ -225,6 +225,7 @@ class AttnResConfigMixin:
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "depth_attentions"]
     # A pipeline stage would have to hand on every source, which a plan's single `hidden_states` can't
     base_model_pp_plan = None
+    most_depth_queries = 1  # of a read, in this family
 
     attn_res_mode: str = "block"
     attn_res_block_size: int | None = None
@@ -265,7 +266,8 @@ class AttnResConfigMixin:
                 raise ValueError(f"attn_res_{name} is {value}; it must be at least {least}.")
         if self.attn_res_mode.endswith("_heads") and self.hidden_size % self.attn_res_num_heads:
             raise ValueError(
-                f"attn_res_num_heads is {self.attn_res_num_heads}; it must divide hidden_size = {self.hidden_size}."
+                f"attn_res_num_heads is {self.attn_res_num_heads}; it must divide hidden_size = {self.hidden_size}. "
+                "Give another number of heads."
             )
         if not 0 < self.attn_res_norm_eps < 1:
             raise ValueError(f"attn_res_norm_eps is {self.attn_res_norm_eps}; it must be between 0 and 1.")
@@ -510,6 +512,8 @@ if Inkling2TextConfig is not None:
         epsilon are those of Inkling 2's own depth attention."""
 
         model_type = "attnres_inkling2_text"
+
+        most_depth_queries = 3
 
         attn_res_mode: str = "block_inkling2"
 

@@ -439,7 +439,7 @@ class NormedValueQueries(DepthMixer):
     def __init__(self, config):
         super().__init__()
         self.num_queries = [config.num_depth_queries(row) for row in range(config.num_depth_reads)]
-        self.query = new_parameter(config.num_depth_reads, max(self.num_queries), config.hidden_size)
+        self.query = new_parameter(config.num_depth_reads, config.most_depth_queries, config.hidden_size)
 
     def reset_parameters(self):
         init.zeros_(self.query)
@@ -584,7 +584,8 @@ class HyperConnectionWeights(DepthMixer):
 
     def forward(self) -> torch.Tensor:
         """One after the other, `(num_depth_reads, numbers)`."""
-        return torch.cat([parameter.flatten(1) for parameter in self.parameters()], dim=1)
+        parameters = (self.weight, self.bias, self.scale)
+        return torch.cat([parameter.flatten(1) for parameter in parameters], dim=1)
 
 
 class ManifoldWeights(DepthMixer):

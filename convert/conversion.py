@@ -55,7 +55,13 @@ from .writing import write_json
 
 
 DEFAULT_MODE = "block"
-NUMBERS = ("attn_res_window", "attn_res_num_heads", "attn_res_rank", "attn_res_num_streams")  # that may be set
+# that may be set, and how the modes end that use them
+NUMBERS = {
+    "attn_res_window": "_window",
+    "attn_res_num_heads": "_heads",
+    "attn_res_rank": "_low_rank",
+    "attn_res_num_streams": "hc",
+}
 DEPTH = re.compile(r"(|.*\.)depth_attention\.(.+)")
 SEED = 0  # of the initial values that are random
 DONOR_FILES = {CARD_NAME: DONOR_CARD_NAME, RESULTS_NAME: f"DONOR_{RESULTS_NAME}"}  # and what they are beside our own
@@ -64,7 +70,6 @@ NOT_COPIED = (*DONOR_FILES, *DONOR_FILES.values(), FIGURE_NUMBERS, *code_files()
 SECOND_OF_TWO = "model-00002-of-00002.safetensors"
 DEPTH_SHARD_NAME = "model-depth-attention.safetensors"
 AUTO_MAP_METADATA = "donor_auto_map"
-KIMI_K3_PREFIX = "model."
 SPACE_FOR_SMALL_FILES = 2**20
 
 
@@ -292,6 +297,9 @@ def _plan_attnres(source: Source, given: dict, found: list[str]) -> Plan:
     form = find_form(checkpoint)
     if form is not None and given:
         raise ConversionError(f"the checkpoint says itself what depth attention it has; leave out {', '.join(given)}.")
+    for name in given.keys() & NUMBERS.keys():
+        if not given.get("mode", DEFAULT_MODE).endswith(NUMBERS[name]):
+            raise ConversionError(f"{name} is of modes that end in {NUMBERS[name]}; leave it out, or give one.")
     donor = checkpoint.config if form is None else form.donor_config
     family = find_family(donor)
     attnres_class = family.head(donor.get("architectures"))
@@ -385,10 +393,11 @@ def _plan_kimi_k3(source: Source) -> Plan:
             "compute something else."
         )
     parameters = {DEPTH.fullmatch(name)[2]: tensor.float() for name, tensor in plan.depth.items()}
+    prefix = DEPTH.fullmatch(next(iter(plan.depth)))[1]
     return replace(
         plan,
         new_config={**plan.new_config, "attn_res_block_size": config.attn_res_block_size},
-        added=to_kimi_k3(parameters["query"], parameters["key_norm"], KIMI_K3_PREFIX),
+        added=to_kimi_k3(parameters["query"], parameters["key_norm"], prefix),
         incomparable="nothing here runs Kimi K3's form but its conversion back",
     )
 

@@ -172,7 +172,7 @@ def _inkling2(config: dict, names: Iterable[str]) -> Form:
 def _inkling2_rows(tensors: Rows, config: PreTrainedConfig) -> Rows:
     """Of the queries of each read, `(queries, hidden)` or `(hidden,)`; the first has none, as it has one source."""
     numbers = [config.num_depth_queries(row) for row in range(config.num_depth_reads)]
-    query = torch.zeros(config.num_depth_reads, max(numbers), config.hidden_size)
+    query = torch.zeros(config.num_depth_reads, config.most_depth_queries, config.hidden_size)
     found = {_inkling2_row(name, config.num_depth_reads): name for name in tensors}
     expected = range(1, config.num_depth_reads)
     if sorted(found) != [*expected] or len(found) < len(tensors):

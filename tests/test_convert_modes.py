@@ -64,7 +64,8 @@ def test_initial_values_are_always_the_same(donor, tmp_path, mode):
 @pytest.mark.parametrize("mode", sorted(NO_DONOR) + ["full_window"])
 def test_modes_that_no_donor_is(donor, tmp_path, mode):
     with pytest.raises(ConversionError, match=f"{mode} mode: its? reads? "):
-        convert_checkpoint(donor, tmp_path / "dst", mode=mode, fields={"attn_res_window": 9})
+        fields = {"attn_res_window": 9} if mode == "full_window" else {}
+        convert_checkpoint(donor, tmp_path / "dst", mode=mode, fields=fields)
     assert not (tmp_path / "dst").exists()
 
 
@@ -130,7 +131,8 @@ OPTIONS = {
     "other field": (["--set", "vocab_size=2"], "vocab_size can't be set; attn_res_window, "),
     "no number": (["--set", "attn_res_rank=x"], "give a name and an integer"),
     "no value": (["--set", "attn_res_rank"], "give a name and an integer"),
-    "range": (["--set", "attn_res_num_streams=1"], "attn_res_num_streams is 1; it must be at least 2"),
+    "unused": (["--set", "attn_res_window=4"], "attn_res_window is of modes that end in _window"),
+    "range": (["--mode", "mhc", "--set", "attn_res_num_streams=1"], "attn_res_num_streams is 1; it must be at least 2"),
     "heads": (["--mode", "full_heads", "--set", "attn_res_num_heads=3"], "it must divide hidden_size = 40"),
     "back": (["--to-donor", "--set", "attn_res_rank=2"], "leave out --set"),
     "two ways": (["--to-donor", "--to-kimi-k3"], "two ways"),

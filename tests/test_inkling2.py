@@ -173,3 +173,14 @@ def test_defaults():
     config = AttnResInkling2TextConfig(num_hidden_layers=12)
     assert (config.attn_res_mode, config.attn_res_block_size, config.attn_res_norm_eps) == ("block_inkling2", 6, 1e-6)
     assert [row for row in range(config.num_depth_reads) if config.num_depth_queries(row) == 3] == [10, 22]
+
+
+def test_fewer_layers(tmp_path):
+    """The shape of the queries doesn't depend on which layers there are."""
+    kinds = ["hybrid" if layer == 3 else "hybrid_sliding" for layer in range(4)]
+    config = AttnResInkling2TextConfig(**{**SIZES, "num_hidden_layers": 4, "layer_types": kinds})
+    perturb(AttnResInkling2TextForCausalLM(config)).save_pretrained(tmp_path)
+    fewer = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, layer_types=kinds[:2])
+    fewer.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(tokens(1, 5)).logits, fewer(tokens(1, 5)).logits)

@@ -58,3 +58,14 @@ def test_formulas_stay_in_float32():
     for mode, mixer_class in DEPTH_MIXERS.items():
         mixer = mixer_class(tiny_config(attn_res_mode=mode, **SIZES)).to(torch.bfloat16)
         assert {parameter.dtype for parameter in mixer.parameters()} == {torch.float32}
+
+
+def test_parametrized():
+    """A parameter that is computed from another, in whatever order torch then has them, is still the same one."""
+    for mode, mixer_class in DEPTH_MIXERS.items():
+        mixer = mixer_class(tiny_config(attn_res_mode=mode, **SIZES))
+        mixer.reset_parameters()
+        expected = list(mixer())
+        for name in [name for name, _ in mixer.named_parameters(recurse=False)][:1]:
+            torch.nn.utils.parametrize.register_parametrization(mixer, name, torch.nn.Identity())
+        assert all(map(torch.equal, mixer(), expected)), mode

@@ -53,6 +53,11 @@ def check_mode(mode: str | None):
         raise InputError(f"--mode is {mode!r}; it must be one of donor, {known_modes()}")
 
 
+def mode_option():
+    return option(None, "donor: a residual stream; block, full: Attention Residuals; or another way to mix depth, such "
+        "as block_delta or mhc; default: the model's, or block")  # fmt: skip
+
+
 @dataclass(kw_only=True)
 class DocumentOptions(Options):
     """What a document is."""
@@ -68,8 +73,6 @@ class StartOptions(Options):
     """What a run starts from."""
 
     group = "start"
-    mode: str | None = option(None, "donor: a residual stream; block, full: Attention Residuals; or another way to mix "
-        "depth, such as block_delta or mhc; default: the model's, or block")  # fmt: skip
     block_size: Positive | None = option(
         None, "decoder layers per block of a donor or a new model; default: an eighth of the layers"
     )
@@ -241,6 +244,7 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
     )
     set: dict = option({}, "fields of --config to replace", action=Lists, metavar="FIELD=VALUE")
     model: str | None = option(None, "train on: AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
+    mode: str | None = mode_option()
     train_tokenizer: Annotated[int, Limits(0, 10**7)] = option(
         0, "train one of N tokens on the training data", metavar="N"
     )
@@ -307,6 +311,7 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
 
     group = "model and data"
     model: str = option(help="AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
+    mode: str | None = mode_option()
     data: list[str] = option([STDLIB], "stdlib (functions of Python's library, offline; as chat: stdlib-chat; "
         "docstrings: stdlib-docstrings), files or folders of JSON, JSON lines or Parquet, or a Hub id")  # fmt: skip
     columns: str | None = option(None, "one column, of conversations, or two, of prompts and completions; default: "
