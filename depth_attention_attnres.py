@@ -49,8 +49,7 @@ def eager_depth_attention(
         The mix `(batch, seq, hidden)` in the dtype of the first source, and the weights `(batch, num_sources, seq)`.
     """
     values = upcast(sources)
-    weights, factors = depth_softmax(key_scores(values, product, eps), 1, scale)  # (batch, num_sources, seq)
-    return weighted_sum(factors, values).to(sources[0].dtype), weights
+    return scaled_sum(key_scores(values, product, eps), values, sources, scale)
 
 
 def upcast(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -81,6 +80,14 @@ def depth_softmax(scores: torch.Tensor, dim: int, scale: float) -> tuple[torch.T
     exponentials = (scores - scores.detach().amax(dim, keepdim=True)).exp()
     total = exponentials.sum(dim, keepdim=True)
     return exponentials / total, exponentials * scale / total
+
+
+def scaled_sum(
+    scores: torch.Tensor, values: list[torch.Tensor], sources: Sources, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result of a read whose weights are the softmax of `scores`, `(batch, num_sources, seq)`."""
+    weights, factors = depth_softmax(scores, 1, scale)
+    return weighted_sum(factors, values).to(sources[0].dtype), weights
 
 
 @dataclass(frozen=True)
@@ -954,12 +961,8 @@ __all__ = [
     "NormOfRead",
     "Sources",
     "TwoPhaseDepthAttention",
-    "depth_softmax",
     "eager_depth_attention",
-    "upcast",
     "has_forward_hooks",
     "joined",
-    "key_scores",
     "register_checkpoint_names",
-    "weighted_sum",
 ]

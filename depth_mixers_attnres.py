@@ -7,7 +7,7 @@ from the embedding on, a query w, the key norm's gain g, n sources in a read.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ try:
         Sources,
         depth_softmax,
         key_scores,
+        scaled_sum,
         upcast,
         weighted_sum,
     )
@@ -42,6 +43,7 @@ except ImportError:
         Sources,
         depth_softmax,
         key_scores,
+        scaled_sum,
         upcast,
         weighted_sum,
     )
@@ -57,12 +59,9 @@ def normalized(values: torch.Tensor, eps: float) -> torch.Tensor:
     return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def scaled_sum(
-    scores: torch.Tensor, values: list[torch.Tensor], sources: Sources, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result of a read whose weights are the softmax of `scores`, `(batch, num_sources, seq)`."""
-    weights, factors = depth_softmax(scores, 1, scale)
-    return weighted_sum(factors, values).to(sources[0].dtype), weights
+def dot_scores(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+    """`w . v_i` of values and a query `(..., hidden)`, as `(batch, num_sources, seq)`."""
+    return torch.stack([(value * query).sum(-1) for value in values], dim=1)
 
 
 # Weights that don't depend on the input
@@ -166,8 +165,7 @@ class SigmoidQueries(DepthQueries):
 def raw_key_depth_attention(sources: Sources, query: torch.Tensor, eps: float, scale: float):
     """Keys without a norm, `h = scale * sum_i softmax_i(w . v_i) v_i`: an ablation of arXiv 2603.15031."""
     values = upcast(sources)
-    scores = torch.stack([(value * query.to(value.dtype)).sum(-1) for value in values], dim=1)
-    return scaled_sum(scores, values, sources, scale)
+    return scaled_sum(dot_scores(values, query.to(values[0].dtype)), values, sources, scale)
 
 
 class RawKeyQueries(DepthMixer):
@@ -239,8 +237,7 @@ def input_query_depth_attention(sources: Sources, weight: torch.Tensor, eps: flo
     keys = [normalized(value, eps) for value in values]
     with torch.autocast(weight.device.type, enabled=False):
         query = nn.functional.linear(keys[-1], weight.to(keys[-1].dtype))
-    scores = torch.stack([(key * query).sum(-1) for key in keys], dim=1)
-    return scaled_sum(scores, values, sources, scale)
+    return scaled_sum(dot_scores(keys, query), values, sources, scale)
 
 
 class QueryProjections(DepthMixer):
@@ -421,8 +418,7 @@ class NormedValues(DepthAttentionImplementation):
         values = [normalized(value, eps) for value in upcast(sources)]
         mixes, all_weights = [], []
         for query in queries.to(values[0].dtype) / math.sqrt(queries.shape[-1]):
-            scores = torch.stack([(value * query).sum(-1) for value in values], dim=1)
-            mixed, weights = scaled_sum(scores, values, sources, 1)
+            mixed, weights = scaled_sum(dot_scores(values, query), values, sources, 1)
             mixes.append(sources[0] if len(sources) == 1 else mixed)
             all_weights.append(weights)
         return mixes, torch.stack(all_weights).mean(0)
@@ -465,8 +461,7 @@ class NormedValueQueries(DepthMixer):
 
 def doubly_stochastic(logits: torch.Tensor, iterations: int = 20) -> torch.Tensor:
     """Sinkhorn and Knopp's matrix of a square one `(..., n, n)`, whose columns sum to 1, and whose rows nearly do."""
-    logits = logits.log_softmax(-1).log_softmax(-2)
-    for _ in range(iterations - 1):
+    for _ in range(iterations):
         logits = logits.log_softmax(-1).log_softmax(-2)
     return logits.exp()
 
@@ -555,12 +550,35 @@ class HyperConnections(DepthAttentionImplementation):
         return read, taken, norm(read), sources
 
 
-class HyperConnectionWeights(DepthMixer):
-    """Of a read: `weight` and `scale` of the dynamic part, 0 and 0.01 at first, and the `bias`, by which at first read
-    i takes stream i mod num_streams, all streams stay as they are, and each gets the whole output. As they begin
-    equal, they all are a donor's residual stream."""
+class StreamConnections(DepthMixer):
+    """Of a read: `weight` and `scale` of what the streams say, 0 and 0.01 at first, and a `bias`, which at first makes
+    the streams, that begin equal, a donor's residual stream all of them."""
 
     sums_to_one = False
+    connections: Callable  # what makes connections of streams and of these numbers
+
+    def first_bias(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self):
+        init.zeros_(self.weight)
+        init.copy_(self.bias, self.first_bias())
+        init.constant_(self.scale, 0.01)
+
+    @classmethod
+    def implementation(cls, config) -> DepthAttentionImplementation:
+        return HyperConnections(cls.connections, config.attn_res_num_streams)
+
+    def forward(self) -> torch.Tensor:
+        """One after the other, `(num_depth_reads, numbers)`."""
+        parameters = (self.weight, self.bias, self.scale)
+        return torch.cat([parameter.flatten(1) for parameter in parameters], dim=1)
+
+
+class HyperConnectionWeights(StreamConnections):
+    """At first read i takes stream i mod num_streams, all streams stay as they are, and each gets the whole output."""
+
+    connections = staticmethod(dynamic_connections)
 
     def __init__(self, config):
         super().__init__()
@@ -569,31 +587,18 @@ class HyperConnectionWeights(DepthMixer):
         self.bias = new_parameter(num_reads, num_streams, num_streams + 2)
         self.scale = new_parameter(num_reads, 2)
 
-    def reset_parameters(self):
+    def first_bias(self) -> torch.Tensor:
         num_reads, num_streams = self.bias.shape[:2]
-        identity = torch.eye(num_streams)
-        ones = torch.ones(num_streams, 1)
+        identity, ones = torch.eye(num_streams), torch.ones(num_streams, 1)
         rows = [torch.cat([identity[read % num_streams, :, None], identity, ones], 1) for read in range(num_reads)]
-        init.zeros_(self.weight)
-        init.copy_(self.bias, torch.stack(rows))
-        init.constant_(self.scale, 0.01)
-
-    @staticmethod
-    def implementation(config) -> DepthAttentionImplementation:
-        return HyperConnections(dynamic_connections, config.attn_res_num_streams)
-
-    def forward(self) -> torch.Tensor:
-        """One after the other, `(num_depth_reads, numbers)`."""
-        parameters = (self.weight, self.bias, self.scale)
-        return torch.cat([parameter.flatten(1) for parameter in parameters], dim=1)
+        return torch.stack(rows)
 
 
-class ManifoldWeights(DepthMixer):
-    """Of a read: `weight` and `scale` of what the streams say, 0 and 0.01 at first, and the `bias`, by which at first a
-    half of what read i takes is of stream i mod num_streams, streams are mixed a little, and each gets the whole
-    output. As they begin equal, they all are a donor's residual stream."""
+class ManifoldWeights(StreamConnections):
+    """At first a half of what read i takes is of stream i mod num_streams, streams are mixed a little, and each gets
+    the whole output."""
 
-    sums_to_one = False
+    connections = staticmethod(manifold_connections)
     diagonal = 4.0  # of the matrix's logits, at first
 
     def __init__(self, config):
@@ -604,7 +609,7 @@ class ManifoldWeights(DepthMixer):
         self.bias = new_parameter(num_reads, width)
         self.scale = new_parameter(num_reads, 3)
 
-    def reset_parameters(self):
+    def first_bias(self) -> torch.Tensor:
         # a half of one stream and the rest of the others, which sum to 1 although these logits are rounded
         num_others = self.num_streams - 1
         others = torch.tensor(0.5 / num_others).logit()
@@ -612,19 +617,9 @@ class ManifoldWeights(DepthMixer):
         taken = others.repeat(self.num_streams, self.num_streams)
         taken[range(self.num_streams), range(self.num_streams)] = own
         written, mixed = torch.zeros(self.num_streams), self.diagonal * torch.eye(self.num_streams).flatten()
-        rows = [torch.cat([taken[read % self.num_streams], written, mixed]) for read in range(len(self.bias))]
-        init.zeros_(self.weight)
-        init.copy_(self.bias, torch.stack(rows))
-        init.constant_(self.scale, 0.01)
-
-    @staticmethod
-    def implementation(config) -> DepthAttentionImplementation:
-        return HyperConnections(manifold_connections, config.attn_res_num_streams)
-
-    def forward(self) -> torch.Tensor:
-        """One after the other, `(num_depth_reads, numbers)`."""
-        parameters = (self.weight, self.bias, self.scale)
-        return torch.cat([parameter.flatten(1) for parameter in parameters], dim=1)
+        return torch.stack(
+            [torch.cat([taken[read % self.num_streams], written, mixed]) for read in range(len(self.bias))]
+        )
 
 
 class BlockHyperConnections(HyperConnections):
