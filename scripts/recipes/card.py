@@ -25,7 +25,7 @@ from attnres_convert.reading import first_line
 from attnres_convert.writing import write_json
 from transformers.utils import cached_file
 
-from .defaults import STDLIB
+from .defaults import PACKAGES, STDLIB
 from .figures import describe_mode, has_depth_weights, plot_reads, read_names, save_figure, source_names
 from .look import check_can_be_watched, mean_weights
 from .options import RunOptions
@@ -35,8 +35,9 @@ from .run import CONVERTED_NAME
 
 FIGURE_SEQUENCES = 8
 LICENCE_FILES = re.compile("licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
-STDLIB_NAMES = {
+NAMES_OF_SOURCES = {
     ("pretrain", STDLIB): "the source of the standard library of Python {python}",
+    ("pretrain", PACKAGES): "the sources of the Python packages that were installed",
     ("finetune", STDLIB): "functions of the standard library of Python {python}",
     ("finetune", f"{STDLIB}-chat"): "functions of the standard library of Python {python}, as chats",
     ("finetune", f"{STDLIB}-docstrings"): "docstrings of the standard library of Python {python}",
@@ -91,9 +92,9 @@ def model_results(name: str, options: RunOptions, results: dict, config, base: s
         launcher += ["--use_parallelism_config", "--parallelism_config_tp_size", str(size)]
     launcher += ["-m", f"attnres_commands.{name}"]
     data = options.data
-    stdlib = STDLIB_NAMES.get((name, data[0])) if len(data) == 1 else None
-    on_hub = stdlib is None and not any(Path(path).exists() for path in data)
-    names = [stdlib.format(**results["versions"])] if stdlib else published(data)
+    source = NAMES_OF_SOURCES.get((name, data[0])) if len(data) == 1 else None
+    on_hub = source is None and not any(Path(path).exists() for path in data)
+    names = [source.format(**results["versions"])] if source else published(data)
     measured = {
         "dataset": f"held-out part of {', '.join(names)}",
         "dataset_id": data[0] if on_hub else None,
@@ -116,9 +117,9 @@ def model_results(name: str, options: RunOptions, results: dict, config, base: s
         "base_is_hub": bool(base) and not Path(base).exists(),
         "converted": (options.output / CONVERTED_NAME).exists(),
         "model_config": config_facts(config.to_dict()),
-        "data": ", ".join(names if stdlib else [f"`{name}`" for name in names]),
+        "data": ", ".join(names if source else [f"`{name}`" for name in names]),
         "datasets": data if on_hub else [],
-        "language": "en" if stdlib else None,  # of names and comments
+        "language": "en" if source else None,  # of names and comments
         **launched(),
         "evaluation": evaluation,
     }

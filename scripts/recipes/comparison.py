@@ -1,9 +1,13 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Several runs, one after the other, with the same data order, seed and budget, and one table."""
+"""Several runs with the same data order, seed and budget, and one table."""
 
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,8 +73,39 @@ def own_files(record: Path) -> dict[str, str]:
     return {**files, record.name: own if is_whole else None}
 
 
+def train_all(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tuple[str, int]]:
+    """Trains each run in a process of its own, `jobs` at a time, and tells which one has ended, and with which status.
+
+    If the block that takes them is left, those that still train are interrupted, and go on with the same command.
+    """
+    commands = Path(find_spec("attnres_commands").submodule_search_locations[0])
+    environment = {**os.environ}
+    if jobs > 1:
+        environment |= {"TQDM_DISABLE": "1"}  # bars of several runs would write over one another
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    waiting, running = list(runs.items()), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                variant, options = waiting.pop(0)
+                print(f"--- {variant}", flush=True)
+                command = [sys.executable, str(commands / f"{name}.py"), *options.words()]
+                running[variant] = subprocess.Popen(
+                    command, stdout=subprocess.DEVNULL, env=environment, preexec_fn=end_with_parent
+                )
+            if ended := [variant for variant, process in running.items() if process.poll() is not None]:
+                yield ended[0], running.pop(ended[0]).returncode
+            else:
+                time.sleep(0.1)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+
+
 def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str]) -> dict:
-    """Trains each variant in a process of its own, one after the other, with the same data order, seed and budget.
+    """Trains each variant in a process of its own, with the same data order, seed and budget.
 
     Finished ones are not trained again, interrupted ones go on. Writes `comparison.json`, `.md` and `.png`.
 
@@ -79,18 +114,16 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
         shared: options that all runs get.
         columns: as in [`compare_table`].
     """
+    singles = {variant: options.variant(variant, values, **shared) for variant, values in options.variants()}
     runs, metrics, output = {}, {}, options.output
-    commands = Path(find_spec("attnres_commands").submodule_search_locations[0])
-    for variant, values in options.variants():
-        single = options.variant(variant, values, **shared)
-        print(f"--- {variant}", flush=True)
-        command = [sys.executable, str(commands / f"{name}.py"), *single.words()]
-        run = subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent)
-        result = single.output / (FAILURE_FILE if run.returncode else RESULTS_FILE)
+    for variant, status in train_all(name, singles, options.jobs):
+        result = singles[variant].output / (FAILURE_FILE if status else RESULTS_FILE)
         if not result.exists():
             raise InputError(f"the run {variant} failed; its message is above.")
         runs[variant] = read_results(result, *columns.values())
-        if run.returncode:
+    runs = {variant: runs[variant] for variant in singles}
+    for variant, single in singles.items():
+        if "held_out_loss" not in runs[variant]:
             continue
         metrics[variant] = read_lines(single.output / METRICS_FILE)
         if runs[variant]["steps"] not in losses(metrics[variant], "held_out_loss"):

@@ -30,7 +30,7 @@ from datasets.utils.extract import Extractor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .defaults import STDLIB
+from .defaults import SOURCES, STDLIB
 
 
 BUILDERS = {
@@ -56,11 +56,21 @@ TOKEN_FEATURES = datasets.Features(
 )
 
 
-def stdlib_files() -> list[Path]:
-    """The source files of Python's standard library, without installed packages and unit tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+def python_files(kind: str, *skipped: str) -> list[Path]:
+    """The source files under one of `sysconfig`'s paths, without unit tests."""
+    root, skip = Path(sysconfig.get_paths()[kind]), {"test", "tests", *skipped}
     return sorted(file for file in root.rglob("*.py") if skip.isdisjoint(file.parts[len(root.parts) :]))
+
+
+def stdlib_files() -> list[Path]:
+    """The source files of Python's standard library, without installed packages."""
+    return python_files("stdlib", "site-packages", "dist-packages", "idle_test")
+
+
+def package_files() -> list[Path]:
+    """Those of the packages that are installed in this environment, in an order that a slice of is like the whole."""
+    root = Path(sysconfig.get_paths()["purelib"])
+    return sorted(python_files("purelib"), key=lambda file: text_hash(file.relative_to(root).as_posix()))
 
 
 def builder_of(file: Path) -> str | None:
@@ -217,13 +227,13 @@ def load_rows(
     options = {"split": split, "streaming": streaming}
     paths = [Path(path) for path in data]
     with reading(name):
-        if data == [STDLIB]:
-            files = list(map(str, stdlib_files()))
+        if len(data) == 1 and data[0] in SOURCES:
+            files = list(map(str, stdlib_files() if data == [STDLIB] else package_files()))
             rows = datasets.load_dataset(
                 "text", data_files=files, sample_by="document", encoding_errors="replace", **options
             )
-        elif STDLIB in data and not Path(STDLIB).exists():
-            raise InputError(f"{STDLIB} goes with no other data; leave out {STDLIB} or the others.")
+        elif own := [name for name in data if name in SOURCES and not Path(name).exists()]:
+            raise InputError(f"{own[0]} goes with no other data; leave out {own[0]} or the others.")
         elif any(path.exists() for path in paths):
             missing = [path for path in paths if not path.exists()]
             if missing:
@@ -258,7 +268,7 @@ def load_documents(
     """The documents, in one column `column` of strings.
 
     Args:
-        data: `["stdlib"]`, files or folders of one kind, or `[id]` of a data set on the Hub.
+        data: `["stdlib"]`, `["site-packages"]`, files or folders of one kind, or `[id]` of a data set on the Hub.
         column: which column holds the text.
         config: configuration of a data set on the Hub.
         split: which split, also with a slice as in `train[:1%]`.

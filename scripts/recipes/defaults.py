@@ -19,5 +19,6 @@ RATES = {
     "full": {"learning_rate": 5e-5, "depth_lr_scale": 0.3},
     "depth": {"learning_rate": 1e-4, "depth_lr_scale": 1.0},
 }
-STDLIB = "stdlib"
+STDLIB, PACKAGES = "stdlib", "site-packages"
+SOURCES = (STDLIB, PACKAGES)  # text that is on any machine
 HELD_OUT = 0.05  # share of the documents

@@ -13,7 +13,7 @@ from attnres_convert import InputError, reading
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .defaults import HELD_OUT, RATES, STDLIB
+from .defaults import HELD_OUT, RATES, SOURCES, STDLIB
 from .leaks import secret_in_text
 from .parser import Limits, Lists, Options, flag, option, read_words, takes_one_value
 
@@ -92,7 +92,8 @@ class DataOptions(Options):
     group = "data"
     data: list[str] = option(
         [STDLIB],
-        "stdlib (Python's own source, offline), files or folders of text, JSON lines or Parquet, or a Hub id",
+        "stdlib (Python's own source, offline), site-packages (that of the installed packages), files or folders of "
+        "text, JSON lines or Parquet, or a Hub id",
     )
     data_config: str | None = option(None, "configuration of the data set on the Hub")
     data_split: str = option("train", "split, also train[:1%%] and the like")
@@ -126,6 +127,8 @@ class TrainingOptions(Options):
     bf16: bool = option(False, "compute in bfloat16, weights stay in float32")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     compile: bool = option(False, "torch.compile")
+    attn_res_implementation: str | None = option(None, "what computes the reads of AttnRes models: eager, two_phase, "
+        "cpp, triton or another; default: what is fastest here", metavar="NAME")  # fmt: skip
     expert_parallel: Batch = option(1, "processes that share the experts of each layer, each with whole ones")
     seed: Seed = option(0, "of new weights, dropout and the order of the data")
 
@@ -142,9 +145,13 @@ class RunOptions(DataOptions, TrainingOptions):
         "a third where a checkpoint has 1 GB or more")  # fmt: skip
     keep_checkpoints: Positive = option(2, "how many of the last ones to keep")
     depth_every: Natural = option(100, "steps between looks at each layer, 0 for none")
-    compare: str = option("", "modes to train one after the other, such as donor,block,full,mhc; of "
-        "fine-tuning methods, such as lora,dora,full,depth")  # fmt: skip
+    compare: str = option("", "modes to train one after the other, such as donor,block,full,mhc; of fine-tuning "
+        "methods, such as lora,dora,full,depth; each may have options of its own, as in "
+        "donor:learning_rate=6e-3,block:learning_rate=3e-3", metavar="NAME[:OPTION=VALUE],...")  # fmt: skip
     sweep: list[str] = option([], "values to try, such as seed=0,1,2", action=Lists, metavar="OPTION=V1,V2")
+    jobs: Annotated[int, Limits(1, 1024)] = option(
+        1, "runs of --compare and --sweep at a time; on a CPU they share its cores"
+    )
 
     compared = "mode"  # the option whose values `compare` holds
     pipeline_stages = None
@@ -165,29 +172,50 @@ class RunOptions(DataOptions, TrainingOptions):
 
     def check_variants(self):
         """Refuses a comparison of which one run's options can't work, before the first one is trained."""
-        compared = self.compare.split(",") if self.compare else []
-        if len(set(compared)) < len(compared):
+        compared = [dict(options) for _, options in self.compared_runs]
+        if any(options in compared[:index] for index, options in enumerate(compared)):
             raise InputError(f"--compare {self.compare} names one twice")
         names = [sweep.partition("=")[0] for sweep in self.sweep]
         if compared and self.compared in names:
             raise InputError(f"--compare takes the values of {flag(self.compared)}, which --sweep can't change")
         for sweep, name in zip(self.sweep, names):
             values = sweep.partition("=")[2].split(",")
-            if name not in self.arguments or not takes_one_value(type(self), name) or "" in values:
+            if not self.can_vary(name) or "" in values:
                 raise InputError(
                     f"--sweep {sweep}: give an option that takes a value, and values: depth_lr_scale=0.1,1,10"
                 )
             if len(set(values)) < len(values) or names.count(name) > 1:
                 raise InputError(f"--sweep {sweep}: an option or value is given twice")
+        for (_, options), item in zip(self.compared_runs, self.compare.split(",")):
+            own = [option for option, _ in options[1:]]
+            if len(set(own)) < len(own) or not all(map(self.can_vary, own)) or "" in dict(options).values():
+                raise InputError(
+                    f"--compare {item}: give options that take a value behind a name, each once: block:warmup=9"
+                )
+            if both := {self.compared, *names}.intersection(own):
+                raise InputError(f"--compare {item}: {both.pop()} has its values elsewhere")
         for name, values in self.variants():
             try:
                 self.variant(name, values)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
 
+    def can_vary(self, name: str) -> bool:
+        """Whether the runs of a comparison may differ in an option."""
+        return name in self.arguments and takes_one_value(type(self), name)
+
+    @property
+    def compared_runs(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """What `compare` holds: for each item a name, and options with their values, that of `compared` first."""
+        runs = []
+        for item in self.compare.split(",") if self.compare else ():
+            value, *own = item.split(":")
+            runs.append((item.replace(":", " "), [(self.compared, value), *(word.partition("=")[::2] for word in own)]))
+        return runs
+
     def variants(self) -> list[tuple[str, dict[str, str]]]:
         """Name and options of each run: every value in `compare` with every combination of swept values."""
-        axes = [[(value, {self.compared: value}) for value in self.compare.split(",")]] if self.compare else []
+        axes = [[(name, dict(options)) for name, options in self.compared_runs]] if self.compare else []
         for sweep in self.sweep:
             name, _, values = sweep.partition("=")
             axes.append([(f"{name}={value}", {name: value}) for value in values.split(",")])
@@ -201,13 +229,15 @@ class RunOptions(DataOptions, TrainingOptions):
             name, values: of [`variants`].
             others: values that all runs get.
         """
-        words = replace(self, compare="", sweep=[], output=self.output / name.replace(" ", ","), **others).words()
+        words = replace(
+            self, compare="", sweep=[], jobs=1, output=self.output / name.replace(" ", ","), **others
+        ).words()
         return read_words(type(self), [*words, *(f"{flag(option)}={value}" for option, value in values.items())])
 
     @property
     def arguments(self) -> dict:
         """What makes a run what it is, by name."""
-        return {name: value for name, value in vars(self).items() if name not in ("output", "compare", "sweep")}
+        return {name: value for name, value in vars(self).items() if name not in ("output", "compare", "sweep", "jobs")}
 
     @property
     def trained(self) -> str:
@@ -245,6 +275,9 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
     set: dict = option({}, "fields of --config to replace", action=Lists, metavar="FIELD=VALUE")
     model: str | None = option(None, "train on: AttnRes or donor checkpoint (folder or Hub id); a donor is converted")
     mode: str | None = mode_option()
+    init: Literal["default", "scaled"] = option("default", "first weights with --config: default, as transformers "
+        "makes them, or scaled, with a deviation of 1/sqrt(hidden size), and 1/sqrt(2 layers) of that in what writes "
+        "to the residual stream")  # fmt: skip
     train_tokenizer: Annotated[int, Limits(0, 10**7)] = option(
         0, "train one of N tokens on the training data", metavar="N"
     )
@@ -266,6 +299,8 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
             raise InputError(
                 "--set and --train-tokenizer go with --config; a checkpoint has a configuration and a tokenizer"
             )
+        if self.model is not None and self.init != "default":
+            raise InputError("--init goes with --config; a checkpoint has its weights")
         if self.config is not None and self.resize_embeddings:
             raise InputError("--resize-embeddings goes with --model; with --config, --set vocab_size decides")
         if self.pipeline_stages and self.mode == "donor":
@@ -376,12 +411,13 @@ class TextOptions(DocumentOptions):
     """Text that is evaluated: loss, perplexity, bits per byte."""
 
     group = "text: loss, perplexity, bits per byte"
-    data: list[str] | None = option(None, "stdlib (Python's own source, offline), files or folders of text, JSON lines "
-        "or Parquet, or a Hub id; default: stdlib, if neither --choices nor --lm-eval is given")  # fmt: skip
+    data: list[str] | None = option(None, "stdlib (Python's own source, offline), site-packages (of the installed "
+        "packages), files or folders of text, JSON lines or Parquet, or a Hub id; default: stdlib, if neither "
+        "--choices nor --lm-eval is given")  # fmt: skip
     data_config: str | None = option(None, "configuration of the data set on the Hub")
     data_split: str = option("train", "split, also test[:1000] and the like")
     held_out: Share | None = option(None, "only the documents that pretraining with --held-out SHARE keeps from "
-        f"training; default: {HELD_OUT} of stdlib, all of other data", metavar="SHARE")  # fmt: skip
+        f"training; default: {HELD_OUT} of stdlib and site-packages, all of other data", metavar="SHARE")  # fmt: skip
     max_documents: Positive | None = option(None, "documents, and questions, to evaluate at most; default: all")
     stride: Positive | None = option(None, "tokens by which windows follow one another; default: half of --seq-len")
 
@@ -434,7 +470,7 @@ class EvaluateOptions(TextOptions, QuestionOptions, HarnessOptions, CheckpointOp
     def check(self):
         if not (self.data or self.choices or self.tasks):
             self.data = [STDLIB]
-        if self.held_out is None and self.data == [STDLIB]:
+        if self.held_out is None and len(self.data) == 1 and self.data[0] in SOURCES:
             self.held_out = HELD_OUT
         if "{question}" not in self.prompt_format:
             raise InputError("--prompt-format needs {question}, where the question comes")
@@ -519,7 +555,7 @@ class PlotOptions(DocumentOptions, CheckpointOptions):
     models: list[str] = option(help="folders or Hub ids of models, or folders of PEFT adapters", positional=True)
     output: Path = option(help="folder for the figures")
     text: list[str] = option([STDLIB], "files or folders of text, JSON lines or Parquet, or a Hub id, to average over; "
-        "stdlib: the part of Python's own source that pretraining holds out")  # fmt: skip
+        "stdlib, site-packages: the part of that source that pretraining holds out")  # fmt: skip
     sequences: Positive = option(8, "sequences from all over the text")
     seq_len: Positive | None = option(None, "tokens per sequence; default: 256, or the models' context")
     prompt: str | None = option(None, "what to show token by token; default: the beginning of the text")

@@ -12,7 +12,7 @@ from attnres_convert import InputError, reading
 from tqdm import tqdm
 
 from .data import PackedDocuments, collate, is_held_out, load_documents, tokenized
-from .defaults import HELD_OUT, STDLIB
+from .defaults import HELD_OUT, SOURCES
 from .figures import (
     SOFTWARE,
     describe_mode,
@@ -45,7 +45,7 @@ def read_batches(
     """Sequences of the text as in pretraining, one in each batch."""
     tokens = tokenized(documents, checkpoint.tokenizer, options.column)
     checkpoint.check(tokens, "the text")
-    if options.text == [STDLIB]:  # the part that pretraining leaves out
+    if len(options.text) == 1 and options.text[0] in SOURCES:  # the part that pretraining leaves out
         tokens = tokens.select(np.flatnonzero(is_held_out(np.asarray(tokens["hash"]), HELD_OUT)))
     packed = PackedDocuments(tokens, seq_len)
     if len(packed) == 0:

@@ -42,7 +42,8 @@ class Pretraining(Run):
         if given.model:
             model = self.load_model(tokenizer)
         else:
-            model = new_model(config, given.mode, given.block_size, tokenizer, sized=given.train_tokenizer > 0)
+            sized = given.train_tokenizer > 0
+            model = new_model(config, given.mode, given.block_size, tokenizer, sized, given.init)
         train, held_out, amount = self.data(documents, tokenizer, model.config.vocab_size)
         self.report_fewer_tokens(tokenizer)  # not before what can be refused
         if PartialState().is_main_process and mixes_documents(model.config):

@@ -47,7 +47,7 @@ LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, WRITTEN))})(\.attnre
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
 # arguments that runs of old versions don't have
 OF_OLD_RUNS = {"processes": 1, "resize_embeddings": False, "samples": 0, "expert_parallel": 1}
-OF_OLD_RUNS |= {"pipeline_schedule": "1f1b"}
+OF_OLD_RUNS |= {"pipeline_schedule": "1f1b", "init": "default"}
 
 
 def read_results(path: Path, *counts: str) -> dict:

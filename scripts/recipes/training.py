@@ -116,6 +116,7 @@ class Run:
             self.sharding = start_sharding(self.options.expert_parallel)
             with main_process_first():
                 prepared = self.prepare()
+                choose_implementation(prepared.model, self.options.attn_res_implementation)
                 check_same_data(self.folder, prepared.train, is_new=checkpoint is None)
                 if self.sharding is not None:
                     check_can_be_cut(prepared.model, self.sharding)
@@ -257,6 +258,21 @@ class Run:
             results = cls.start(options)
         if state.is_main_process:
             print(json.dumps({name: value for name, value in results.items() if name not in NOT_PRINTED}))
+
+
+def choose_implementation(model: torch.nn.Module, name: str | None):
+    """Has an AttnRes model, which may be in an adapter, compute its reads in the way `name`; a donor has none.
+
+    Raises:
+        InputError: there is no such way.
+    """
+    own = next((module for module in model.modules() if hasattr(module, "set_attn_res_implementation")), None)
+    if name is None or own is None:
+        return
+    try:
+        own.set_attn_res_implementation(name)
+    except ValueError as error:
+        raise InputError(f"--attn-res-implementation: {error}") from None
 
 
 def check_same_data(folder: Path, train, is_new: bool):
