@@ -21,8 +21,9 @@ from attnres_commands import evaluate_model
 from attnres_convert import InputError
 from attnres_recipes import evaluation
 from attnres_recipes.data import is_held_out, text_hash, train_tokenizer
-from attnres_recipes.evaluation import METRICS, answer_index, choices_and_labels, resampled_ratios, windows
+from attnres_recipes.evaluation import METRICS, answer_index, choices_and_labels, windows
 from attnres_recipes.loading import short_names
+from attnres_recipes.resampling import interval, resampled_ratios
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -402,7 +403,7 @@ def test_evaluate_modules():
 def test_intervals_of_few_documents():
     """Resamples of nothing but documents without tokens say nothing, and don't make an interval one of no numbers."""
     ratios = resampled_ratios(np.array([[3.0, 0.0]]), np.array([[2.0, 0.0]]), 200, seed=0)
-    assert np.isnan(ratios).any() and evaluation.interval(ratios[0]) == [1.5, 1.5]
+    assert np.isnan(ratios).any() and interval(ratios[0]) == [1.5, 1.5]
 
 
 def test_intervals_cover():

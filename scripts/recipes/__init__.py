@@ -8,7 +8,7 @@ commands.
 - text and examples: `data`, `chats`, `examples`
 - training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,
   `comparison`
-- looking into models: `look`, `plotting`, `evaluation`, `generation`, `serving`
+- looking into models: `look`, `plotting`, `evaluation`, `resampling`, `generation`, `serving`
 - other runtimes: `exporting`
 - several devices: `tensors`, `pipelines`, and on paper `planning`, `schedules`
 - the Hub: `publishing`, `stranger`, `leaks`

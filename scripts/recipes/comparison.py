@@ -1,6 +1,8 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Several runs with the same data order, seed and budget, and one table."""
 
+import json
+import math
 import os
 import signal
 import statistics
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +23,9 @@ from .figures import plot_losses, without_seed
 from .folders import FAILURE_FILE, METRICS_FILE, RESULTS_FILE, digest_of, write_output
 from .log import losses, read_lines
 from .options import RunOptions
-from .process import end_with_parent, main_process_first, versions
-from .run import open_run, read_results
+from .process import end_with_parent, launched, main_process_first, versions
+from .resampling import interval_of_mean
+from .run import open_run, read_results, read_run
 
 
 def compare_table(runs: dict[str, dict], columns: dict[str, str]) -> str:
@@ -57,7 +61,8 @@ def open_comparison(options: RunOptions):
         with main_process_first():
             raise InputError("--compare and --sweep start processes themselves; launch the runs one by one instead.")
     compared = options.compare.split(",") if options.compare else []
-    open_run(options.output, {**options.settled().arguments, "compare": compared, "sweep": options.sweep})
+    tuning = {name: getattr(options, name) for name in ("tune", "tune_steps") if getattr(options, name)}
+    open_run(options.output, {**options.settled().arguments, "compare": compared, "sweep": options.sweep, **tuning})
 
 
 def own_files(record: Path) -> dict[str, str]:
@@ -73,11 +78,40 @@ def own_files(record: Path) -> dict[str, str]:
     return {**files, record.name: own if is_whole else None}
 
 
-def train_all(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tuple[str, int]]:
-    """Trains each run in a process of its own, `jobs` at a time, and tells which one has ended, and with which status.
+def train_all(name: str, runs: dict[str, RunOptions], jobs: int, *counts: str) -> dict[str, dict]:
+    """Trains each run in a process of its own, `jobs` at a time, and returns the results.
 
-    If the block that takes them is left, those that still train are interrupted, and go on with the same command.
+    Finished ones are not trained again, interrupted ones go on.
+
+    Args:
+        name: of the command, without `attnres-`.
+        counts: as in [`read_results`].
+
+    Raises:
+        InputError: one failed; those that still trained were interrupted.
     """
+    unfinished = {run: options for run, options in runs.items() if not is_finished(options)}
+    results = {run: read_results(runs[run].output / RESULTS_FILE, *counts) for run in runs.keys() - unfinished.keys()}
+    with closing(processes(name, unfinished, jobs)) as ended:
+        for run, status in ended:
+            path = runs[run].output / (FAILURE_FILE if status else RESULTS_FILE)
+            if not path.exists():
+                raise InputError(f"the run {run} failed; its message is above.")
+            results[run] = read_results(path, *counts)
+    return {run: results[run] for run in runs}
+
+
+def is_finished(options: RunOptions) -> bool:
+    """Whether the folder holds the results of this very run. If it holds something else, the run itself says so."""
+    arguments = json.loads(json.dumps({**options.settled().arguments, **launched()}, default=str))
+    try:
+        return (options.output / RESULTS_FILE).exists() and read_run(options.output)["arguments"] == arguments
+    except InputError:
+        return False
+
+
+def processes(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tuple[str, int]]:
+    """Of each run its name and the status of its process, when that has ended."""
     commands = Path(find_spec("attnres_commands").submodule_search_locations[0])
     environment = {**os.environ}
     if jobs > 1:
@@ -104,6 +138,97 @@ def train_all(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tup
             process.wait()
 
 
+Variant = tuple[str, dict[str, str]]  # name and options of a run, as RunOptions.variants has them
+MOST_BEYOND = 4  # values that are tried beyond those that are given
+
+
+def with_value(variant: Variant, option: str, value: float) -> Variant:
+    """A run with one more option, whose name has the seed last."""
+    name, values = variant
+    seed = [part for part in name.split(" ") if part.startswith("seed=")]
+    parts = [part for part in name.split(" ") if part and part not in seed]
+    return " ".join([*parts, f"{option}={value:g}", *seed]), {**values, option: f"{value:g}"}
+
+
+def best(trials: dict[float, float]) -> float:
+    """The value with the least loss."""
+    return min(trials, key=trials.get)
+
+
+def beyond(trials: dict[float, float]) -> float | None:
+    """The next value to try, if the best one is at an edge."""
+    values = sorted(trials)
+    if best(trials) == values[0]:
+        return values[0] ** 2 / values[1]
+    return values[-1] ** 2 / values[-2] if best(trials) == values[-1] else None
+
+
+def tune(name: str, options: RunOptions, shared: dict) -> dict[str, dict[float, float]]:
+    """Trains one run of each group for every value of `options.tune`, and for others until the best isn't at an edge.
+
+    Returns:
+        by group, the held-out loss by value; infinite if there was none.
+    """
+    option, values = options.tuned
+    first = {}
+    for variant in options.variants():
+        first.setdefault(without_seed(variant[0]), variant)
+    trials, steps = {group: {} for group in first}, {"steps": options.tune_steps} if options.tune_steps else {}
+    wanted = [(group, value) for group in first for value in values]
+    while wanted:
+        singles = {}
+        for group, value in wanted:
+            run, own = with_value(first[group], option, value)
+            run += f" steps={options.tune_steps}" if steps else ""
+            singles[run] = options.variant(run, own, **shared, **steps)
+        results = train_all(name, singles, options.jobs)
+        for (group, value), result in zip(wanted, results.values()):
+            trials[group][value] = result.get("held_out_loss", math.inf)
+        room = len(values) + MOST_BEYOND
+        wanted = [(group, beyond(tried)) for group, tried in trials.items() if len(tried) < room and beyond(tried)]
+    for group, tried in trials.items():
+        if beyond(tried):
+            print(f"{group}: the best {option} that was tried, {best(tried):g}, is at an edge", file=sys.stderr)
+    return trials
+
+
+def trials_table(trials: dict[str, dict[float, float]], option: str) -> str:
+    values = sorted({value for tried in trials.values() for value in tried})
+    rows = [(f"tried {option}", *(f"{value:g}" for value in values))]
+    for group, tried in trials.items():
+        cells = [f"{tried[value]:.4f}" if value in tried else "-" for value in values]
+        rows.append((group, *(f"**{cell}**" if value == best(tried) else cell for value, cell in zip(values, cells))))
+    return table(rows)
+
+
+def paired_differences(runs: dict[str, dict]) -> dict[str, dict]:
+    """By group, the differences of the held-out losses from those of the first group, seed by seed, with their mean and
+    its bootstrap interval over seeds; empty without two groups that share two seeds."""
+    by_group = {}
+    for name, run in runs.items():
+        seed = next((part for part in name.split(" ") if part.startswith("seed=")), None)
+        if seed and "held_out_loss" in run:
+            by_group.setdefault(without_seed(name), {})[seed] = run["held_out_loss"]
+    differences = {}
+    for group, losses_by_seed in list(by_group.items())[1:]:
+        first, base = next(iter(by_group.items()))
+        own = [loss - base[seed] for seed, loss in losses_by_seed.items() if seed in base]
+        if len(own) > 1:
+            differences[group] = {"from": first, "mean": statistics.mean(own), "interval": interval_of_mean(own)}
+            differences[group]["seeds"] = own
+    return differences
+
+
+def differences_table(differences: dict[str, dict]) -> str:
+    first = next(iter(differences.values()))["from"]
+    rows = [(f"difference from {first}", "mean", "95 % of resampled seeds", "each seed")]
+    for group, found in differences.items():
+        each = ", ".join(f"{value:+.4f}" for value in found["seeds"])
+        low, high = found["interval"]
+        rows.append((group, f"{found['mean']:+.4f}", f"{low:+.4f} to {high:+.4f}", each))
+    return table(rows)
+
+
 def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str]) -> dict:
     """Trains each variant in a process of its own, with the same data order, seed and budget.
 
@@ -114,14 +239,13 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
         shared: options that all runs get.
         columns: as in [`compare_table`].
     """
-    singles = {variant: options.variant(variant, values, **shared) for variant, values in options.variants()}
-    runs, metrics, output = {}, {}, options.output
-    for variant, status in train_all(name, singles, options.jobs):
-        result = singles[variant].output / (FAILURE_FILE if status else RESULTS_FILE)
-        if not result.exists():
-            raise InputError(f"the run {variant} failed; its message is above.")
-        runs[variant] = read_results(result, *columns.values())
-    runs = {variant: runs[variant] for variant in singles}
+    variants, trials = options.variants(), {}
+    if options.tune:
+        trials = tune(name, options, shared)
+        found = {group: best(losses) for group, losses in trials.items()}
+        variants = [with_value(variant, options.tuned[0], found[without_seed(variant[0])]) for variant in variants]
+    singles = {variant: options.variant(variant, values, **shared) for variant, values in variants}
+    runs, metrics, output = train_all(name, singles, options.jobs, *columns.values()), {}, options.output
     for variant, single in singles.items():
         if "held_out_loss" not in runs[variant]:
             continue
@@ -130,6 +254,11 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
             print(f"{single.output / METRICS_FILE} isn't whole; the figure lacks some of it", file=sys.stderr)
     record, text = output / "comparison.json", compare_table(runs, columns)
     own, files = own_files(record), {}
+    differences = paired_differences(runs)
+    if differences:
+        text += "\n" + differences_table(differences)
+    if trials:
+        text += "\n" + trials_table(trials, options.tuned[0])
     if metrics:
         path = output / "comparison.png"
         plot_losses(metrics, path, "Same data order, seed and budget", own.get(path.name))
@@ -139,6 +268,14 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
     files[path.name] = sha256(path)
     command = [f"attnres-{name}", *options.words()]
     results = {"output": str(output), "runs": runs, "versions": versions(), "command": command}
+    if differences:
+        results["differences"] = differences
+    if trials:
+        option = options.tuned[0]
+        results["best"] = {group: {option: f"{best(losses):g}"} for group, losses in trials.items()}
+        results["trials"] = {
+            group: {f"{value:g}": loss for value, loss in sorted(losses.items())} for group, losses in trials.items()
+        }
     results["files"] = {**files, record.name: digest_of(json_text(results).encode())}
     write_output(record, json_text(results).encode(), own.get(record.name))
     print(text)

@@ -31,6 +31,7 @@ from .folders import output_folder
 from .loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from .options import EvaluateOptions, TextOptions
 from .process import versions
+from .resampling import interval, resampled_ratios
 
 
 METRICS = Path(__file__).parent / "evaluation_modules"
@@ -270,31 +271,6 @@ def harness_metric(value: float, samples: list) -> Metric:
             if np.isclose(transform(values.sum() / weights.sum()), value):
                 return Metric(value, values, weights, transform)
     return Metric(value)
-
-
-def resampled_ratios(values: np.ndarray, weights: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """`sum(values) / sum(weights)` over documents that are drawn with replacement, the same ones for each row.
-
-    Args:
-        values: `(models, documents)`.
-        weights: `(models, documents)`.
-
-    Returns:
-        `(models, resamples)`.
-    """
-    generator = np.random.default_rng(seed)
-    documents = values.shape[1]
-    ratios = []
-    for _ in range(resamples):
-        counts = np.bincount(generator.integers(documents, size=documents), minlength=documents)
-        with np.errstate(invalid="ignore"):
-            ratios.append((values @ counts) / (weights @ counts))
-    return np.stack(ratios, axis=1)
-
-
-def interval(samples: np.ndarray) -> list[float]:
-    samples = samples[~np.isnan(samples)]  # as those are that drew nothing but documents without tokens
-    return np.percentile(samples, [2.5, 97.5]).tolist()
 
 
 def with_intervals(metrics: dict[str, Metric], comparable: set[str], resamples: int, seed: int) -> dict[str, dict]:

@@ -15,9 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from .defaults import HELD_OUT, RATES, SOURCES, STDLIB
 from .leaks import secret_in_text
-from .parser import Limits, Lists, Options, flag, option, read_words, takes_one_value
+from .parser import Limits, Lists, Options, flag, kinds_of, option, read_words, takes_one_value
 
 
+# options of comparisons and where they go, which don't make a run what it is, with what a single run has instead
+OF_COMPARISONS = {"output": None, "compare": "", "sweep": [], "tune": None, "tune_steps": None, "jobs": 1}
 ADAPTER_METHODS = ("lora", "dora", "qlora")
 LORA_RANK = 16
 
@@ -149,9 +151,14 @@ class RunOptions(DataOptions, TrainingOptions):
         "methods, such as lora,dora,full,depth; each may have options of its own, as in "
         "donor:learning_rate=6e-3,block:learning_rate=3e-3", metavar="NAME[:OPTION=VALUE],...")  # fmt: skip
     sweep: list[str] = option([], "values to try, such as seed=0,1,2", action=Lists, metavar="OPTION=V1,V2")
-    jobs: Annotated[int, Limits(1, 1024)] = option(
-        1, "runs of --compare and --sweep at a time; on a CPU they share its cores"
+    tune: str | None = option(
+        None,
+        "values to try for each run with the first seed, and beyond an edge until the best "
+        "isn't at one; all seeds are trained with the best, as in learning_rate=2e-3,4e-3,8e-3",
+        metavar="OPTION=V1,V2",
     )
+    tune_steps: Positive | None = option(None, "steps of what --tune tries; default: --steps")
+    jobs: Annotated[int, Limits(1, 1024)] = option(1, "runs of a comparison at a time; on a CPU they share its cores")
 
     compared = "mode"  # the option whose values `compare` holds
     pipeline_stages = None
@@ -194,11 +201,38 @@ class RunOptions(DataOptions, TrainingOptions):
                 )
             if both := {self.compared, *names}.intersection(own):
                 raise InputError(f"--compare {item}: {both.pop()} has its values elsewhere")
+        if self.tune:
+            self.check_tuned({*names, *(option for _, options in self.compared_runs for option, _ in options)})
+        elif self.tune_steps:
+            raise InputError("--tune-steps goes with --tune")
         for name, values in self.variants():
             try:
                 self.variant(name, values)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+
+    def check_tuned(self, taken: set[str]):
+        """
+        Args:
+            taken: options that have their values elsewhere.
+        """
+        try:
+            name, values = self.tuned
+        except ValueError:
+            name, values = "", []
+        is_number = self.can_vary(name) and float in kinds_of(type(self), name)
+        if not is_number or len(values) < 2 or not 0 < values[0] < values[-1] < math.inf:
+            raise InputError(f"--tune {self.tune}: give an option that takes a number, and two or more of them above 0")
+        if name in taken:
+            raise InputError(f"--tune {self.tune}: {name} has its values elsewhere")
+
+    @property
+    def tuned(self) -> tuple[str, list[float]] | None:
+        """The option of `tune` and its values, in order."""
+        if not self.tune:
+            return None
+        name, _, texts = self.tune.partition("=")
+        return name, sorted({float(text) for text in texts.split(",")})
 
     def can_vary(self, name: str) -> bool:
         """Whether the runs of a comparison may differ in an option."""
@@ -219,7 +253,7 @@ class RunOptions(DataOptions, TrainingOptions):
         for sweep in self.sweep:
             name, _, values = sweep.partition("=")
             axes.append([(f"{name}={value}", {name: value}) for value in values.split(",")])
-        runs = itertools.product(*axes) if axes else ()
+        runs = itertools.product(*axes) if axes or self.tune else ()
         return [(" ".join(name for name, _ in run), {k: v for _, own in run for k, v in own.items()}) for run in runs]
 
     def variant(self, name: str, values: dict[str, str], **others) -> "RunOptions":
@@ -229,15 +263,14 @@ class RunOptions(DataOptions, TrainingOptions):
             name, values: of [`variants`].
             others: values that all runs get.
         """
-        words = replace(
-            self, compare="", sweep=[], jobs=1, output=self.output / name.replace(" ", ","), **others
-        ).words()
+        own = {name: default for name, default in OF_COMPARISONS.items() if name != "output"}
+        words = replace(self, **own, output=self.output / name.replace(" ", ","), **others).words()
         return read_words(type(self), [*words, *(f"{flag(option)}={value}" for option, value in values.items())])
 
     @property
     def arguments(self) -> dict:
         """What makes a run what it is, by name."""
-        return {name: value for name, value in vars(self).items() if name not in ("output", "compare", "sweep", "jobs")}
+        return {name: value for name, value in vars(self).items() if name not in OF_COMPARISONS}
 
     @property
     def trained(self) -> str:

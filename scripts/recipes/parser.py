@@ -180,11 +180,16 @@ def as_words(value) -> list[str]:
     return [] if value is True else list(map(str, value if isinstance(value, list) else [value]))
 
 
+def kinds_of(kind: type[Options], name: str) -> tuple:
+    """The type of an option, and what it is made of: float and None of `float | None`."""
+    hint = typing.get_type_hints(kind)[name]
+    return hint, *typing.get_args(hint)
+
+
 def takes_one_value(kind: type[Options], name: str) -> bool:
     """Whether an option is neither a flag nor a list."""
-    hint = typing.get_type_hints(kind)[name]
-    is_list = any(typing.get_origin(inner) is list for inner in (hint, *typing.get_args(hint)))
-    return not is_list and hint not in (bool, dict)
+    kinds = kinds_of(kind, name)
+    return not any(typing.get_origin(inner) is list for inner in kinds) and kinds[0] not in (bool, dict)
 
 
 NOT_GIVEN = object()

@@ -242,7 +242,7 @@ class Run:
         """One run, or those of a comparison."""
         start_process()
         try:
-            if not (options.compare or options.sweep):
+            if not (options.compare or options.sweep or options.tune):
                 return cls(options).train()
             with discarded_if_refused(options.output):
                 open_comparison(options)
