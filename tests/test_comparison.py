@@ -115,7 +115,7 @@ def test_the_best_is_trained_with_all_seeds(server):
     """Two at a time, from the first weights that --init says; what has been trained is not trained again."""
     options = [*TINY, "--set=num_hidden_layers=2", "--data=text.txt", "--steps=4", "--depth-every=0", "--init=scaled"]
     options += ["--mode=block", "--sweep=seed=0,1", "--tune=learning_rate=1e-4,0.02,9", "--tune-steps=3"]
-    options += ["--jobs=2", "--output=tuned"]
+    options += ["--jobs=2", "--save-steps=1", "--keep-checkpoints=0", "--output=tuned"]
     printed = server.run(*options)
     folder = server.folder / "tuned"
     found = json.loads((folder / "comparison.json").read_text())
@@ -131,6 +131,7 @@ def test_the_best_is_trained_with_all_seeds(server):
     assert text in printed and "tried learning_rate" in text
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")}
     again = server.run(*options).splitlines()
+    assert list(folder.glob("*/checkpoint-*")) == [] and len(list(folder.glob("*/model/model.safetensors"))) == 5
     assert len(before) == 5 and not any(line.startswith("--- ") for line in again)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")} == before
     assert "holds a run with init = scaled, not default" in server.run(*options, "--init=default", exit_code=1)

@@ -145,7 +145,7 @@ class RunOptions(DataOptions, TrainingOptions):
     eval_steps: Positive | None = option(None, "default: a tenth of --steps")
     save_steps: Positive | None = option(None, "steps between checkpoints; default: a tenth of --steps, "
         "a third where a checkpoint has 1 GB or more")  # fmt: skip
-    keep_checkpoints: Positive = option(2, "how many of the last ones to keep")
+    keep_checkpoints: Natural = option(2, "how many of the last ones to keep; 0: one, until the run has ended")
     depth_every: Natural = option(100, "steps between looks at each layer, 0 for none")
     compare: str = option("", "modes to train one after the other, such as donor,block,full,mhc; of fine-tuning "
         "methods, such as lora,dora,full,depth; each may have options of its own, as in "

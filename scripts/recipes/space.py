@@ -60,7 +60,7 @@ def check_run_space(folder: Path, options: RunOptions, sizes: Sizes, checkpoint:
     """
     done, held = (step_of(checkpoint), len(checkpoints(folder))) if checkpoint else (0, 0)
     to_write = math.ceil(options.steps / options.save_steps) - done // options.save_steps if done < options.steps else 0
-    number = max(0, min(options.keep_checkpoints + 1 - held, to_write))
+    number = max(0, min(max(1, options.keep_checkpoints) + 1 - held, to_write))
     needed = number * sizes.checkpoint + sizes.model + sizes.merged
     what = [f"{number} checkpoint{'s' * (number > 1)} of {sizes.checkpoint / 1e9:.2f}"] if number else []
     what += ["the model", *(["the merged one"] if sizes.merged else [])]

@@ -96,6 +96,12 @@ def without_documents(inputs: dict) -> dict:
     return {name: value for name, value in inputs.items() if name != "documents"}
 
 
+def remove_untouched(old: list[Path]):
+    """Removes checkpoints, but for those into which something was put; within `begin_work` and `end_work`."""
+    for checkpoint in filter(is_untouched, old):
+        remove(checkpoint)
+
+
 class RunTrainer(Trainer):
     """A Trainer that takes the data in the order it is in, writes checkpoints complete or not at all, and stops at a
     loss or gradient that isn't finite, before the step is taken, and before a checkpoint of such a model is written.
@@ -316,9 +322,7 @@ class RunTrainer(Trainer):
                 self._check_names(partial)
                 list_files(partial, run_id(self.folder), self.model.config)
                 publish(partial, self.folder / name)
-            for old in checkpoints(self.folder)[: -self.keep_checkpoints]:
-                if is_untouched(old):
-                    remove(old)
+            remove_untouched(checkpoints(self.folder)[: -self.keep_checkpoints])
             end_work(self.folder)
         self.accelerator.wait_for_everyone()
 

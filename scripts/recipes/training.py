@@ -19,10 +19,11 @@ from transformers import TrainingArguments
 
 from .callback import DEPTH_FILE, DepthCallback
 from .card import mean_depth_weights, model_results, write_training_card
+from .checkpoints import checkpoints
 from .comparison import compare, open_comparison
 from .data import ShuffledSequences
 from .figures import plot_losses
-from .folders import METRICS_FILE, RESULTS_FILE
+from .folders import METRICS_FILE, RESULTS_FILE, begin_work, end_work
 from .log import RunLog, losses, read_lines, tokens_per_second
 from .look import check_can_be_watched
 from .optim import is_depth_attention, new_optimizer, uses_deepspeed
@@ -40,7 +41,7 @@ from .run import CONVERTED_NAME, FIGURE_FILE, discarded_if_refused, one_line_err
 from .space import FEW, LARGE, check_run_space, sizes
 from .start import load_model
 from .tensors import check_can_be_cut, check_launch, in_parts, start_sharding
-from .trainer import PipelineTrainer, RunTrainer
+from .trainer import PipelineTrainer, RunTrainer, remove_untouched
 
 
 SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
@@ -165,6 +166,10 @@ class Run:
         }
         if state.is_main_process:
             self.write_results(results, prepared, metrics, depth_weights)
+            if options.keep_checkpoints == 0:
+                begin_work(self.folder)
+                remove_untouched(checkpoints(self.folder))
+                end_work(self.folder)
         return results
 
     @property
@@ -207,7 +212,7 @@ class Run:
             processing_class=prepared.tokenizer,
             optimizers=(optimizer, None),
             callbacks=[RunLog(self.folder, tokens_per_step), *self.depth_callbacks(prepared.model, probe)],
-            keep_checkpoints=options.keep_checkpoints,
+            keep_checkpoints=max(1, options.keep_checkpoints),
         )
         trainer.base = prepared.base
         return trainer

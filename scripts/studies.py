@@ -1,0 +1,262 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""python scripts/studies.py components --jobs 2
+
+Trains what a table of results/README.md says, from text that is on any machine, and writes table, figure and all
+numbers. Each study is one or more comparisons of attnres-pretrain or attnres-finetune, whose commands are printed: the
+same batches for all, learning rates tried for each, several seeds, intervals over them. Without a name, the studies are
+listed.
+
+What is in --output already isn't trained again, and what was interrupted goes on. `--steps` makes a study shorter, to
+try it.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from attnres_convert import InputError
+from attnres_convert.writing import table, write_text
+from attnres_recipes.options import FinetuneOptions, Positive, PretrainOptions, RunOptions
+from attnres_recipes.parser import Limits, Options, need, option, parse
+
+
+OUTPUT = Path("outputs/evidence")
+TEXT = {"data": "site-packages", "data_split": "train[:25%]", "seq_len": 256, "batch_size": 8, "eval_sequences": 128}
+SIZES = {
+    "num_hidden_layers": 12,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+SMALL = {"config": "llama", "set": SIZES, "train_tokenizer": 2048, "init": "scaled", **TEXT}
+SHORT = {**SMALL, "steps": 400, "depth_every": 0, "keep_checkpoints": 0}
+RATES = "learning_rate=4e-3,8e-3,1.6e-2"
+SEEDS = "seed=0,1,2"
+FAMILIES = ("llama", "qwen3", "gemma3_text")
+FUNCTIONS = {"data": "stdlib", "seq_len": 256, "depth_every": 0, "keep_checkpoints": 0}
+# by the rows of the tables 4 and 5 of arXiv 2603.15031: validation losses of models with 436M activated parameters
+COMPONENTS = {
+    "donor": 1.766,
+    "denseformer": 1.767,
+    "mhc": 1.747,
+    "full": 1.737,
+    "full_input_query": 1.731,
+    "full_static": 1.749,
+    "full_sigmoid": 1.741,
+    "full_raw_keys": 1.743,
+    "full_window": 1.764,
+    "block:block_size=2": 1.746,
+    "block_raw_keys:block_size=2": 1.750,
+    "block_heads:block_size=2": 1.752,
+}
+# the paper's S counts sublayers, two to a layer
+BLOCK_SIZES = {"donor": 1.766, "full": 1.737, "block:block_size=1": 1.746, "block:block_size=2": 1.746}
+BLOCK_SIZES |= {"block:block_size=4": 1.748, "block:block_size=8": 1.753}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table.
+
+    Args:
+        summary: of what it compares.
+        kind: what trains.
+        parts: options of each comparison, by its name; a single one has the study's name.
+        paper: the paper's losses, by what `--compare` says.
+        needs: studies whose models it starts from.
+    """
+
+    summary: str
+    kind: type[RunOptions]
+    parts: dict[str, dict]
+    paper: dict[str, float] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+
+def one(summary: str, kind: type[RunOptions], **values) -> Study:
+    return Study(summary, kind, {"": values})
+
+
+STUDIES = {
+    "learning_rate": one(
+        "learning rates of donor, Block and Full",
+        PretrainOptions,
+        **SMALL,
+        steps=600,
+        compare="donor,block,full",
+        sweep=["learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2"],
+    ),
+    "from_scratch": one(
+        "donor, Block and Full from scratch, 10M tokens each, with the learning rate that was best for each",
+        PretrainOptions,
+        **SMALL,
+        steps=5000,
+        save_steps=250,
+        compare="donor:learning_rate=8e-3,block:learning_rate=8e-3,full:learning_rate=8e-3",
+        sweep=[SEEDS],
+    ),
+    "depth_lr_scale": one(
+        "learning rates of depth attention, as multiples of that of all else",
+        PretrainOptions,
+        **SHORT,
+        compare="block:learning_rate=8e-3,full:learning_rate=8e-3",
+        sweep=["depth_lr_scale=0.3,1,3,10", SEEDS],
+    ),
+    "init": one(
+        "transformers' first weights and scaled ones",
+        PretrainOptions,
+        **{name: value for name, value in SHORT.items() if name != "init"},
+        compare="donor,block,full",
+        tune=RATES,
+        sweep=["init=default,scaled", SEEDS],
+    ),
+    "components": Study(
+        "the paper's ablation of components",
+        PretrainOptions,
+        {"": {**SHORT, "compare": ",".join(COMPONENTS), "tune": RATES, "sweep": [SEEDS]}},
+        COMPONENTS,
+    ),
+    "block_size": Study(
+        "the paper's sizes of blocks",
+        PretrainOptions,
+        {"": {**SHORT, "compare": ",".join(BLOCK_SIZES), "tune": RATES, "sweep": [SEEDS]}},
+        BLOCK_SIZES,
+    ),
+    "donors": one(
+        "a donor of each of three families, to fine-tune",
+        PretrainOptions,
+        **{**SMALL, "set": {**SIZES, "head_dim": 32}, "config": "llama"},
+        mode="donor",
+        steps=1200,
+        learning_rate=8e-3,
+        sweep=[f"config={','.join(FAMILIES)}"],
+    ),
+    "regimes": Study(
+        "ways to fine-tune donors and what conversion makes of them, by family",
+        FinetuneOptions,
+        {
+            family: {
+                **FUNCTIONS,
+                "model": str(OUTPUT / "donors" / f"config={family}" / "model"),
+                "batch_size": 4,
+                "steps": 60,
+                "compare": "full:mode=donor,full:mode=block,full:mode=full,lora:mode=donor,lora:mode=block,"
+                "lora:mode=full,depth:mode=block,depth:mode=full",
+                "tune": "learning_rate=3e-4,1e-3,3e-3",
+                "sweep": [SEEDS],
+            }
+            for family in FAMILIES
+        },
+        needs=("donors",),
+    ),
+    "smollm2": one(
+        "whether it pays to convert SmolLM2-135M-Instruct and train it on",
+        FinetuneOptions,
+        **FUNCTIONS,
+        model=str(OUTPUT / "smollm2-135m"),
+        batch_size=2,
+        bf16=True,
+        steps=60,
+        eval_sequences=64,
+        compare="full:mode=donor,full:mode=block,full:mode=full,full:mode=block_delta,lora:mode=donor,lora:mode=block,"
+        "depth:mode=block",
+        tune="learning_rate=x1,x2,x4",
+        sweep=[SEEDS],
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class StudyOptions(Options):
+    """What studies take."""
+
+    group = "study"
+    study: list[str] = option(help=f"names, of {', '.join(STUDIES)}", positional=True)
+    output: Path = option(OUTPUT, "folder for runs and tables, with a folder for each study")
+    steps: Positive | None = option(None, "of each run, instead of the study's; for a try")
+    seeds: str | None = option(None, "instead of the study's, such as 0,1", metavar="N1,N2")
+    jobs: Annotated[int, Limits(1, 1024)] = option(1, "runs at a time; on a CPU they share its cores")
+
+    def check(self):
+        for name in self.study:
+            if name not in STUDIES:
+                raise InputError(f"there is no study {name}; there are {', '.join(STUDIES)}")
+
+
+def comparison_options(study: Study, values: dict, folder: Path, options: StudyOptions) -> RunOptions:
+    """The options of one comparison, as `options` change them."""
+    values = dict(values)
+    if options.steps is not None:
+        values |= {"steps": options.steps}
+        values = {name: value for name, value in values.items() if name != "save_steps"}
+    if options.seeds is not None:
+        values["sweep"] = [f"seed={options.seeds}" if sweep == SEEDS else sweep for sweep in values["sweep"]]
+    return study.kind(**values, output=folder, jobs=options.jobs)
+
+
+def paper_table(found: dict, paper: dict[str, float]) -> str:
+    """Differences from the first run, ours with their intervals beside the paper's.
+
+    Args:
+        found: what `comparison.json` holds.
+        paper: losses by what `--compare` says.
+    """
+    first, *others = paper
+    rows = [(f"difference from {first}", "ours", "95 % of resampled seeds", "the paper's")]
+    for name in others:
+        group = name.replace(":", " ")
+        tuned = " ".join([group, *(f"{option}={value}" for option, value in found["best"][group].items())])
+        ours = found.get("differences", {}).get(tuned)
+        low, high = ours["interval"] if ours else (None, None)
+        ours = (f"{ours['mean']:+.3f}", f"{low:+.3f} to {high:+.3f}") if ours else ("-", "-")
+        rows.append((group, *ours, f"{paper[name] - paper[first]:+.3f}"))
+    return table(rows)
+
+
+def run(name: str, options: StudyOptions) -> dict[str, dict]:
+    """Trains a study, and returns the held-out losses by the folders of its comparisons."""
+    study, losses = STUDIES[name], {}
+    for needed in study.needs:
+        run(needed, replace(options, seeds=None))
+    for part, values in study.parts.items():
+        folder = options.output / name / part
+        own = comparison_options(study, values, folder, options)
+        command = "pretrain" if study.kind is PretrainOptions else "finetune"
+        print(shlex.join([f"attnres-{command}", *own.words()]), flush=True)
+        losses[str(folder)] = trained(command, own)["held_out_loss"]
+        if study.paper:
+            found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+            text = paper_table(found, study.paper)
+            write_text(folder / "paper.md", text)
+            print(text)
+    return losses
+
+
+def trained(command: str, options: RunOptions) -> dict:
+    import attnres_recipes  # takes seconds
+
+    return getattr(attnres_recipes, command)(options)
+
+
+def main(argv: list[str] | None = None):
+    if not (sys.argv[1:] if argv is None else argv):
+        print("".join(f"{name:16}{study.summary}\n" for name, study in STUDIES.items()), end="")
+        return
+    options = parse(StudyOptions, "studies", __doc__, argv)
+    need("train")
+    try:
+        losses = {}
+        for name in options.study:
+            losses |= run(name, options)
+    except InputError as error:
+        raise SystemExit(f"studies: {error}") from None
+    print(json.dumps({"output": str(options.output), "held_out_loss": losses}))
+
+
+if __name__ == "__main__":
+    main()
