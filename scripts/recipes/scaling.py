@@ -343,8 +343,8 @@ def report(results: dict) -> str:
         sections += [
             "## Laws",
             filled(
-                "L = A C^-alpha, by least squares on the mean log losses of the sizes; the misfit is that of a mean. A is "
-                "the loss at 1 PFLOP/s-day, far beyond these runs. The paper's laws (arXiv 2603.15031) are of other "
+                "L = A C^-alpha, by least squares on the mean log losses of the sizes; the misfit is that of a mean. A "
+                "is the loss at 1 PFLOP/s-day, far beyond these runs. The paper's laws (arXiv 2603.15031) are of other "
                 "data, another tokenizer and much larger models: their A isn't comparable, their alpha hardly."
             ),
             fits_table(results["fits"]),
