@@ -205,6 +205,7 @@ def test_a_ladder_is_alike(tmp_path):
         assert run.set["intermediate_size"] % 8 == 0 and run.set["tie_word_embeddings"] and run.init == "scaled"
         heads.append(run.set["num_attention_heads"])
     assert heads == [2, 3, 2, 5]
+    assert replace(given, tune_share=1.0).run("32x6", 9, 300).tune_steps is None, "or the best rate is trained twice"
     runs = [vars(given.run(size, 9, 300)) for size in sizes]
     assert {name for name in runs[0] if runs[0][name] != runs[1][name]} == {"set", "output"}
     assert given.run("32x6", 9, 300) == replace(given, sizes="80x12").run("32x6", 9, 300)
@@ -308,6 +309,13 @@ def test_a_ladder_in_a_folder(text, tmp_path):
     assert [run.output.name for run in ladder.unfinished()] == ["32x2", "48x2"]
     plan = ladder.plan()
     assert f"{ladder.rungs['48x2'].flops('block'):.3g}" in plan and "done already: none" in plan
+    assert "trying" not in plan
+    whole, part = (replace(given, learning_rates="1e-2,2e-2,4e-2", tune_share=share) for share in (1.0, 0.25))
+    for tuned, runs in ((whole, 2), (part, 0.75)):
+        ladder.options = tuned
+        flops = sum(rung.flops(variant) for rung in ladder.rungs.values() for variant in ("donor", "block"))
+        assert f"{2 * flops:.3g} FLOPs; trying 3 learning rates takes {runs * flops:.3g} more" in ladder.plan()
+    ladder.options = given
     with pytest.raises(InputError, match="no size has a loss"):
         ladder.report()
     for size in ("32x2", "48x2"):

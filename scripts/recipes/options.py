@@ -421,12 +421,15 @@ class ScalingOptions(DocumentOptions, DataOptions):
         """The comparison that trains one size, in a folder of that name."""
         hidden_size, layers = size_of(size, "--sizes")
         shared = {field.name for field in fields(PretrainOptions)} & vars(self).keys()
-        chosen = {"learning_rate": float(self.learning_rates)} if "," not in self.learning_rates else {
-            "tune": f"learning_rate={self.learning_rates}", "tune_steps": math.ceil(steps * self.tune_share)
-        }  # fmt: skip
+        if "," in self.learning_rates:
+            # of all steps, the best of those that are tried is the first seed's run itself
+            tune_steps = None if self.tune_share == 1 else math.ceil(steps * self.tune_share)
+            rates = {"tune": f"learning_rate={self.learning_rates}", "tune_steps": tune_steps}
+        else:
+            rates = {"learning_rate": float(self.learning_rates)}
         return PretrainOptions(
             **{name: value for name, value in vars(self).items() if name in shared - {"output"}},
-            **chosen,
+            **rates,
             config="llama",
             set={
                 "hidden_size": hidden_size,

@@ -122,12 +122,13 @@ class Ladder:
         """What is going to be trained, as a table."""
         rows = [("size", "variant", "parameters", "without embedding", "tokens", "steps", "FLOPs of a run", "of all")]
         seeds, total, trials = len(self.options.seeds.split(",")), 0, 0
-        values = self.options.learning_rates.count(",") + 1
+        values, share = self.options.learning_rates.count(",") + 1, self.options.tune_share
+        tried = values - 1 if share == 1 else values * share  # runs, one of which counts as a seed's if it is whole
         for size, rung in self.rungs.items():
             for variant, model in rung.models.items():
                 flops = rung.flops(variant)
                 total += seeds * flops
-                trials += values * self.options.tune_share * flops if values > 1 else 0
+                trials += tried * flops if values > 1 else 0
                 counts = (model.parameters, non_embedding(model), rung.tokens, rung.steps)
                 numbers = (*(f"{count:,}" for count in counts), f"{flops:.3g}", f"{seeds * flops:.3g}")
                 rows.append((size, variant, *numbers))
@@ -169,6 +170,11 @@ class Ladder:
             points, limits = points + found, limits + said
         laws = analyse(points, options.variants)
         limits = laws.pop("limits") + limits + limits_of_data(points)
+        if "," in options.learning_rates:
+            limits.append(
+                "Learning rates are the best for the first seed on the same held-out text, which makes its losses a "
+                "little too good."
+            )
         record, path = options.output / RECORD, options.output / FIGURE
         own, files = own_files(record), {}
         write_output(path, png(plot_laws(points, laws), "scaling_law.py"), own.get(FIGURE))
@@ -241,7 +247,7 @@ def plot_laws(points: list[dict], laws: dict) -> Figure:
         own = [point for point in points if point["variant"] == variant]
         compute, losses = [point["compute"] for point in own], [point["loss"] for point in own]
         law = laws["fits"].get(variant)
-        name = f"{variant}: {law['A']:.3f} C^{-law['alpha']:.4f}" if law else variant
+        name = f"{variant}: {law['A']:.4g} C^{-law['alpha']:.4f}" if law else variant
         axes.scatter(compute, losses, color=color, marker=marker, s=18, alpha=0.75, linewidths=0, label=name)
         if law:
             ends = np.geomspace(min(compute), max(compute), 2)
@@ -270,8 +276,8 @@ def fits_table(fits: dict[str, dict]) -> str:
     heading = ("variant", "A", "95 % interval", "alpha", "95 % interval", "largest misfit")
     rows = [(*heading, "paper's A", "paper's alpha")]
     for variant, law in fits.items():
-        of_paper = (decimals(value, 3) for value in PAPER[variant])
-        own = (decimals(law["A"], 3), span(law.get("A_interval"), 3))
+        of_paper = (f"{value:.3f}" for value in PAPER[variant])
+        own = (f"{law['A']:.4g}", " to ".join(f"{bound:.4g}" for bound in law.get("A_interval", ())) or "-")
         own += (decimals(law["alpha"]), span(law.get("alpha_interval"), 4), f"{law['largest_misfit']:.2%}")
         rows.append((variant, *own, *of_paper))
     return table(rows)
