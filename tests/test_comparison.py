@@ -12,6 +12,7 @@ import pytest
 from attnres_convert import InputError
 from attnres_recipes import comparison
 from attnres_recipes.data import load_documents, package_files
+from attnres_recipes.defaults import RATES
 from attnres_recipes.options import FinetuneOptions, PretrainOptions
 from attnres_recipes.resampling import interval_of_mean
 from pretrain_process import TINY, Server
@@ -89,6 +90,17 @@ def test_tuning_goes_beyond_an_edge(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     table = comparison.trials_table(trials, "learning_rate").splitlines()
     assert "**0.0000**" in table[2] and table[2].count("**") == 2 and " inf " in table[2] and " - " in table[3]
+
+
+def test_tuning_of_multiples(monkeypatch):
+    """Are of each run's own default."""
+    given = FinetuneOptions(model="m", output="out", compare="lora,full", tune="learning_rate=x0.5,x2,x1")
+    default = {method: RATES[method]["learning_rate"] for method in ("lora", "full")}
+    fake_trials(monkeypatch, lambda run: {"held_out_loss": abs(np.log(run.learning_rate / default[run.method]))})
+    trials = comparison.tune("finetune", given, {})
+    for method, tried in trials.items():
+        assert sorted(tried) == pytest.approx([factor * default[method] for factor in (0.5, 1, 2)])
+        assert comparison.best(tried) == default[method]
 
 
 def test_tuning_ends(monkeypatch, capsys):

@@ -205,6 +205,8 @@ BAD_VALUES = [
     ({"tune": "learning_rate=1e-3"}, "two or more"),
     ({"tune": "learning_rate=0,1e-3"}, "two or more of them above 0"),
     ({"tune": "learning_rate=1e-3,inf"}, "two or more"),
+    ({"tune": "learning_rate=x1,2"}, "give numbers, or multiples of the default"),
+    ({"tune": "max_grad_norm=x1,y2"}, "two or more"),
     ({"tune": "seed=1,2"}, "an option that takes a number"),
     ({"tune": "colour=1,2"}, "an option that takes a number"),
     ({"tune": "learning_rate=1,2", "sweep": ["learning_rate=1,2"]}, "learning_rate has its values elsewhere"),

@@ -169,12 +169,12 @@ def tune(name: str, options: RunOptions, shared: dict) -> dict[str, dict[float, 
     Returns:
         by group, the held-out loss by value; infinite if there was none.
     """
-    option, values = options.tuned
-    first = {}
+    option, first = options.tuned, {}
     for variant in options.variants():
         first.setdefault(without_seed(variant[0]), variant)
     trials, steps = {group: {} for group in first}, {"steps": options.tune_steps} if options.tune_steps else {}
-    wanted = [(group, value) for group in first for value in values]
+    values = {group: options.values_to_try(options.variant(*variant)) for group, variant in first.items()}
+    wanted = [(group, value) for group in first for value in values[group]]
     while wanted:
         singles = {}
         for group, value in wanted:
@@ -184,8 +184,8 @@ def tune(name: str, options: RunOptions, shared: dict) -> dict[str, dict[float, 
         results = train_all(name, singles, options.jobs)
         for (group, value), result in zip(wanted, results.values()):
             trials[group][value] = result.get("held_out_loss", math.inf)
-        room = len(values) + MOST_BEYOND
-        wanted = [(group, beyond(tried)) for group, tried in trials.items() if len(tried) < room and beyond(tried)]
+        room = {group: len(values[group]) + MOST_BEYOND - len(tried) for group, tried in trials.items()}
+        wanted = [(group, beyond(tried)) for group, tried in trials.items() if room[group] and beyond(tried)]
     for group, tried in trials.items():
         if beyond(tried):
             print(f"{group}: the best {option} that was tried, {best(tried):g}, is at an edge", file=sys.stderr)
@@ -243,7 +243,7 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
     if options.tune:
         trials = tune(name, options, shared)
         found = {group: best(losses) for group, losses in trials.items()}
-        variants = [with_value(variant, options.tuned[0], found[without_seed(variant[0])]) for variant in variants]
+        variants = [with_value(variant, options.tuned, found[without_seed(variant[0])]) for variant in variants]
     singles = {variant: options.variant(variant, values, **shared) for variant, values in variants}
     runs, metrics, output = train_all(name, singles, options.jobs, *columns.values()), {}, options.output
     for variant, single in singles.items():
@@ -258,7 +258,7 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
     if differences:
         text += "\n" + differences_table(differences)
     if trials:
-        text += "\n" + trials_table(trials, options.tuned[0])
+        text += "\n" + trials_table(trials, options.tuned)
     if metrics:
         path = output / "comparison.png"
         plot_losses(metrics, path, "Same data order, seed and budget", own.get(path.name))
@@ -271,7 +271,7 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
     if differences:
         results["differences"] = differences
     if trials:
-        option = options.tuned[0]
+        option = options.tuned
         results["best"] = {group: {option: f"{best(losses):g}"} for group, losses in trials.items()}
         results["trials"] = {
             group: {f"{value:g}": loss for value, loss in sorted(losses.items())} for group, losses in trials.items()

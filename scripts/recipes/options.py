@@ -154,7 +154,8 @@ class RunOptions(DataOptions, TrainingOptions):
     tune: str | None = option(
         None,
         "values to try for each run with the first seed, and beyond an edge until the best "
-        "isn't at one; all seeds are trained with the best, as in learning_rate=2e-3,4e-3,8e-3",
+        "isn't at one; all seeds are trained with the best, as in learning_rate=2e-3,4e-3,8e-3 or, in multiples of "
+        "each run's default, learning_rate=x0.5,x1,x2",
         metavar="OPTION=V1,V2",
     )
     tune_steps: Positive | None = option(None, "steps of what --tune tries; default: --steps")
@@ -207,7 +208,9 @@ class RunOptions(DataOptions, TrainingOptions):
             raise InputError("--tune-steps goes with --tune")
         for name, values in self.variants():
             try:
-                self.variant(name, values)
+                run = self.variant(name, values)
+                if self.tune:
+                    self.values_to_try(run)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
 
@@ -216,23 +219,35 @@ class RunOptions(DataOptions, TrainingOptions):
         Args:
             taken: options that have their values elsewhere.
         """
+        name, _, texts = self.tune.partition("=")
         try:
-            name, values = self.tuned
+            values = sorted({float(text.removeprefix("x")) for text in texts.split(",")})
         except ValueError:
-            name, values = "", []
+            values = []
         is_number = self.can_vary(name) and float in kinds_of(type(self), name)
         if not is_number or len(values) < 2 or not 0 < values[0] < values[-1] < math.inf:
             raise InputError(f"--tune {self.tune}: give an option that takes a number, and two or more of them above 0")
+        if texts.count("x") not in (0, texts.count(",") + 1):
+            raise InputError(f"--tune {self.tune}: give numbers, or multiples of the default such as x0.5,x1,x2")
         if name in taken:
             raise InputError(f"--tune {self.tune}: {name} has its values elsewhere")
 
     @property
-    def tuned(self) -> tuple[str, list[float]] | None:
-        """The option of `tune` and its values, in order."""
-        if not self.tune:
-            return None
+    def tuned(self) -> str:
+        """The option of `tune`."""
+        return self.tune.partition("=")[0]
+
+    def values_to_try(self, run: "RunOptions") -> list[float]:
+        """Those of `tune`; multiples are of what `run` has.
+
+        Raises:
+            InputError: it has nothing of which there are multiples.
+        """
         name, _, texts = self.tune.partition("=")
-        return name, sorted({float(text) for text in texts.split(",")})
+        base = getattr(run.settled(), name) if "x" in texts else 1
+        if base is None:
+            raise InputError(f"--tune {self.tune}: {name} has no default to multiply; give numbers")
+        return sorted({float(text.removeprefix("x")) * base for text in texts.split(",")})
 
     def can_vary(self, name: str) -> bool:
         """Whether the runs of a comparison may differ in an option."""
