@@ -8,6 +8,7 @@ commands.
 - text and examples: `data`, `chats`, `examples`
 - training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,
   `comparison`
+- scaling laws: `scaling`, and their fits in `laws`
 - looking into models: `look`, `plotting`, `evaluation`, `resampling`, `generation`, `serving`
 - other runtimes: `exporting`
 - several devices: `tensors`, `pipelines`, and on paper `planning`, `schedules`
@@ -32,6 +33,7 @@ _MODULES = {
     "Pipeline": "pipelines",
     "PretrainOptions": "options",
     "PushOptions": "options",
+    "ScalingOptions": "options",
     "ServeOptions": "options",
     "evaluate": "evaluation",
     "export": "exporting",

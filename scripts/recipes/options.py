@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ from attnres_convert import InputError, reading
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .defaults import HELD_OUT, RATES, SOURCES, STDLIB
+from .defaults import HELD_OUT, PACKAGES, RATES, SOURCES, STDLIB
 from .leaks import secret_in_text
 from .parser import Limits, Lists, Options, flag, kinds_of, option, read_words, takes_one_value
 
@@ -362,6 +362,116 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
         if self.train_tokenizer and self.set.get("vocab_size", self.train_tokenizer) != self.train_tokenizer:
             raise InputError("--train-tokenizer decides on the vocabulary's size; leave out --set vocab_size or it")
         super().check()
+
+
+@dataclass(kw_only=True)
+class ScalingOptions(DocumentOptions, DataOptions):
+    """What a scaling law takes: the options of its runs have the names that they have in pretraining."""
+
+    group = "ladder of models"
+    output: Path = option(help="folder; the same command again goes on, and sizes that are done count in the fit")
+    sizes: str = option("32x6,48x8,64x10,80x12", "hidden size x layers of each size that is trained; those that are "
+        "done already may be left out", metavar="HIDDENxLAYERS,...")  # fmt: skip
+    compare: str = option("donor,block,full", "of donor, block and full; the others are compared with the first one")
+    seeds: str = option("0,1,2", "of new weights and the order of the data, the same ones for all")
+    learning_rates: str = option("2e-3,4e-3,8e-3", "one for all, or several to try for each variant and size with the "
+        "first seed, and beyond an edge until the best isn't at one")  # fmt: skip
+    tune_share: Annotated[float, Limits(0, 1, without=(0,))] = option(1.0, "share of a run's steps with which "
+        "learning rates are tried")  # fmt: skip
+    tokens_per_parameter: AboveZero = option(20.0, "tokens to train on for each parameter of a size's donor, without "
+        "the embedding")  # fmt: skip
+    vocab: Annotated[int, Limits(259, 10**7)] = option(2048, "tokens of the tokenizer, which is trained on the data")
+    head_size: Positive | None = option(None, "numbers of an attention head; default: 32, or 16 where the hidden size "
+        "has no two heads of 32")  # fmt: skip
+    block_size: Positive | None = option(None, "decoder layers per block; default: an eighth of the layers")
+    init: Literal["default", "scaled"] = option("scaled", "first weights, as in pretraining")
+    batch_size: Batch = option(8, "sequences per step")
+    bf16: bool = option(False, "compute in bfloat16, weights stay in float32")
+    compile: bool = option(False, "torch.compile")
+    attn_res_implementation: str | None = option(None, "what computes the reads, as in pretraining", metavar="NAME")
+    jobs: Annotated[int, Limits(1, 1024)] = option(1, "runs at a time; on a CPU they share its cores")
+    data: list[str] = option([PACKAGES], "site-packages (source of the installed packages), stdlib (Python's own), "
+        "files or folders of text, JSON lines or Parquet, or a Hub id")  # fmt: skip
+    eval_sequences: Positive = option(256, "held-out sequences to evaluate at most")
+
+    def check(self):
+        for name in (names := self.sizes.split(",")):
+            hidden_size, layers = size_of(name, f"--sizes {self.sizes}")
+            self.head_size_of(hidden_size)
+            if (self.block_size or 1) > layers:
+                raise InputError(f"--block-size {self.block_size} is more than the {layers} layers of {name}")
+        if len(set(names)) < len(names):
+            raise InputError(f"--sizes {self.sizes} names one twice")
+        if not set(self.variants) <= {"donor", "block", "full"} or len(set(self.variants)) < len(self.variants):
+            raise InputError(f"--compare {self.compare}: give some of donor, block, full, each once")
+        seeds = self.seeds.split(",")
+        if not all(re.fullmatch(r"0|[1-9]\d{0,8}", seed) for seed in seeds) or len(set(seeds)) < len(seeds):
+            raise InputError(f"--seeds {self.seeds}: give whole numbers, each once, as in 0,1,2")
+        try:
+            rates = [float(rate) for rate in self.learning_rates.split(",")]
+        except ValueError:
+            rates = [0.0]
+        if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
+            raise InputError(f"--learning-rates {self.learning_rates}: give numbers above 0, each once: 2e-3,4e-3")
+        for name in names:
+            self.run(name, 1, self.vocab)
+
+    @property
+    def variants(self) -> list[str]:
+        """The modes, the one first with which the others are compared."""
+        return self.compare.split(",")
+
+    def head_size_of(self, hidden_size: int) -> int:
+        """
+        Raises:
+            InputError: there is none that divides the hidden size.
+        """
+        for size in [self.head_size] if self.head_size else [32, 16]:
+            if hidden_size % size == 0 and (self.head_size or hidden_size >= 2 * size):
+                return size
+        what = f"heads of {self.head_size} numbers" if self.head_size else "two or more heads of 32 or 16 numbers"
+        raise InputError(f"--sizes {self.sizes}: {hidden_size} isn't made of {what}; change it, or --head-size")
+
+    def run(self, size: str, steps: int, vocab_size: int) -> PretrainOptions:
+        """The comparison that trains one size, in a folder of that name."""
+        hidden_size, layers = size_of(size, "--sizes")
+        shared = {field.name for field in fields(PretrainOptions)} & vars(self).keys()
+        if "," in self.learning_rates:
+            # of all steps, the best of those that are tried is the first seed's run itself
+            tune_steps = None if self.tune_share == 1 else math.ceil(steps * self.tune_share)
+            rates = {"tune": f"learning_rate={self.learning_rates}", "tune_steps": tune_steps}
+        else:
+            rates = {"learning_rate": float(self.learning_rates)}
+        return PretrainOptions(
+            **{name: value for name, value in vars(self).items() if name in shared - {"output"}},
+            **rates,
+            config="llama",
+            set={
+                "hidden_size": hidden_size,
+                "num_hidden_layers": layers,
+                "intermediate_size": 8 * round(2.75 * hidden_size / 8),
+                "num_attention_heads": hidden_size // self.head_size_of(hidden_size),
+                "max_position_embeddings": self.seq_len,
+                "tie_word_embeddings": True,
+                "vocab_size": vocab_size,
+            },
+            tokenizer=str(self.output / "tokenizer"),
+            steps=steps,
+            sweep=[f"seed={self.seeds}"],
+            output=self.output / size,
+        )
+
+
+def size_of(name: str, option: str) -> tuple[int, int]:
+    """Hidden size and layers of a size such as 32x6.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,3}", name):
+        raise InputError(f"{option}: give hidden size x layers, separated by commas, as in 32x6,48x8")
+    hidden_size, layers = map(int, name.split("x"))
+    return hidden_size, layers
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ CONVERTED_NAME = "converted"
 EARLY_NAMES = ("tokenizer", CONVERTED_NAME, "data.json", METRICS_FILE, "depth.jsonl", "tensorboard", RUN_FILE)
 FIGURE_FILE = "loss.png"
 RUN_FILES = (RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE, "data.json", "depth.jsonl", FIGURE_FILE)
-WRITTEN = (*RUN_FILES, "comparison.json", "comparison.md", "comparison.png")
+WRITTEN = (*RUN_FILES, *(f"{name}.{kind}" for name in ("comparison", "scaling_law") for kind in ("json", "md", "png")))
 LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, WRITTEN))})(\.attnres-tmp-[0-9a-f]{{8}}){{1,2}}")
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
 # arguments that runs of old versions don't have
