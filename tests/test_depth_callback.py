@@ -13,7 +13,16 @@ import transformers
 from attnres_recipes.callback import DepthCallback
 from attnres_recipes.look import gradient_norms, look
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import attnres
 
@@ -93,7 +102,8 @@ def test_look_at_other_modes(mode, also, largest, probe):
     """Weights that are no distribution have no entropy, and not all modes have queries."""
     model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**SIZES, attn_res_mode=mode))
     seen = look(model, probe)
-    assert seen.keys() == {"output_rms", "read_rms", "largest_weight", *also}
+    sums = set() if mode == "mhc" else {"sum_rms"}
+    assert seen.keys() == {"output_rms", "read_rms", "largest_weight", *sums, *also}
     assert largest is None or seen["largest_weight"] == pytest.approx([largest] * 7)
     for name in also:
         assert len(seen[name]) == 7 and all(isinstance(value, float) for value in seen[name])
@@ -116,6 +126,91 @@ def test_look_at_donor(family, probe):
     expected, seen = look(donor, probe), look(model, probe)
     for name in ("output_rms", "read_rms"):
         assert seen[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def hooked_outputs(layers, probe, model, names: tuple[str, str]) -> torch.Tensor:
+    """What the modules of these names put out, in order, `(2L, batch, seq, hidden)`."""
+    written = []
+
+    def seen(module, inputs, output):
+        written.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.get_submodule(name).register_forward_hook(seen) for layer in layers for name in names]
+    with torch.no_grad():
+        model.eval()(**probe)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(written)
+
+
+def block_sums(outputs: torch.Tensor, size: int) -> list[float]:
+    """RMS of sums that begin anew after `size` outputs."""
+    return [rms(sums) for block in outputs.split(size) for sums in block.cumsum(0)]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, None], ids=lambda size: f"block {size}" if size else "full")
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "lora"])
+def test_running_sums(block_size, adapted, probe):
+    """Sums are those of the outputs of a block, whether blocks divide the layers or not; with other blocks the numbers
+    are others."""
+    options = {"attn_res_block_size": block_size} if block_size else {"attn_res_mode": "full"}
+    torch.manual_seed(2)
+    model = perturbed(attnres.AttnResForCausalLM(attnres.AttnResConfig(**{**SIZES, "num_hidden_layers": 5}, **options)))
+    layers = model.double().model.layers
+    if adapted:
+        lora = peft.LoraConfig(target_modules="all-linear", modules_to_save=["depth_attention"], task_type="CAUSAL_LM")
+        model = perturbed(peft.get_peft_model(model, lora)).double()
+    seen = look(model, probe)
+    outputs = hooked_outputs(layers, probe, model, ("self_attn", "mlp"))
+    size = 2 * block_size if block_size else 1
+    assert seen["sum_rms"] == pytest.approx(block_sums(outputs, size), rel=1e-5)
+    for other in {1, 2, 4, 6, 10} - {size}:
+        assert seen["sum_rms"] != pytest.approx(block_sums(outputs, other), rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["block", "full", "block_delta", "block_window"])
+def test_running_sums_are_sources(mode, probe):
+    """They are the latest sources of the reads that come next."""
+    model = attnres_model(attn_res_mode=mode, attn_res_block_size=2 if "block" in mode else 1)
+    model.set_attn_res_implementation("eager")
+    base, latest = model.model, []
+    for read in [*(read for layer in base.layers for read in (layer.attention_read, layer.mlp_read)), base.output_read]:
+        read.register_forward_hook(lambda module, inputs, output: latest.append(rms(output[3][-1])))
+    assert look(model, probe)["sum_rms"] == pytest.approx(latest[1:], rel=1e-5)
+
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}, ("self_attn", "mlp"), (1, 1)),
+    # norms after the sublayers; its embedding has its multiplier in it
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {"head_dim": 16, "num_key_value_heads": 2},
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        (1, 1),
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.2},
+        ("self_attn", "mlp"),
+        (3, 0.2),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_running_sums_of_donors(family, probe):
+    """A donor's sum is its residual stream, which begins with the embedding; multipliers and norms of the family
+    count."""
+    config_class, model_class, options, names, (embedding, residual) = FAMILIES[family]
+    torch.manual_seed(2)
+    model = perturbed(model_class(config_class(**SIZES, **options))).double()
+    outputs = residual * hooked_outputs(model.model.layers, probe, model, names)
+    stream = embedding * model.get_input_embeddings()(probe["input_ids"])[None] + outputs.cumsum(0)
+    seen = look(model, probe)
+    assert seen["sum_rms"] == pytest.approx([rms(state) for state in stream], rel=1e-5)
+    assert seen["sum_rms"] != pytest.approx(block_sums(outputs, 6), rel=1e-2)
 
 
 def test_gradient_norms(probe):
