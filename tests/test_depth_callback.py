@@ -13,7 +13,16 @@ import transformers
 from attnres_recipes.callback import DepthCallback
 from attnres_recipes.look import gradient_norms, look
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import attnres
 
@@ -93,7 +102,8 @@ def test_look_at_other_modes(mode, also, largest, probe):
     """Weights that are no distribution have no entropy, and not all modes have queries."""
     model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**SIZES, attn_res_mode=mode))
     seen = look(model, probe)
-    assert seen.keys() == {"output_rms", "read_rms", "largest_weight", *also}
+    sums = set() if mode == "mhc" else {"sum_rms"}
+    assert seen.keys() == {"output_rms", "read_rms", "largest_weight", *sums, *also}
     assert largest is None or seen["largest_weight"] == pytest.approx([largest] * 7)
     for name in also:
         assert len(seen[name]) == 7 and all(isinstance(value, float) for value in seen[name])
@@ -118,6 +128,91 @@ def test_look_at_donor(family, probe):
         assert seen[name] == pytest.approx(expected[name], rel=1e-4)
 
 
+def hooked_outputs(layers, probe, model, names: tuple[str, str]) -> torch.Tensor:
+    """What the modules of these names put out, in order, `(2L, batch, seq, hidden)`."""
+    written = []
+
+    def seen(module, inputs, output):
+        written.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.get_submodule(name).register_forward_hook(seen) for layer in layers for name in names]
+    with torch.no_grad():
+        model.eval()(**probe)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(written)
+
+
+def block_sums(outputs: torch.Tensor, size: int) -> list[float]:
+    """RMS of sums that begin anew after `size` outputs."""
+    return [rms(sums) for block in outputs.split(size) for sums in block.cumsum(0)]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, None], ids=lambda size: f"block {size}" if size else "full")
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "lora"])
+def test_running_sums(block_size, adapted, probe):
+    """Sums are those of the outputs of a block, whether blocks divide the layers or not; with other blocks the numbers
+    are others."""
+    options = {"attn_res_block_size": block_size} if block_size else {"attn_res_mode": "full"}
+    torch.manual_seed(2)
+    model = perturbed(attnres.AttnResForCausalLM(attnres.AttnResConfig(**{**SIZES, "num_hidden_layers": 5}, **options)))
+    layers = model.double().model.layers
+    if adapted:
+        lora = peft.LoraConfig(target_modules="all-linear", modules_to_save=["depth_attention"], task_type="CAUSAL_LM")
+        model = perturbed(peft.get_peft_model(model, lora)).double()
+    seen = look(model, probe)
+    outputs = hooked_outputs(layers, probe, model, ("self_attn", "mlp"))
+    size = 2 * block_size if block_size else 1
+    assert seen["sum_rms"] == pytest.approx(block_sums(outputs, size), rel=1e-5)
+    for other in {1, 2, 4, 6, 10} - {size}:
+        assert seen["sum_rms"] != pytest.approx(block_sums(outputs, other), rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["block", "full", "block_delta", "block_window"])
+def test_running_sums_are_sources(mode, probe):
+    """They are the latest sources of the reads that come next."""
+    model = attnres_model(attn_res_mode=mode, attn_res_block_size=2 if "block" in mode else 1)
+    model.set_attn_res_implementation("eager")
+    base, latest = model.model, []
+    for read in [*(read for layer in base.layers for read in (layer.attention_read, layer.mlp_read)), base.output_read]:
+        read.register_forward_hook(lambda module, inputs, output: latest.append(rms(output[3][-1])))
+    assert look(model, probe)["sum_rms"] == pytest.approx(latest[1:], rel=1e-5)
+
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}, ("self_attn", "mlp"), (1, 1)),
+    # norms after the sublayers; its embedding has its multiplier in it
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {"head_dim": 16, "num_key_value_heads": 2},
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        (1, 1),
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.2},
+        ("self_attn", "mlp"),
+        (3, 0.2),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_running_sums_of_donors(family, probe):
+    """A donor's sum is its residual stream, which begins with the embedding; multipliers and norms of the family
+    count."""
+    config_class, model_class, options, names, (embedding, residual) = FAMILIES[family]
+    torch.manual_seed(2)
+    model = perturbed(model_class(config_class(**SIZES, **options))).double()
+    outputs = residual * hooked_outputs(model.model.layers, probe, model, names)
+    stream = embedding * model.get_input_embeddings()(probe["input_ids"])[None] + outputs.cumsum(0)
+    seen = look(model, probe)
+    assert seen["sum_rms"] == pytest.approx([rms(state) for state in stream], rel=1e-5)
+    assert seen["sum_rms"] != pytest.approx(block_sums(outputs, 6), rel=1e-2)
+
+
 def test_gradient_norms(probe):
     """The norm of each layer is that of all its parameters' gradients together; a frozen layer has none."""
     model = attnres_model()
@@ -136,7 +231,8 @@ def trained(
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 99, (8 * steps, seq_len))]
     options = {"save_strategy": "no", "max_steps": steps, "learning_rate": 1e-2, "use_cpu": True, **options}
     options = {"per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True, **options}
-    trainer = Trainer(model, TrainingArguments(str(folder), **options), train_dataset=rows, callbacks=callbacks)
+    arguments = TrainingArguments(str(folder), **options)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2], callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return model.state_dict()
 
@@ -146,22 +242,34 @@ def entries(folder: Path) -> list[dict]:
 
 
 def test_any_trainer(probe, tmp_path):
-    """Under a plain Trainer every N-th step is in the file and in TensorBoard, and training isn't touched."""
+    """Under a plain Trainer every N-th step is in the file and in TensorBoard, and training isn't touched. A step is
+    that of the weights that are seen, from those before training to those after it."""
     reference = trained(attnres_model(attention_dropout=0.3), tmp_path, [])
-    callback = DepthCallback(tmp_path / "run", probe, every=2)
-    weights = trained(attnres_model(attention_dropout=0.3), tmp_path, [callback])
+    model = attnres_model(attention_dropout=0.3)
+    weights = trained(model, tmp_path, [DepthCallback(tmp_path / "run", probe, every=2)])
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
     lines = entries(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 4]
-    start = look(attnres_model(), probe)
-    assert {name: lines[0][name] for name in start} == start
+    assert [line["step"] for line in lines] == [0, 2, 4, 5]
+    start, end = look(attnres_model(), probe), look(model, probe)
+    assert {name: lines[0][name] for name in start} == start and {name: lines[-1][name] for name in end} == end
     assert lines[1]["query_norm"] != start["query_norm"]
-    assert all(len(line["gradient_norm"]) == 3 and min(line["gradient_norm"]) > 0 for line in lines)
+    assert all(len(line["gradient_norm"]) == 3 and min(line["gradient_norm"]) > 0 for line in lines[:-1])
+    assert lines[-1].keys() == lines[0].keys() - {"gradient_norm"}
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "depth"))
     events.Reload()
-    assert [event.step for event in events.Scalars("entropy/006")] == [1, 2, 4]
+    assert [event.step for event in events.Scalars("sum_rms/005")] == [0, 2, 4, 5]
+    assert [event.step for event in events.Scalars("gradient_norm/002")] == [0, 2, 4]
     last = [event.value for event in events.Scalars("entropy/006")]
     assert last == pytest.approx([line["entropy"][6] for line in lines])
+
+
+def test_best_model_at_end(probe, tmp_path):
+    """Weights that are loaded when training ends may be those of an earlier step, and aren't taken for the last
+    ones."""
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    callback = DepthCallback(tmp_path, probe, every=1)
+    trained(attnres_model(), tmp_path, [callback], steps=2, load_best_model_at_end=True, **options)
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -173,24 +281,36 @@ def test_gradient_norms_before_clipping(options, probe, tmp_path):
     for clip in (0, 1e3, 1e-2):
         folder = tmp_path / str(clip)
         trained(attnres_model(), folder, [DepthCallback(folder, probe, every=1)], 1, max_grad_norm=clip, **options)
-        (entry,) = entries(folder)
+        entry, _ = entries(folder)
         norms[clip] = entry["gradient_norm"]
     assert min(norms[0]) > 0.1
     assert norms[1e3] == norms[0] and norms[1e-2] == pytest.approx(norms[0], rel=1e-4)
 
 
-def test_resumed(probe, tmp_path):
-    """A run that goes on from a checkpoint has each step once, also that of the checkpoint."""
+@pytest.mark.parametrize(
+    ("every", "checkpoint", "num_lines", "expected"),
+    [
+        (1, 2, 2, [0, 1, 2, 3, 4]),
+        (1, 2, 5, [0, 1, 2, 3, 4]),
+        (1, 4, 5, [0, 1, 2, 3, 4]),
+        (3, 2, 1, [0, 3, 4]),
+        (3, 2, 3, [0, 3, 4]),
+        (2, 2, 1, [0, 2, 4]),
+    ],
+)
+def test_resumed(every, checkpoint, num_lines, expected, probe, tmp_path):
+    """A run that goes on from a checkpoint has the entries of a whole one, each once: also that of the checkpoint's
+    own step, whether the run had come to it or further or not."""
     options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
-    for folder in (tmp_path / "whole", tmp_path / "resumed"):
-        trained(attnres_model(), folder, [DepthCallback(folder, probe, every=1)], steps=4, **options)
-    lines = (folder / "depth.jsonl").read_text().splitlines()
-    (folder / "depth.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    checkpoint = str(folder / "checkpoint-2")
-    trained(attnres_model(), folder, [DepthCallback(folder, probe, every=1)], 4, resume=checkpoint, **options)
-    whole, resumed = entries(tmp_path / "whole"), entries(folder)
-    assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
-    for entry, other in zip(whole, resumed):
+    trained(attnres_model(), tmp_path, [DepthCallback(tmp_path, probe, every)], steps=4, **options)
+    whole = entries(tmp_path)
+    lines = (tmp_path / "depth.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "depth.jsonl").write_text("".join(lines[:num_lines]))
+    resume = str(tmp_path / f"checkpoint-{checkpoint}")
+    trained(attnres_model(), tmp_path, [DepthCallback(tmp_path, probe, every)], 4, resume=resume, **options)
+    resumed = entries(tmp_path)
+    assert [entry["step"] for entry in resumed] == expected
+    for entry, other in zip(whole, resumed, strict=True):
         assert {**entry, "seconds": 0} == {**other, "seconds": 0}
 
 
@@ -236,11 +356,11 @@ class StepTimes(transformers.TrainerCallback):
 
 
 def test_cost(tmp_path):
-    """At its default the callback costs less than one percent of training, also of 200 steps with two looks in them and
-    batches as small as the probe."""
+    """At its default the callback costs less than one percent of training, also of 201 steps, with the looks at 0, 200
+    and 201, and batches as small as the probe."""
     probe, times = {"input_ids": torch.zeros(1, 128, dtype=torch.long)}, StepTimes()
     callbacks = [DepthCallback(tmp_path, probe, every=1), times]
     trained(attnres_model(), tmp_path, callbacks, steps=12, seq_len=128, per_device_train_batch_size=1)
     looks = [line["seconds"] for line in entries(tmp_path)]
     step = statistics.median(step - look for step, look in zip(times.seconds, looks))
-    assert 2 * statistics.median(looks) / (DepthCallback(tmp_path, probe).every * step) < 0.01
+    assert 3 * statistics.median(looks[:-1]) / ((DepthCallback(tmp_path, probe).every + 1) * step) < 0.01

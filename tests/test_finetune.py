@@ -145,6 +145,7 @@ def test_run_folder(finished, server):
     assert [line["step"] for line in metrics if "loss" in line] == list(range(1, 7))
     held_out = {line["step"]: line["held_out_loss"] for line in metrics if "held_out_loss" in line}
     assert list(held_out) == [0, 3, 6] and held_out[6] == results["held_out_loss"] < held_out[0]
+    assert [line["step"] for line in read_lines(folder / "depth.jsonl")] == [0, 3, 6]
     assert results["examples"] == 90 and results["truncated"] == results["without_answer"] == 0
     assert results["method"] == "lora" and results["versions"]["peft"] == peft.__version__
     base = AutoModelForCausalLM.from_pretrained(folder / "converted")

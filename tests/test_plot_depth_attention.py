@@ -133,6 +133,9 @@ def test_dynamics(name):
     reads = [state.double().square().mean().sqrt().item() for state in outputs.hidden_states[:3]]
     assert dynamics["read_rms"][:6:2] == pytest.approx(reads, rel=1e-5)
     assert (len(dynamics["output_rms"]), len(dynamics["read_rms"])) == (6, 7)
+    seen = [np.square(look.look(model, {"input_ids": batch["input_ids"]})["sum_rms"]) for batch in batches(3)]
+    assert dynamics["sum_rms"] == pytest.approx(np.sqrt(np.mean(seen, axis=0)))
+    assert dynamics["sum_starts"] == ([0, 4] if name == "uneven" else [0])
 
 
 def test_documents_stay_apart():
@@ -199,6 +202,9 @@ def test_all_figures(models, text, tmp_path, capsys):
     assert strongest == tokens["strongest_source"][-1]
     dynamics = json.loads((out / "dynamics.json").read_text())
     assert list(dynamics) == order and len(dynamics["donor"]["gradient_norm"]) == 3
+    starts = [seen.get("sum_starts") for seen in dynamics.values()]
+    assert starts == [[0], [0, 4], *[[0, 1, 2, 3, 4, 5]] * 3, [0, 2, 4], None]
+    assert [len(seen.get("sum_rms", ())) for seen in dynamics.values()] == 6 * [6] + [0]
 
 
 @pytest.mark.parametrize(("layers", "count"), [(1, 1), (2, 3), (48, 5)])
@@ -276,13 +282,31 @@ def test_legible_dynamics():
     dynamics = {
         f"a-long-name-of-a-model-{number}/model": {
             "output_rms": np.exp(generator.normal(size=96) * 3).tolist(),
+            "sum_rms": np.exp(generator.normal(size=96) * (number + 0.1)).tolist(),
+            "sum_starts": list(range(0, 96, 16 * number or 1)),
             "read_rms": np.exp(generator.normal(size=97) * (number + 0.1)).tolist(),
             "gradient_norm": np.exp(generator.normal(size=48) * 0.2).tolist(),
         }
         for number in range(6)
     }
-    figure = figures.plot_dynamics(dynamics)
-    assert overlaps(figure) == []
+    assert overlaps(figures.plot_dynamics(dynamics)) == []
+
+
+def test_running_sum_is_drawn_in_pieces():
+    """Thick lines end where a block does, with a light line there; sums of one output are no sums; streams have none,
+    and need no panel."""
+    sums = {"sum_rms": [0.1, 0.2, 0.4, 0.8, 0.1, 0.3]}
+    rest = {"output_rms": [0.1] * 6, "read_rms": [0.2] * 7, "gradient_norm": [1.0] * 3}
+    dynamics = {"block": {**rest, **sums, "sum_starts": [0, 4]}, "full": {**rest, **sums, "sum_starts": [*range(6)]}}
+    dynamics["streams"] = rest
+    axes = figures.plot_dynamics(dynamics).axes[0]
+    assert axes.get_title().startswith("Running sum")
+    thin, thick, boundary, single = axes.lines
+    np.testing.assert_array_equal(thin.get_ydata(), sums["sum_rms"])
+    np.testing.assert_array_equal(thick.get_xdata(), [0, 0.5, 1, 1.5, np.nan, 2, 2.5])
+    np.testing.assert_array_equal(thick.get_ydata(), [0.1, 0.2, 0.4, 0.8, np.nan, 0.1, 0.3])
+    assert boundary.get_xdata() == [1.75, 1.75] and single.get_linewidth() < 1
+    assert [len(figures.plot_dynamics(models).axes) for models in (dynamics, {"streams": rest})] == [5, 4]
 
 
 def test_token_labels():

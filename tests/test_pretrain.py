@@ -109,6 +109,7 @@ def test_run_folder(finished):
     assert [line["step"] for line in metrics if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in metrics if "held_out_loss" in line] == [4, 8]
     assert metrics[-1]["held_out_loss"] == results["held_out_loss"] < metrics[0]["loss"]
+    assert [line["step"] for line in read_lines(folder / "depth.jsonl")] == [0, 3, 6, 8]
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(

@@ -65,7 +65,8 @@ def test_pretraining(mode, runs):
     trained = model.model.depth_attention.state_dict()
     assert all(not torch.equal(tensor, fresh[name]) for name, tensor in trained.items())
     looks = [json.loads(line) for line in (folder / "depth.jsonl").read_text().splitlines()]
-    assert len(looks) == 2 and all(len(look["largest_weight"]) == 5 for look in looks)
+    assert [look["step"] for look in looks] == [0, 1, 2]
+    assert all(len(look["largest_weight"]) == 5 for look in looks)
     assert ("entropy" in looks[0]) == (mode != "hc")
     figure = json.loads((folder / "model" / "depth_attention.json").read_text())
     assert figure["mode"] == mode and len(figure["weights"]) == 5

@@ -23,8 +23,8 @@ import attnres
 
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS, BENCHMARKS = ROOT / "scripts", ROOT / "benchmarks"
-sys.path[:0] = [str(SCRIPTS), str(BENCHMARKS)]
+SCRIPTS, BENCHMARKS, TASKS = ROOT / "scripts", ROOT / "benchmarks", ROOT / "examples" / "lm_eval"
+sys.path[:0] = [str(SCRIPTS), str(BENCHMARKS), str(TASKS)]
 
 import quickstart  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_help(script, tmp_path):
     assert "--output" in run_script(script, "--help", folder=tmp_path).stdout
 
 
-FILES = sorted([*SCRIPTS.glob("*.py"), *BENCHMARKS.glob("*.py")])
+FILES = sorted(path for folder in (SCRIPTS, BENCHMARKS, TASKS) for path in folder.glob("*.py"))
 COMMANDS = {path.stem: path for path in FILES if "\ndef main(" in path.read_text(encoding="utf-8")}
 
 

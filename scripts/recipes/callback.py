@@ -3,8 +3,9 @@
 
     Trainer(..., callbacks=[DepthCallback("outputs/run", probe={"input_ids": held_out[:1]})])
 
-Every `every` steps one short forward of the same text, the probe, shows each sublayer and each read, so that steps and
-models are comparable and nothing of it touches training. Works on donors too, whose reads are the residual stream.
+Every `every` steps, and when training ends, one short forward of the same text, the probe, shows each sublayer and each
+read, so that steps and models are comparable and nothing of it touches training. Works on donors too, whose reads are
+the residual stream.
 """
 
 import time
@@ -24,15 +25,17 @@ DEPTH_FILE = "depth.jsonl"
 class DepthCallback(TrainerCallback):
     """Writes what [`look`] sees and the gradient norm of each layer to `depth.jsonl` and TensorBoard.
 
-    An entry is of the weights that a step starts from and of the gradient that it computes, before clipping; the norm
-    of a layer that isn't trained is null. The Trainer logs each step that is looked at, because only its log has the
-    norm from before clipping.
+    The `step` of an entry is how many steps have been taken before: 0 for the first weights. Its gradient is that of
+    the step that follows, before clipping; the norm of a layer that isn't trained is null. The last entry is of the
+    weights that training ends with, and has no `gradient_norm`, as no step follows; there is none with
+    `load_best_model_at_end`, which may end with others. The Trainer logs each step that follows a look, because only
+    its log has the norm from before clipping.
 
     Args:
         folder: where to; TensorBoard's part goes to its `tensorboard/depth`.
         probe: what the model is shown, for instance `{"input_ids": ids}` `(batch, seq)`. One sequence is enough.
-        every: steps between two looks; the first step is always looked at. By default both looks of the first 200
-            steps together take less than one percent of them, also where a batch is no larger than the probe.
+        every: steps between two looks, of which the first is at step 0. By default the looks of 200 steps or more
+            together take less than one percent of them, also where a batch is no larger than the probe.
     """
 
     def __init__(self, folder: str | Path, probe: dict[str, torch.Tensor], every: int = 200):
@@ -45,16 +48,29 @@ class DepthCallback(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lines = JsonLines(self.folder / DEPTH_FILE, state.global_step)
-            self.writer = SummaryWriter(self.folder / "tensorboard" / "depth", purge_step=state.global_step + 1)
+            # the look at a checkpoint's own step happens again
+            self.lines = JsonLines(self.folder / DEPTH_FILE, state.global_step - 1)
+            self.writer = SummaryWriter(self.folder / "tensorboard" / "depth", purge_step=state.global_step)
+
+    def look(self, model, step: int, with_gradient: bool) -> dict:
+        """An entry; all processes look, each of which may have a part of the model."""
+        started = time.perf_counter()
+        entry = {"step": step, **look(model, self.probe)}
+        if with_gradient:
+            entry["gradient_norm"] = gradient_norms(decoder(model).layers)
+        return {**entry, "seconds": time.perf_counter() - started}
+
+    def write(self, entry: dict):
+        for name, values in entry.items():
+            for index, value in enumerate(values if isinstance(values, list) else ()):
+                if value is not None:
+                    self.writer.add_scalar(f"{name}/{index:03d}", value, entry["step"])
+        self.lines.write(entry)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        step = state.global_step + 1
-        if step % self.every and step != 1 or uses_deepspeed():
+        if state.global_step % self.every or uses_deepspeed():
             return  # DeepSpeed has already taken the step, and keeps the parameters in pieces
-        started = time.perf_counter()
-        self.entry = {**look(model, self.probe), "gradient_norm": gradient_norms(decoder(model).layers)}
-        self.seconds = time.perf_counter() - started
+        self.entry = self.look(model, state.global_step, with_gradient=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.entry is not None:
@@ -70,12 +86,13 @@ class DepthCallback(TrainerCallback):
         if args.max_grad_norm and "grad_norm" in logs:  # what torch has clipped by
             factor = max(1.0, (logs["grad_norm"] + 1e-6) / args.max_grad_norm)
             entry["gradient_norm"] = [norm and norm * factor for norm in entry["gradient_norm"]]
-        for name, values in entry.items():
-            for index, value in enumerate(values):
-                if value is not None:
-                    self.writer.add_scalar(f"{name}/{index:03d}", value, state.global_step)
-        self.lines.write({"step": state.global_step, **entry, "seconds": self.seconds})
+        self.write(entry)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.writer is not None:
-            self.writer.flush()
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        is_known = not (args.load_best_model_at_end or uses_deepspeed())
+        last = self.look(model, state.global_step, with_gradient=False) if is_known else None
+        if self.writer is None:
+            return
+        if last is not None:
+            self.write(last)
+        self.writer.flush()

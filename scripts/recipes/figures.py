@@ -316,13 +316,45 @@ def plot_token_weights(
     return figure
 
 
+PANELS = {
+    "sum_rms": "Running sum: the residual stream, the open block, or the output alone",
+    "attention": "Output of attention",
+    "mlp": "Output of the MLP",
+    "read_rms": "What each read returns",
+    "gradient_norm": "Gradient of a layer's parameters",
+}
+
+
+def plot_running_sum(axes: Axes, sums: list[float], starts: list[int], style: dict):
+    """A thick line for each sum of several outputs, thin ones from one sum to the next, and a light upright line
+    wherever a block begins.
+
+    Args:
+        sums: after each sublayer.
+        starts: the sublayers with which sums begin.
+        style: of the line.
+    """
+    places = np.arange(len(sums)) / 2
+    axes.plot(places, sums, **{**style, "linestyle": "-", "linewidth": 0.8, "alpha": 0.45})
+    if len(starts) == len(sums):
+        return
+    style = {**style, "linestyle": "-", "linewidth": 2.2, "marker": None}
+    axes.plot(*(np.insert(values, starts[1:], np.nan) for values in (places, np.asarray(sums))), **style)
+    for start in starts[1:]:
+        axes.axvline((start - 0.5) / 2, color=style["color"], linewidth=0.8, alpha=0.35, zorder=0)
+
+
 def plot_dynamics(dynamics: dict[str, dict[str, list[float]]], title: str = "Magnitudes by depth") -> Figure:
-    """Four panels with a line for each model: outputs of attention and of MLPs, reads, gradients.
+    """Panels with a line for each model: the running sum, if a model has one, outputs of attention and of MLPs, reads,
+    gradients.
 
     Args:
         dynamics: by the name of the model, what `depth_dynamics` returns.
     """
-    figure, panels = new_figure(2, 2, size=(10, 7))
+    has_sums = any("sum_rms" in seen for seen in dynamics.values())
+    rows = [["sum_rms"] * 2] * has_sums + [["attention", "mlp"], ["read_rms", "gradient_norm"]]
+    figure = Figure(figsize=(10, 7 + 4.5 * has_sums), layout="constrained")
+    panels = figure.subplot_mosaic(rows, height_ratios=[1.45] * has_sums + [1, 1])
     for index, (name, seen) in enumerate(dynamics.items()):
         num_layers = len(seen["gradient_norm"])
         style = {
@@ -332,16 +364,18 @@ def plot_dynamics(dynamics: dict[str, dict[str, list[float]]], title: str = "Mag
             "markersize": 4 if num_layers <= 24 else 2.5,
             "linewidth": 1.4,
         }
+        if "sum_rms" in seen:
+            plot_running_sum(panels["sum_rms"], seen["sum_rms"], seen["sum_starts"], style)
         layers = range(num_layers)
-        panels[0, 0].plot(layers, seen["output_rms"][0::2], label=name, **style)
-        panels[0, 1].plot(layers, seen["output_rms"][1::2], **style)
-        panels[1, 0].plot(np.arange(2 * num_layers + 1) / 2, seen["read_rms"], **style)
-        panels[1, 1].plot(layers, seen["gradient_norm"], **style)
-    titles = ("Output of attention", "Output of the MLP", "What each read returns", "Gradient of a layer's parameters")
-    for axes, panel_title in zip(panels.flat, titles):
-        axes.set_title(panel_title, fontsize=10)
-        axes.set_ylabel("norm" if "Gradient" in panel_title else "RMS")
-        axes.set_xlabel("layer (between: its MLP; last: output)" if "read" in panel_title else "layer")
+        panels["attention"].plot(layers, seen["output_rms"][0::2], label=name, **style)
+        panels["mlp"].plot(layers, seen["output_rms"][1::2], **style)
+        panels["read_rms"].plot(np.arange(2 * num_layers + 1) / 2, seen["read_rms"], **style)
+        panels["gradient_norm"].plot(layers, seen["gradient_norm"], **style)
+    between = {"sum_rms": " (between: its MLP)", "read_rms": " (between: its MLP; last: output)"}
+    for key, axes in panels.items():
+        axes.set_title(PANELS[key], fontsize=11)
+        axes.set_ylabel("norm" if key == "gradient_norm" else "RMS")
+        axes.set_xlabel(f"layer{between.get(key, '')}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -349,10 +383,11 @@ def plot_dynamics(dynamics: dict[str, dict[str, list[float]]], title: str = "Mag
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3, linewidth=0.5)
-        axes.tick_params(labelsize=8)
-    columns = max(1, int(9.5 / (0.6 + 0.085 * max(map(len, dynamics)))))
-    figure.legend(loc="outside lower center", ncols=min(columns, len(dynamics)), fontsize=9)
-    figure.suptitle(title, fontsize=11)
+        axes.margins(x=0.02)
+        axes.tick_params(labelsize=9)
+    columns = max(1, int(9.5 / (0.6 + 0.1 * max(map(len, dynamics)))))
+    figure.legend(loc="outside lower center", ncols=min(columns, len(dynamics)), fontsize=11)
+    figure.suptitle(title, fontsize=12)
     return figure
 
 

@@ -52,7 +52,7 @@ class JsonLines:
         found, unreadable = parse_lines(path)
         kept = [entry for entry in found if entry["step"] <= last_step]
         lacks = expected is not None and not is_covered(expected, kept)
-        is_gone = last_step > 0 and not os.path.lexists(path)
+        is_gone = last_step >= 0 and not os.path.lexists(path)
         if unreadable or lacks or is_gone:
             problem = f"has {unreadable} lines that can't be read" if unreadable else "lacks entries"
             aside = "" if is_gone else f", and is kept as {staging.set_aside(path).name}"

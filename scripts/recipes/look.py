@@ -64,8 +64,29 @@ def watched_method(module: nn.Module, name: str, seen: Callable):
         delattr(module, name)
 
 
+def sum_starts(config) -> list[int] | None:
+    """The sublayers whose outputs begin a new sum: in a residual stream the first one, elsewhere those that open a
+    source. None where outputs go into several streams."""
+    if not hasattr(config, "attn_res_mode"):
+        return [0]
+    if config.depth_sources.has_streams:
+        return None
+    sublayers = range(config.num_depth_reads - 1)
+    return [sublayer for sublayer in sublayers if not config.extends_open_depth_source(sublayer)]
+
+
 def attnres_depth(model: nn.Module, layers: nn.ModuleList, forward: Callable) -> dict[str, list[float]]:
-    outputs, reads, weights = [], [], []
+    outputs, sums, reads, weights = [], [], [], []
+    starts = sum_starts(decoder(model).config)
+    open_sum = None
+
+    def seen_output(output):
+        nonlocal open_sum
+        if starts is not None:
+            is_start = len(outputs) in starts
+            open_sum = output.float() if is_start else open_sum.to(output.device) + output.float()
+            sums.append(rms(open_sum))
+        outputs.append(rms(output))
 
     def seen_read(_, output):
         reads.append(rms(output[0]))
@@ -77,10 +98,12 @@ def attnres_depth(model: nn.Module, layers: nn.ModuleList, forward: Callable) ->
             for read in (layer.attention_read, layer.mlp_read):
                 stack.enter_context(watched(read, seen_read))
             for method in ("attend", "transform"):
-                stack.enter_context(watched_method(layer, method, lambda output: outputs.append(rms(output))))
+                stack.enter_context(watched_method(layer, method, seen_output))
         stack.enter_context(watched(decoder(model).output_read, seen_read))
         forward()
     seen = {"output_rms": outputs, "read_rms": reads}
+    if sums:
+        seen["sum_rms"] = sums
     if weights:
         seen["largest_weight"] = [read.abs().amax(1).mean().item() for read in weights]
         if DEPTH_MIXERS[decoder(model).config.attn_res_mode].sums_to_one:
@@ -104,7 +127,8 @@ def donor_depth(layers: nn.ModuleList, norm: nn.Module, forward: Callable) -> di
         forward()
     # what a sublayer adds, whatever norms and multipliers its family has around it
     outputs = [rms(after - before) for before, after in zip(stream, stream[1:])]
-    return {"output_rms": outputs, "read_rms": [rms(hidden_states) for hidden_states in stream]}
+    reads = [rms(hidden_states) for hidden_states in stream]
+    return {"output_rms": outputs, "read_rms": reads, "sum_rms": reads[1:]}
 
 
 @torch.no_grad()
@@ -112,10 +136,12 @@ def look(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, list[flo
     """One forward of `probe`, and what it shows.
 
     Returns:
-        `output_rms`: of what each of the 2L sublayers writes. `read_rms`: of what each of the 2L+1 reads returns. For
-        AttnRes models also, for each read, `largest_weight` and `entropy` (nats), both means over tokens, and
-        `query_norm`; without entropy in modes whose weights are no distribution, and without norms where there are no
-        queries.
+        `output_rms`: of what each of the 2L sublayers writes. `sum_rms`: of all that has been summed so far where that
+        went: a donor's residual stream, the open block, which begins with the block's first output, or, in modes that
+        sum nothing, the output alone; not in modes with several streams. `read_rms`: of what each of the 2L+1 reads
+        returns. For AttnRes models also, for each read, `largest_weight` and `entropy` (nats), both means over tokens,
+        and `query_norm`; without entropy in modes whose weights are no distribution, and without norms where there are
+        no queries.
     """
     base = decoder(model)
     device = next(model.parameters()).device
@@ -171,10 +197,11 @@ def depth_dynamics(model, batches: list[dict[str, torch.Tensor]]) -> dict[str, l
     """What a donor or AttnRes model does over depth on some text, given as batches of one size.
 
     Returns:
-        `output_rms` of each of the 2L sublayers, `read_rms` of each of the 2L+1 reads (the residual stream of a donor),
-        and `gradient_norm` of the parameters of each of the L layers, for the mean loss.
+        `output_rms` and `sum_rms` of each of the 2L sublayers, `read_rms` of each of the 2L+1 reads (the residual
+        stream of a donor), as [`look`] has them; `gradient_norm` of the parameters of each of the L layers, for the
+        mean loss; `sum_starts`, the sublayers with which sums begin. Modes with several streams have no sums.
     """
-    squares = {"output_rms": [], "read_rms": []}
+    squares = defaultdict(list)
     layers = decoder(model).layers
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in layers.parameters():
@@ -183,11 +210,14 @@ def depth_dynamics(model, batches: list[dict[str, torch.Tensor]]) -> dict[str, l
     for batch in batches:
         batch = {name: value.to(model.device) for name, value in batch.items() if name != "documents"}
         seen = look(model, {name: value for name, value in batch.items() if name != "labels"})
-        for name, values in squares.items():
-            values.append(np.square(seen[name]))
+        for name in ("output_rms", "sum_rms", "read_rms"):
+            if name in seen:
+                squares[name].append(np.square(seen[name]))
         (model(**batch, use_cache=False).loss / len(batches)).backward()
     dynamics = {name: np.sqrt(np.mean(values, axis=0)).tolist() for name, values in squares.items()}
     dynamics["gradient_norm"] = gradient_norms(layers)
+    if "sum_rms" in dynamics:
+        dynamics["sum_starts"] = sum_starts(decoder(model).config)
     model.zero_grad()
     for parameter, requires_grad in trained.items():
         parameter.requires_grad_(requires_grad)

@@ -628,7 +628,7 @@ class EvaluateOptions(TextOptions, QuestionOptions, HarnessOptions, CheckpointOp
     def check(self):
         if not (self.data or self.choices or self.tasks):
             self.data = [STDLIB]
-        if self.held_out is None and len(self.data) == 1 and self.data[0] in SOURCES:
+        if self.held_out is None and self.data in [[source] for source in SOURCES]:
             self.held_out = HELD_OUT
         if "{question}" not in self.prompt_format:
             raise InputError("--prompt-format needs {question}, where the question comes")
