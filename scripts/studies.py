@@ -12,6 +12,7 @@ try it.
 
 import json
 import shlex
+import statistics
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,12 @@ from attnres_recipes.options import FinetuneOptions, Positive, PretrainOptions, 
 from attnres_recipes.parser import Limits, Options, need, option, parse
 
 
-OUTPUT = Path("outputs/evidence")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "lm_eval"))
+
+import smollm2
+
+
+OUTPUT, SMOLLM2 = Path("outputs/evidence"), "smollm2-135m"
 TEXT = {"data": "site-packages", "data_split": "train[:25%]", "seq_len": 256, "batch_size": 8, "eval_sequences": 128}
 SIZES = {
     "num_hidden_layers": 12,
@@ -35,6 +41,8 @@ SIZES = {
 }
 SMALL = {"config": "llama", "set": SIZES, "train_tokenizer": 2048, "init": "scaled", **TEXT}
 SHORT = {**SMALL, "steps": 400, "depth_every": 0, "keep_checkpoints": 0}
+START = "before training"
+QUESTIONS = 100  # of each task at most
 RATES = "learning_rate=4e-3,8e-3,1.6e-2"
 SEEDS = "seed=0,1,2"
 FAMILIES = ("llama", "qwen3", "gemma3_text")
@@ -69,6 +77,7 @@ class Study:
         parts: options of each comparison, by its name; a single one has the study's name.
         paper: the paper's losses, by what `--compare` says.
         needs: studies whose models it starts from.
+        tasks: of `examples/lm_eval`, which the trained models do.
     """
 
     summary: str
@@ -76,6 +85,7 @@ class Study:
     parts: dict[str, dict]
     paper: dict[str, float] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
 
 
 def one(summary: str, kind: type[RunOptions], **values) -> Study:
@@ -92,12 +102,13 @@ STUDIES = {
         sweep=["learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2"],
     ),
     "from_scratch": one(
-        "donor, Block and Full from scratch, 10M tokens each, with the learning rate that was best for each",
+        "donor, Block and Full from scratch, 10M tokens each, with the learning rate that is best for each",
         PretrainOptions,
         **SMALL,
         steps=5000,
         save_steps=250,
-        compare="donor:learning_rate=8e-3,block:learning_rate=8e-3,full:learning_rate=8e-3",
+        compare="donor,block,full",
+        tune="learning_rate=4e-3,8e-3",
         sweep=[SEEDS],
     ),
     "depth_lr_scale": one(
@@ -154,19 +165,23 @@ STUDIES = {
         },
         needs=("donors",),
     ),
-    "smollm2": one(
+    "smollm2": Study(
         "whether it pays to convert SmolLM2-135M-Instruct and train it on",
         FinetuneOptions,
-        **FUNCTIONS,
-        model=str(OUTPUT / "smollm2-135m"),
-        batch_size=2,
-        bf16=True,
-        steps=60,
-        eval_sequences=64,
-        compare="full:mode=donor,full:mode=block,full:mode=full,full:mode=block_delta,lora:mode=donor,lora:mode=block,"
-        "depth:mode=block",
-        tune="learning_rate=x1,x2,x4",
-        sweep=[SEEDS],
+        {
+            "": {
+                **FUNCTIONS,
+                "model": str(OUTPUT / SMOLLM2),
+                "batch_size": 2,
+                "bf16": True,
+                "steps": 60,
+                "compare": "full:mode=donor,full:mode=block,full:mode=full,full:mode=block_delta,lora:mode=donor,"
+                "lora:mode=block,depth:mode=block",
+                "tune": "learning_rate=x1,x2,x4",
+                "sweep": [SEEDS],
+            }
+        },
+        tasks=("stdlib_docstring", "stdlib_body"),
     ),
 }
 
@@ -191,6 +206,8 @@ class StudyOptions(Options):
 def comparison_options(study: Study, values: dict, folder: Path, options: StudyOptions) -> RunOptions:
     """The options of one comparison, as `options` change them."""
     values = dict(values)
+    if "model" in values:
+        values["model"] = str(options.output / Path(values["model"]).relative_to(OUTPUT))
     if options.steps is not None:
         values |= {"steps": options.steps}
         values = {name: value for name, value in values.items() if name != "save_steps"}
@@ -227,14 +244,61 @@ def run(name: str, options: StudyOptions) -> dict[str, dict]:
         folder = options.output / name / part
         own = comparison_options(study, values, folder, options)
         command = "pretrain" if study.kind is PretrainOptions else "finetune"
+        if own.model == str(options.output / SMOLLM2) and not Path(own.model).exists():
+            smollm2.main([own.model, "--donor"])
         print(shlex.join([f"attnres-{command}", *own.words()]), flush=True)
         losses[str(folder)] = trained(command, own)["held_out_loss"]
+        found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
         if study.paper:
-            found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
             text = paper_table(found, study.paper)
             write_text(folder / "paper.md", text)
             print(text)
+        if study.tasks:
+            measured = answers(found, study.tasks, own.model, folder / "answers", options.output / "tasks")
+            text = tasks_table(measured, study.tasks)
+            write_text(folder / "tasks.md", text)
+            print(text)
     return losses
+
+
+def answers(found: dict, tasks: tuple[str, ...], start: str, folder: Path, made: Path) -> dict[str, dict[str, list]]:
+    """Accuracies of the trained models and of the one that they started from, by group and task, one for each seed.
+
+    Args:
+        found: what `comparison.json` holds.
+        folder: for an evaluation of each model; those that are there aren't made again.
+        made: where tasks are, or are made.
+    """
+    from attnres_recipes import EvaluateOptions, evaluate  # take seconds
+    from attnres_recipes.figures import without_seed
+    from make_tasks import make_tasks
+
+    if not made.exists():
+        make_tasks(made)
+    models = {START: start, **{name: str(Path(own["output"]) / "model") for name, own in found["runs"].items()}}
+    given = {"lm_eval": ",".join(tasks), "lm_eval_include": made, "lm_eval_limit": QUESTIONS, "dtype": "bfloat16"}
+    accuracies = {}
+    for name, checkpoint in models.items():
+        output = folder / name.replace(" ", ",")
+        if not (output / "evaluation.json").exists():
+            evaluate(EvaluateOptions(checkpoints=[checkpoint], output=output, **given))
+        evaluation = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+        metrics = next(iter(evaluation["checkpoints"].values()))["metrics"]
+        for task in tasks:
+            own = accuracies.setdefault(without_seed(name), {}).setdefault(task, [])
+            own.append(metrics[f"{task} acc_norm"]["value"])
+    return accuracies
+
+
+def tasks_table(accuracies: dict[str, dict[str, list[float]]], tasks: tuple[str, ...]) -> str:
+    rows = [("model", *(f"{task}, accuracy" for task in tasks))]
+    for group, by_task in accuracies.items():
+        cells = [
+            f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+            for values in (by_task[task] for task in tasks)
+        ]
+        rows.append((group, *cells))
+    return table(rows)
 
 
 def trained(command: str, options: RunOptions) -> dict:
