@@ -307,11 +307,15 @@ def trained(command: str, options: RunOptions) -> dict:
     return getattr(attnres_recipes, command)(options)
 
 
+def parse_arguments(argv: list[str] | None = None) -> StudyOptions:
+    return parse(StudyOptions, "studies", __doc__, argv)
+
+
 def main(argv: list[str] | None = None):
     if not (sys.argv[1:] if argv is None else argv):
         print("".join(f"{name:16}{study.summary}\n" for name, study in STUDIES.items()), end="")
         return
-    options = parse(StudyOptions, "studies", __doc__, argv)
+    options = parse_arguments(argv)
     need("train")
     try:
         losses = {}
