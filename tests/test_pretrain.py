@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -22,6 +23,7 @@ from attnres_recipes import data, figures, optim, packing
 from attnres_recipes.folders import WORK_NAME
 from attnres_recipes.options import TrainingOptions
 from attnres_recipes.run import open_run
+from attnres_recipes.start import scaled_model
 from attnres_recipes.trainer import check_saved
 from families import (
     FAMILIES,
@@ -35,7 +37,7 @@ from PIL import Image
 from pretrain_process import SCRIPTS, SIZES, TINY, Server
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, LlamaConfig, LlamaForCausalLM, RwkvConfig
 
 import attnres
 
@@ -453,6 +455,54 @@ def test_modes_start_from_the_same_weights():
         model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**SMALL, attn_res_mode=mode)).state_dict()
         assert {name for name in model if "depth_attention" not in name} == donor.keys()
         assert all(torch.equal(model[name], donor[name]) for name in donor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scaled_first_weights(family):
+    """Matrices are as large as 1/sqrt(hidden size), and those whose output is added up over depth 1/sqrt(2 layers) of
+    that, in every family; a donor's and an AttnRes model's are the same."""
+    models = []
+    for config in (tiny_donor_config(family), tiny_config(family)):
+        torch.manual_seed(4)
+        models.append(scaled_model(config))
+    donor, model = models
+    width, depth = donor.config.hidden_size, donor.config.num_hidden_layers
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in donor.state_dict().items())
+    written = {"o_proj", "down_proj", "c_proj"}
+    seen = defaultdict(list)
+    for name, tensor in donor.named_parameters():
+        *_, module, kind = name.split(".")
+        kind = kind if kind.endswith("_proj") else module
+        if kind in {"q_proj", "gate_proj", "gate_up_proj", "c_fc", "embed_tokens", *written} and tensor.ndim > 1:
+            seen[kind in written].append(tensor.std().item() * width**0.5)
+    assert np.mean(seen[False]) == pytest.approx(1, rel=0.1)
+    assert len(seen[True]) >= 2 * depth and np.mean(seen[True]) == pytest.approx((2 * depth) ** -0.5, rel=0.1)
+    torch.manual_seed(4)
+    default = AutoModelForCausalLM.from_config(tiny_donor_config(family))
+    assert any(not torch.equal(donor.state_dict()[name], tensor) for name, tensor in default.state_dict().items())
+
+
+def test_scaled_first_weights_of_unknown_layers():
+    """A configuration without `initializer_range`, or with other layers, is refused."""
+    with pytest.raises(InputError, match="doesn't know the layers of bloom; use --init default"):
+        scaled_model(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=2))
+    with pytest.raises(InputError, match="needs initializer_range, which rwkv doesn't have"):
+        scaled_model(RwkvConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2))
+
+
+def test_implementation_of_reads(server, text):
+    """The one that is asked for computes the reads, which gives the same losses; one that there isn't is refused."""
+    short = [*TINY, *SHALLOW, "--data", text, "--steps", 2, "--depth-every", 0, "--attn-res-implementation"]
+    losses = {}
+    for name in ("eager", "two_phase"):
+        server.run(*short, name, "--output", f"by-{name}")
+        lines = read_lines(server.folder / f"by-{name}" / "metrics.jsonl")
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    assert losses["eager"] == pytest.approx(losses["two_phase"], rel=1e-6)
+    printed = server.run(*short, "fastest", "--output", "by-none", exit_code=1)
+    assert "--attn-res-implementation: " in printed and "fastest" in printed and "two_phase" in printed
+    assert not (server.folder / "by-none").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,91 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""Studies: their commands are whole, and their tables say what was measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from attnres_recipes.comparison import paired_differences
+from pretrain_process import SCRIPTS
+
+
+sys.path.insert(0, str(SCRIPTS))
+
+import studies  # noqa: E402
+
+
+def options(name: str, *words: str) -> dict[str, list]:
+    """The comparisons of a study, by name, as these words change them."""
+    given = studies.parse_arguments([name, *words])
+    study = studies.STUDIES[name]
+    return {
+        part: studies.comparison_options(study, values, given.output / name / part, given)
+        for part, values in study.parts.items()
+    }
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_commands(name):
+    """Each comparison is one that its command knows, in a folder of its own, with several seeds where it compares."""
+    for part, comparison in options(name, "--jobs", "2").items():
+        assert comparison.output == studies.OUTPUT / name / part and comparison.jobs == 2
+        assert type(comparison)(**vars(comparison)).words() == comparison.words()
+        assert comparison.variants()
+        assert studies.SEEDS in comparison.sweep or name in ("learning_rate", "donors")
+    for needed in studies.STUDIES[name].needs:
+        assert needed in studies.STUDIES
+
+
+def test_a_shorter_one():
+    """`--steps`, `--seeds` and `--output` change all of it, also where the models are that it starts from."""
+    for comparison in options("regimes", "--steps", "3", "--seeds", "5,6", "--output", "elsewhere").values():
+        assert comparison.steps == 3 and comparison.sweep == ["seed=5,6"]
+        assert Path(comparison.model).parts[:2] == ("elsewhere", "donors")
+    (donors,) = options("donors", "--output", "elsewhere").values()
+    models = {str(donors.output / name.replace(" ", ",") / "model") for name, _ in donors.variants()}
+    assert models == {comparison.model for comparison in options("regimes", "--output", "elsewhere").values()}
+
+
+def test_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        studies.parse_arguments(["nothing"])
+    assert "there is no study nothing; there are learning_rate, from_scratch" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    studies.main([])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(studies.STUDIES)
+
+
+def test_beside_the_paper():
+    """A row for each variant: our difference by seed and its interval, and that of the paper's losses."""
+    paper = {"donor": 1.766, "full": 1.737, "block:block_size=2": 1.746, "hc": 1.75}
+    rates = {"donor": "0.01", "full": "0.02", "block block_size=2": "0.01", "hc": "0.5"}
+    losses = {"donor": [5, 6], "full": [4.9, 5.8], "block block_size=2": [5.2, 6.2], "hc": []}
+    runs = {
+        f"{group} learning_rate={rates[group]} seed={seed}": {"held_out_loss": loss}
+        for group, own in losses.items()
+        for seed, loss in enumerate(own)
+    }
+    found = {"runs": runs, "best": {group: {"learning_rate": rate} for group, rate in rates.items()}}
+    found["differences"] = paired_differences(runs)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in studies.paper_table(found, paper).splitlines()
+    ]
+    assert rows[0][0] == "difference from donor"
+    assert rows[2] == ["full", "-0.150", "-0.200 to -0.100", "-0.029"]
+    assert rows[3] == ["block block_size=2", "+0.200", "+0.200 to +0.200", "-0.020"]
+    assert rows[4] == ["hc", "-", "-", "-0.016"]
+
+
+def test_paper_rows_are_compared():
+    """What is shown beside the paper is what is trained."""
+    for name in ("components", "block_size"):
+        (comparison,) = options(name).values()
+        assert comparison.compare.split(",") == list(studies.STUDIES[name].paper)
+        assert comparison.set["num_hidden_layers"] >= 8
+
+
+def test_accuracies():
+    table = studies.tasks_table({"before": {"a": [0.5]}, "lora": {"a": [0.5, 0.7]}}, ("a",)).splitlines()
+    assert [line.split("|")[2].strip() for line in table[2:]] == ["0.500", "0.600 ± 0.141"]
