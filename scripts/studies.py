@@ -41,6 +41,7 @@ SIZES = {
 }
 SMALL = {"config": "llama", "set": SIZES, "train_tokenizer": 2048, "init": "scaled", **TEXT}
 SHORT = {**SMALL, "steps": 400, "depth_every": 0, "keep_checkpoints": 0}
+ABLATION = {**SHORT, "depth_lr_scale": 1.0}  # the best at such learning rates, as the study of that name says
 START = "before training"
 QUESTIONS = 100  # of each task at most
 RATES = "learning_rate=4e-3,8e-3,1.6e-2"
@@ -93,14 +94,6 @@ def one(summary: str, kind: type[RunOptions], **values) -> Study:
 
 
 STUDIES = {
-    "learning_rate": one(
-        "learning rates of donor, Block and Full",
-        PretrainOptions,
-        **SMALL,
-        steps=600,
-        compare="donor,block,full",
-        sweep=["learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2"],
-    ),
     "from_scratch": one(
         "donor, Block and Full from scratch, 10M tokens each, with the learning rate that is best for each",
         PretrainOptions,
@@ -109,19 +102,21 @@ STUDIES = {
         save_steps=250,
         compare="donor,block,full",
         tune="learning_rate=4e-3,8e-3",
+        tune_steps=1500,
+        depth_lr_scale=1.0,
         sweep=[SEEDS],
     ),
     "depth_lr_scale": one(
         "learning rates of depth attention, as multiples of that of all else",
         PretrainOptions,
         **SHORT,
-        compare="block:learning_rate=8e-3,full:learning_rate=8e-3",
+        compare="block:learning_rate=2e-3,block:learning_rate=8e-3,full:learning_rate=8e-3",
         sweep=["depth_lr_scale=0.3,1,3,10", SEEDS],
     ),
     "init": one(
         "transformers' first weights and scaled ones",
         PretrainOptions,
-        **{name: value for name, value in SHORT.items() if name != "init"},
+        **{name: value for name, value in ABLATION.items() if name != "init"},
         compare="donor,block,full",
         tune=RATES,
         sweep=["init=default,scaled", SEEDS],
@@ -129,13 +124,13 @@ STUDIES = {
     "components": Study(
         "the paper's ablation of components",
         PretrainOptions,
-        {"": {**SHORT, "compare": ",".join(COMPONENTS), "tune": RATES, "sweep": [SEEDS]}},
+        {"": {**ABLATION, "compare": ",".join(COMPONENTS), "tune": RATES, "sweep": [SEEDS]}},
         COMPONENTS,
     ),
     "block_size": Study(
         "the paper's sizes of blocks",
         PretrainOptions,
-        {"": {**SHORT, "compare": ",".join(BLOCK_SIZES), "tune": RATES, "sweep": [SEEDS]}},
+        {"": {**ABLATION, "compare": ",".join(BLOCK_SIZES), "tune": RATES, "sweep": [SEEDS]}},
         BLOCK_SIZES,
     ),
     "donors": one(
