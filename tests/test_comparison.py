@@ -120,6 +120,7 @@ def test_the_best_is_trained_with_all_seeds(server):
     folder = server.folder / "tuned"
     found = json.loads((folder / "comparison.json").read_text())
     losses = found["trials"]["all"]
+    assert found["at_an_edge"] == []
     assert found["best"] == {"all": {"learning_rate": "0.02"}} and losses["0.02"] == min(losses.values())
     for value, loss in losses.items():
         trial = json.loads((folder / f"learning_rate={value},seed=0,steps=3" / "results.json").read_text())

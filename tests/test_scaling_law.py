@@ -256,8 +256,7 @@ def test_what_a_comparison_tells(tmp_path):
     rung, path = new_rung(options(tmp_path), "32x2", 300), tmp_path / "comparison.json"
     runs = {f"block learning_rate=0.01 seed={seed}": finished_run("block", seed, rung) for seed in (0, 1)}
     stopped = {"what": "loss", "value": "nan", "step": 3}
-    trials = {"block": {"0.01": 5.0, "0.02": 5.5}, "donor": {"0.005": 6, "0.01": 5.0, "0.02": 5.5}}
-    write_json(path, {"runs": {**runs, "donor seed=0": stopped}, "trials": trials})
+    write_json(path, {"runs": {**runs, "donor seed=0": stopped}, "at_an_edge": ["block"]})
     points, limits = read_comparison(path, "32x2", rung)
     assert [(point["variant"], point["seed"], point["loss"]) for point in points] == [
         ("block", 0, 5.0),

@@ -274,8 +274,10 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
         option = options.tuned
         results["best"] = {group: {option: f"{best(losses):g}"} for group, losses in trials.items()}
         results["trials"] = {
-            group: {f"{value:g}": loss for value, loss in sorted(losses.items())} for group, losses in trials.items()
+            group: {f"{value:g}": loss if loss < math.inf else None for value, loss in sorted(losses.items())}
+            for group, losses in trials.items()
         }
+        results["at_an_edge"] = [group for group, losses in trials.items() if beyond(losses)]
     results["files"] = {**files, record.name: digest_of(json_text(results).encode())}
     write_output(record, json_text(results).encode(), own.get(record.name))
     print(text)

@@ -222,10 +222,8 @@ def read_comparison(path: Path, size: str, rung: Rung) -> tuple[list[dict], list
             )
         except (KeyError, TypeError):
             raise InputError(f"{path} is damaged; remove it, and the same command writes it again.") from None
-    for group, tried in (reading.typed(content, "trials", dict, str(path)) or {}).items():
-        best, values = min(tried, key=tried.get), sorted(map(float, tried))
-        if float(best) in (values[0], values[-1]):
-            limits.append(f"{size}: {group}'s best learning rate, {best}, is at the edge of those that were tried.")
+    for group in reading.typed(content, "at_an_edge", list, str(path)) or ():
+        limits.append(f"{size}: {group}'s best learning rate is at the edge of those that were tried.")
     return points, limits
 
 
