@@ -44,6 +44,10 @@ SHORT = {**SMALL, "steps": 400, "depth_every": 0, "keep_checkpoints": 0}
 ABLATION = {**SHORT, "depth_lr_scale": 1.0}  # the best at such learning rates, as the study of that name says
 START = "before training"
 QUESTIONS = 100  # of each task at most
+SHAPES = [
+    f"set.hidden_size={width}:set.num_hidden_layers={layers}:set.intermediate_size={2.75 * width:.0f}"
+    for width, layers in ((96, 5), (80, 8), (64, 12), (48, 22))
+]
 RATES = "learning_rate=4e-3,8e-3,1.6e-2"
 SEEDS = "seed=0,1,2"
 FAMILIES = ("llama", "qwen3", "gemma3_text")
@@ -132,6 +136,23 @@ STUDIES = {
         PretrainOptions,
         {"": {**ABLATION, "compare": ",".join(BLOCK_SIZES), "tune": RATES, "sweep": [SEEDS]}},
         BLOCK_SIZES,
+    ),
+    "reads": one(
+        "what may hold back Full: reads that aren't scaled, epsilon of small sources, slow or fast queries",
+        PretrainOptions,
+        **ABLATION,
+        compare="donor,block,full,block:set.attn_res_sum_scale=true,full:set.attn_res_sum_scale=true,"
+        "full:set.attn_res_norm_eps=1e-12",
+        tune=RATES,
+        sweep=[SEEDS],
+    ),
+    "shape": one(
+        "the paper's shapes: as many parameters, deep and narrow or shallow and wide",
+        PretrainOptions,
+        **ABLATION,
+        compare=",".join(f"{mode}:{shape}" for shape in SHAPES for mode in ("donor", "block")),
+        tune=RATES,
+        sweep=[SEEDS],
     ),
     "donors": one(
         "a donor of each of three families, to fine-tune",

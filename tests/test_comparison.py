@@ -49,6 +49,17 @@ def test_runs_with_options_of_their_own():
     assert found[3] == ("block", 3e-3, 2, 5, "block,learning_rate=3e-3,block_size=2,seed=5")
     assert found[4] == ("block", None, None, 4, "block,seed=4")
     assert all(run.compare == "" and run.sweep == [] and run.tune is None and run.jobs == 1 for run in runs.values())
+    fields = PretrainOptions(
+        config="llama",
+        set={"hidden_size": 32, "hidden_act": "silu"},
+        output="out",
+        compare="donor,full:set.attn_res_sum_scale=true",
+        sweep=["set.hidden_size=64,96"],
+    )
+    found = {name: fields.variant(name, values).set for name, values in fields.variants()}
+    assert list(found)[3] == "full set.attn_res_sum_scale=true set.hidden_size=96"
+    assert found[list(found)[3]] == {"hidden_size": 96, "hidden_act": "silu", "attn_res_sum_scale": True}
+    assert found["donor set.hidden_size=64"] == {"hidden_size": 64, "hidden_act": "silu"}
     methods = FinetuneOptions(model="m", output="out", compare="lora:mode=donor,lora:lora_rank=4,depth")
     assert [values["method"] for _, values in methods.variants()] == ["lora", "lora", "depth"]
 

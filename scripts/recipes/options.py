@@ -20,6 +20,7 @@ from .parser import Limits, Lists, Options, flag, kinds_of, option, read_words, 
 
 # options of comparisons and where they go, which don't make a run what it is, with what a single run has instead
 OF_COMPARISONS = {"output": None, "compare": "", "sweep": [], "tune": None, "tune_steps": None, "jobs": 1}
+OF_SET = "set."  # before a field of the configuration that runs differ in
 ADAPTER_METHODS = ("lora", "dora", "qlora")
 LORA_RANK = 16
 
@@ -150,7 +151,8 @@ class RunOptions(DataOptions, TrainingOptions):
     compare: str = option("", "modes to train one after the other, such as donor,block,full,mhc; of fine-tuning "
         "methods, such as lora,dora,full,depth; each may have options of its own, as in "
         "donor:learning_rate=6e-3,block:learning_rate=3e-3", metavar="NAME[:OPTION=VALUE],...")  # fmt: skip
-    sweep: list[str] = option([], "values to try, such as seed=0,1,2", action=Lists, metavar="OPTION=V1,V2")
+    sweep: list[str] = option([], "values to try, such as seed=0,1,2 or, of the configuration, "
+        "set.hidden_size=64,128", action=Lists, metavar="OPTION=V1,V2")  # fmt: skip
     tune: str | None = option(
         None,
         "values to try for each run with the first seed, and beyond an edge until the best "
@@ -224,7 +226,7 @@ class RunOptions(DataOptions, TrainingOptions):
             values = sorted({float(text.removeprefix("x")) for text in texts.split(",")})
         except ValueError:
             values = []
-        is_number = self.can_vary(name) and float in kinds_of(type(self), name)
+        is_number = name in self.arguments and float in kinds_of(type(self), name)
         if not is_number or len(values) < 2 or not 0 < values[0] < values[-1] < math.inf:
             raise InputError(f"--tune {self.tune}: give an option that takes a number, and two or more of them above 0")
         if texts.count("x") not in (0, texts.count(",") + 1):
@@ -250,7 +252,9 @@ class RunOptions(DataOptions, TrainingOptions):
         return sorted({float(text.removeprefix("x")) * base for text in texts.split(",")})
 
     def can_vary(self, name: str) -> bool:
-        """Whether the runs of a comparison may differ in an option."""
+        """Whether the runs of a comparison may differ in an option, or in a field of `--set`."""
+        if name.startswith(OF_SET):
+            return "set" in self.arguments and name != OF_SET
         return name in self.arguments and takes_one_value(type(self), name)
 
     @property
@@ -278,9 +282,12 @@ class RunOptions(DataOptions, TrainingOptions):
             name, values: of [`variants`].
             others: values that all runs get.
         """
-        own = {name: default for name, default in OF_COMPARISONS.items() if name != "output"}
-        words = replace(self, **own, output=self.output / name.replace(" ", ","), **others).words()
-        return read_words(type(self), [*words, *(f"{flag(option)}={value}" for option, value in values.items())])
+        single = {name: default for name, default in OF_COMPARISONS.items() if name != "output"}
+        words = replace(self, **single, output=self.output / name.replace(" ", ","), **others).words()
+        for own, value in values.items():
+            is_field = own.startswith(OF_SET)
+            words += ["--set", f"{own.removeprefix(OF_SET)}={value}"] if is_field else [f"{flag(own)}={value}"]
+        return read_words(type(self), words)
 
     @property
     def arguments(self) -> dict:
