@@ -226,7 +226,7 @@ def comparison_options(study: Study, values: dict, folder: Path, options: StudyO
         values["model"] = str(options.output / Path(values["model"]).relative_to(OUTPUT))
     if options.steps is not None:
         values |= {"steps": options.steps}
-        values = {name: value for name, value in values.items() if name != "save_steps"}
+        values = {name: value for name, value in values.items() if name not in ("save_steps", "tune_steps")}
     if options.seeds is not None:
         values["sweep"] = [f"seed={options.seeds}" if sweep == SEEDS else sweep for sweep in values["sweep"]]
     return study.kind(**values, output=folder, jobs=options.jobs)
@@ -333,12 +333,12 @@ def main(argv: list[str] | None = None):
         return
     options = parse_arguments(argv)
     need("train")
-    try:
-        losses = {}
+    from attnres_recipes.run import one_line_errors  # takes seconds
+
+    losses = {}
+    with one_line_errors("studies", options.output):
         for name in options.study:
             losses |= run(name, options)
-    except InputError as error:
-        raise SystemExit(f"studies: {error}") from None
     print(json.dumps({"output": str(options.output), "held_out_loss": losses}))
 
 

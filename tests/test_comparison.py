@@ -76,9 +76,9 @@ def fake_trials(monkeypatch, loss_of) -> list[str]:
     return names
 
 
-def tuned(**options) -> dict[str, dict[float, float]]:
+def tuning(**options) -> PretrainOptions:
     given = {"config": "llama", "output": "out", "compare": "donor,block", "tune": "learning_rate=1e-3,2e-3"}
-    return comparison.tune("pretrain", PretrainOptions(**{**given, **options}), {})
+    return PretrainOptions(**{**given, **options})
 
 
 def test_tuning_goes_beyond_an_edge(monkeypatch, capsys):
@@ -91,7 +91,8 @@ def test_tuning_goes_beyond_an_edge(monkeypatch, capsys):
         return {"held_out_loss": abs(np.log(run.learning_rate / best_of[run.mode]))}
 
     names = fake_trials(monkeypatch, loss_of)
-    trials = tuned(sweep=["seed=3,4"], tune_steps=5)
+    given = tuning(sweep=["seed=3,4"], tune_steps=5)
+    trials = comparison.tune("pretrain", given, {})
     assert [comparison.best(tried) for tried in trials.values()] == pytest.approx([8e-3, 2.5e-4])
     assert sorted(trials["donor"]) == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
     assert sorted(trials["block"]) == pytest.approx([1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3])
@@ -99,8 +100,10 @@ def test_tuning_goes_beyond_an_edge(monkeypatch, capsys):
     assert names[0] == "donor learning_rate=0.001 seed=3 steps=5" and not any("seed=4" in name for name in names)
     assert len(set(names)) == len(names) == 10
     assert capsys.readouterr().err == ""
-    table = comparison.trials_table(trials, "learning_rate").splitlines()
+    table = comparison.trials_table(trials, given).splitlines()
+    assert "tried learning_rate, 5 steps" in table[0]
     assert "**0.0000**" in table[2] and table[2].count("**") == 2 and " inf " in table[2] and " - " in table[3]
+    assert table[-1].startswith("Chosen by the held-out loss of the first seed") and "At an edge" not in table[-2]
 
 
 def test_tuning_of_multiples(monkeypatch):
@@ -117,9 +120,22 @@ def test_tuning_of_multiples(monkeypatch):
 def test_tuning_ends(monkeypatch, capsys):
     """Where the loss falls for ever, it ends after a few values, and says so."""
     fake_trials(monkeypatch, lambda run: {"held_out_loss": -run.learning_rate})
-    trials = tuned(compare="", mode="full")
+    given = tuning(compare="", mode="full")
+    trials = comparison.tune("pretrain", given, {})
     assert list(trials) == ["all"] and len(trials["all"]) == 2 + comparison.MOST_BEYOND
     assert "all: the best learning_rate that was tried, 0.032, is at an edge" in capsys.readouterr().err
+    assert "At an edge of what was tried: all." in comparison.trials_table(trials, given)
+
+
+def test_tuning_ends_where_values_do(monkeypatch, capsys):
+    """Beyond the limits of an option nothing is tried, and where all fail, smaller values are."""
+    fake_trials(monkeypatch, lambda run: {"held_out_loss": -run.min_lr_ratio})
+    trials = comparison.tune("pretrain", tuning(compare="", tune="min_lr_ratio=0.5,0.9"), {})
+    assert list(trials["all"]) == [0.5, 0.9] and "0.9, is at an edge" in capsys.readouterr().err
+    fake_trials(monkeypatch, lambda run: {"what": "loss", "value": "nan", "step": 3})
+    trials = comparison.tune("pretrain", tuning(compare=""), {})
+    assert len(trials["all"]) == 2 + comparison.MOST_BEYOND and comparison.best(trials["all"]) == min(trials["all"])
+    assert "is at an edge" in capsys.readouterr().err
 
 
 def test_the_best_is_trained_with_all_seeds(server):
@@ -178,11 +194,15 @@ def test_differences_are_paired():
     runs = {f"{m} seed={s}": {"held_out_loss": loss} for m, own in losses.items() for s, loss in own.items()}
     runs["full seed=2"] = {"what": "loss", "value": "nan", "step": 3}
     found = comparison.paired_differences(runs)
-    assert list(found) == ["block"] and found["block"]["seeds"] == pytest.approx([-0.1, -0.2, -0.3])
+    assert list(found) == ["block"] and found["block"]["seeds"] == pytest.approx({"0": -0.1, "1": -0.2, "2": -0.3})
+    assert "0: -0.1000, 1: -0.2000, 2: -0.3000" in comparison.differences_table(found)
     assert found["block"]["mean"] == pytest.approx(-0.2)
     low, high = found["block"]["interval"]
     assert -0.301 < low < -0.25 and -0.15 < high < -0.099
     assert comparison.paired_differences({name: run for name, run in runs.items() if "seed=0" in name}) == {}
+    failed = {"what": "loss", "value": "nan", "step": 3}
+    without_base = {name: failed if "donor" in name else run for name, run in runs.items()}
+    assert comparison.paired_differences(without_base) == {}
     same = {name.replace("block", "again"): run for name, run in runs.items() if "block" not in name}
     assert comparison.paired_differences(same) == {}
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""Several runs with the same data order, seed and budget, and one table."""
+"""Several runs with the same data order, seed and budget, as far as they aren't told otherwise, and one table."""
 
 import json
 import math
@@ -91,14 +91,20 @@ def train_all(name: str, runs: dict[str, RunOptions], jobs: int, *counts: str) -
         InputError: one failed; those that still trained were interrupted.
     """
     unfinished = {run: options for run, options in runs.items() if not is_finished(options)}
+    failures = {run: written(options.output / FAILURE_FILE) for run, options in unfinished.items()}  # of before
     results = {run: read_results(runs[run].output / RESULTS_FILE, *counts) for run in runs.keys() - unfinished.keys()}
     with closing(processes(name, unfinished, jobs)) as ended:
         for run, status in ended:
             path = runs[run].output / (FAILURE_FILE if status else RESULTS_FILE)
-            if not path.exists():
+            if not path.exists() or status and written(path) == failures[run]:
                 raise InputError(f"the run {run} failed; its message is above.")
             results[run] = read_results(path, *counts)
     return {run: results[run] for run in runs}
+
+
+def written(path: Path) -> int | None:
+    """When, if the file is there."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def is_finished(options: RunOptions) -> bool:
@@ -151,8 +157,8 @@ def with_value(variant: Variant, option: str, value: float) -> Variant:
 
 
 def best(trials: dict[float, float]) -> float:
-    """The value with the least loss."""
-    return min(trials, key=trials.get)
+    """The value with the least loss, the smallest of several."""
+    return min(sorted(trials), key=trials.get)
 
 
 def beyond(trials: dict[float, float]) -> float | None:
@@ -184,38 +190,54 @@ def tune(name: str, options: RunOptions, shared: dict) -> dict[str, dict[float, 
         results = train_all(name, singles, options.jobs)
         for (group, value), result in zip(wanted, results.values()):
             trials[group][value] = result.get("held_out_loss", math.inf)
-        room = {group: len(values[group]) + MOST_BEYOND - len(tried) for group, tried in trials.items()}
-        wanted = [(group, beyond(tried)) for group, tried in trials.items() if room[group] and beyond(tried)]
+        wanted = []
+        for group, tried in trials.items():
+            value = beyond(tried)
+            if value and len(tried) < len(values[group]) + MOST_BEYOND and is_allowed(options, first[group], value):
+                wanted.append((group, value))
     for group, tried in trials.items():
         if beyond(tried):
             print(f"{group}: the best {option} that was tried, {best(tried):g}, is at an edge", file=sys.stderr)
     return trials
 
 
-def trials_table(trials: dict[str, dict[float, float]], option: str) -> str:
+def is_allowed(options: RunOptions, variant: Variant, value: float) -> bool:
+    """Whether the option that is tuned takes the value."""
+    try:
+        options.variant(*with_value(variant, options.tuned, value))
+    except InputError:
+        return False
+    return True
+
+
+def trials_table(trials: dict[str, dict[float, float]], options: RunOptions) -> str:
+    """The losses of what was tried, the best in bold, and what to know of them."""
     values = sorted({value for tried in trials.values() for value in tried})
-    rows = [(f"tried {option}", *(f"{value:g}" for value in values))]
+    steps = options.tune_steps or options.steps
+    rows = [(f"tried {options.tuned}" + (f", {steps} steps" if steps else ""), *(f"{value:g}" for value in values))]
     for group, tried in trials.items():
         cells = [f"{tried[value]:.4f}" if value in tried else "-" for value in values]
         rows.append((group, *(f"**{cell}**" if value == best(tried) else cell for value, cell in zip(values, cells))))
-    return table(rows)
+    notes = [f"At an edge of what was tried: {group}." for group, tried in trials.items() if beyond(tried)]
+    notes.append("Chosen by the held-out loss of the first seed, which makes that seed's losses a little too good.")
+    return table(rows) + "\n" + "\n".join(notes) + "\n"
 
 
 def paired_differences(runs: dict[str, dict]) -> dict[str, dict]:
     """By group, the differences of the held-out losses from those of the first group, seed by seed, with their mean and
     its bootstrap interval over seeds; empty without two groups that share two seeds."""
-    by_group = {}
+    by_group = {without_seed(name): {} for name in runs}
     for name, run in runs.items():
-        seed = next((part for part in name.split(" ") if part.startswith("seed=")), None)
+        seed = next((part.removeprefix("seed=") for part in name.split(" ") if part.startswith("seed=")), None)
         if seed and "held_out_loss" in run:
-            by_group.setdefault(without_seed(name), {})[seed] = run["held_out_loss"]
+            by_group[without_seed(name)][seed] = run["held_out_loss"]
+    (first, base), *others = by_group.items()
     differences = {}
-    for group, losses_by_seed in list(by_group.items())[1:]:
-        first, base = next(iter(by_group.items()))
-        own = [loss - base[seed] for seed, loss in losses_by_seed.items() if seed in base]
+    for group, losses_by_seed in others:
+        own = {seed: loss - base[seed] for seed, loss in losses_by_seed.items() if seed in base}
         if len(own) > 1:
-            differences[group] = {"from": first, "mean": statistics.mean(own), "interval": interval_of_mean(own)}
-            differences[group]["seeds"] = own
+            found = {"from": first, "mean": statistics.mean(own.values())}
+            differences[group] = {**found, "interval": interval_of_mean(list(own.values())), "seeds": own}
     return differences
 
 
@@ -223,14 +245,14 @@ def differences_table(differences: dict[str, dict]) -> str:
     first = next(iter(differences.values()))["from"]
     rows = [(f"difference from {first}", "mean", "95 % of resampled seeds", "each seed")]
     for group, found in differences.items():
-        each = ", ".join(f"{value:+.4f}" for value in found["seeds"])
+        each = ", ".join(f"{seed}: {value:+.4f}" for seed, value in found["seeds"].items())
         low, high = found["interval"]
         rows.append((group, f"{found['mean']:+.4f}", f"{low:+.4f} to {high:+.4f}", each))
     return table(rows)
 
 
 def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str]) -> dict:
-    """Trains each variant in a process of its own, with the same data order, seed and budget.
+    """Trains each variant in a process of its own.
 
     Finished ones are not trained again, interrupted ones go on. Writes `comparison.json`, `.md` and `.png`.
 
@@ -258,10 +280,12 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
     if differences:
         text += "\n" + differences_table(differences)
     if trials:
-        text += "\n" + trials_table(trials, options.tuned)
+        text += "\n" + trials_table(trials, options)
     if metrics:
         path = output / "comparison.png"
-        plot_losses(metrics, path, "Same data order, seed and budget", own.get(path.name))
+        own_options = options.sweep or any(len(run) > 1 for _, run in options.compared_runs)
+        title = "Held-out losses" if own_options else "Same data order, seed and budget"
+        plot_losses(metrics, path, title, own.get(path.name))
         files[path.name] = sha256(path)
     path = output / "comparison.md"
     write_output(path, text.encode(), own.get(path.name))

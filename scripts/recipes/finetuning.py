@@ -226,13 +226,16 @@ class Finetuning(Run):
         }
 
     def shared(self) -> dict:
-        """One base."""
+        """One base, unless runs differ in what is made of it, and one tokenizer."""
         given, config = self.options, read_config(self.options.model)
         check_context(config, given.seq_len)
         self.check_method(config)
-        if "qlora" in given.compare.split(","):
+        if any(dict(options)[given.compared] == "qlora" for _, options in given.compared_runs):
             quantization_config(given.quantization, given.bf16)  # what it needs may be absent
-        return {"model": self.starting_point(config), "tokenizer": given.tokenizer or given.model}
+        shared = {"tokenizer": given.tokenizer or given.model}
+        if any({"model", "mode", "block_size"} & values.keys() for _, values in given.variants()):
+            return shared
+        return {"model": self.starting_point(config), **shared}
 
 
 def finetune(options: FinetuneOptions) -> dict:

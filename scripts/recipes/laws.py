@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from attnres_convert import InputError
 
-from .resampling import interval, interval_of_mean
+from .resampling import RESAMPLES, interval, interval_of_mean
 
 
-RESAMPLES = 2000
 FEWEST_SEEDS, FEWEST_SIZES = 3, 4  # with fewer, intervals say nothing, and neither does the form of a law
 PAPER = {"donor": (1.891, 0.057), "block": (1.870, 0.058), "full": (1.865, 0.057)}  # A and alpha
 PAPER_COMPUTE = 5.6  # PFLOP/s-days

@@ -20,6 +20,7 @@ from .parser import Limits, Lists, Options, flag, kinds_of, option, read_words, 
 
 # options of comparisons and where they go, which don't make a run what it is, with what a single run has instead
 OF_COMPARISONS = {"output": None, "compare": "", "sweep": [], "tune": None, "tune_steps": None, "jobs": 1}
+LONGEST_NAME = 200  # bytes of a folder's; file systems take 255, with what is put before and behind it
 OF_SET = "set."  # before a field of the configuration that runs differ in
 ADAPTER_METHODS = ("lora", "dora", "qlora")
 LORA_RANK = 16
@@ -208,6 +209,7 @@ class RunOptions(DataOptions, TrainingOptions):
             self.check_tuned({*names, *(option for _, options in self.compared_runs for option, _ in options)})
         elif self.tune_steps:
             raise InputError("--tune-steps goes with --tune")
+        runs = []
         for name, values in self.variants():
             try:
                 run = self.variant(name, values)
@@ -215,6 +217,9 @@ class RunOptions(DataOptions, TrainingOptions):
                     self.values_to_try(run)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+            if run.arguments in runs:
+                raise InputError(f"{name} is the same run as another one; name each once")
+            runs.append(run.arguments)
 
     def check_tuned(self, taken: set[str]):
         """
@@ -233,6 +238,8 @@ class RunOptions(DataOptions, TrainingOptions):
             raise InputError(f"--tune {self.tune}: give numbers, or multiples of the default such as x0.5,x1,x2")
         if name in taken:
             raise InputError(f"--tune {self.tune}: {name} has its values elsewhere")
+        if self.tune_steps and "steps" in taken:
+            raise InputError("--tune-steps are those of all runs; leave it out where runs differ in steps")
 
     @property
     def tuned(self) -> str:
@@ -240,16 +247,19 @@ class RunOptions(DataOptions, TrainingOptions):
         return self.tune.partition("=")[0]
 
     def values_to_try(self, run: "RunOptions") -> list[float]:
-        """Those of `tune`; multiples are of what `run` has.
+        """Those of `tune`, with six digits; multiples are of what `run` has.
 
         Raises:
-            InputError: it has nothing of which there are multiples.
+            InputError: it has nothing of which there are multiples, or the values are too close to one another.
         """
         name, _, texts = self.tune.partition("=")
         base = getattr(run.settled(), name) if "x" in texts else 1
-        if base is None:
-            raise InputError(f"--tune {self.tune}: {name} has no default to multiply; give numbers")
-        return sorted({float(text.removeprefix("x")) * base for text in texts.split(",")})
+        if not base:
+            raise InputError(f"--tune {self.tune}: {name} has no default above 0 to multiply; give numbers")
+        values = {float(f"{float(text.removeprefix('x')) * base:g}") for text in texts.split(",")}
+        if len(values) < texts.count(",") + 1:
+            raise InputError(f"--tune {self.tune}: some values are the same to six digits")
+        return sorted(values)
 
     def can_vary(self, name: str) -> bool:
         """Whether the runs of a comparison may differ in an option, or in a field of `--set`."""
@@ -283,7 +293,10 @@ class RunOptions(DataOptions, TrainingOptions):
             others: values that all runs get.
         """
         single = {name: default for name, default in OF_COMPARISONS.items() if name != "output"}
-        words = replace(self, **single, output=self.output / name.replace(" ", ","), **others).words()
+        folder = name.replace(" ", ",").replace("/", "%2F")
+        if len(os.fsencode(folder)) > LONGEST_NAME:
+            raise InputError(f"its folder's name has more than {LONGEST_NAME} bytes; give shorter values")
+        words = replace(self, **single, output=self.output / folder, **others).words()
         for own, value in values.items():
             is_field = own.startswith(OF_SET)
             words += ["--set", f"{own.removeprefix(OF_SET)}={value}"] if is_field else [f"{flag(own)}={value}"]
@@ -356,6 +369,8 @@ class PretrainOptions(StartOptions, DocumentOptions, RunOptions):
             )
         if self.model is not None and self.init != "default":
             raise InputError("--init goes with --config; a checkpoint has its weights")
+        if self.init == "scaled" and "initializer_range" in self.set:
+            raise InputError("--init scaled decides on initializer_range; leave out one of them")
         if self.config is not None and self.resize_embeddings:
             raise InputError("--resize-embeddings goes with --model; with --config, --set vocab_size decides")
         if self.pipeline_stages and self.mode == "donor":

@@ -35,10 +35,11 @@ from .configs import read_config, with_mode
 from .data import load_documents, training_texts
 from .figures import LINE_COLORS, MARKERS, new_figure, png
 from .folders import digest_of, write_output
-from .laws import PAPER, PAPER_COMPUTE, RESAMPLES, analyse, multiplier
+from .laws import PAPER, PAPER_COMPUTE, analyse, multiplier
 from .options import PretrainOptions, ScalingOptions, size_of
 from .planning import Model
 from .process import main_process_first, versions
+from .resampling import RESAMPLES
 from .run import open_run
 from .start import new_tokenizer
 
@@ -369,7 +370,7 @@ def report(results: dict) -> str:
             differences_table(results["differences"]),
         ]
     if any("A_interval" in law for law in results["fits"].values()):
-        text = f"""Intervals are 95 % of {RESAMPLES} bootstrap resamples (10,000 for differences): seeds are drawn with
+        text = f"""Intervals are 95 % of {RESAMPLES} bootstrap resamples: seeds are drawn with
         replacement at each size, the same ones for all variants. They know of the chance in seeds alone, not of whether
         a power law fits, and with three seeds they are too narrow."""
         sections.append(filled(text))

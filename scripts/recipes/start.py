@@ -23,10 +23,10 @@ WRITING = re.compile(r"\.layers\.\d+\.(.+\.)?(o_proj|down_proj|c_proj)(\.weight)
 
 def scaled_model(config: PreTrainedConfig):
     """A model with random weights that fit its width and depth: matrices have a standard deviation of 1/sqrt(hidden),
-    and those from which sublayers write 1/sqrt(2L) of that, so that the sum of all outputs begins as large as one.
+    and those from which sublayers write 1/sqrt(2L) of that, so that the sum of all outputs doesn't grow with depth.
 
     transformers' default, 0.02 at any width, is much too small for narrow models: at hidden size 64 a sixth. Where a
-    norm follows the sublayer (Gemma 2, GLM-4) the second factor does nothing.
+    norm follows the sublayer (Gemma 2 and 3, GLM-4) the second factor does nothing.
 
     Raises:
         InputError: the configuration has no `initializer_range`, or its layers have other names.

@@ -17,6 +17,8 @@ from attnres_convert import InputError, reading
 from attnres_convert.writing import write_json
 from transformers import TrainingArguments
 
+from depth_attention_attnres import ALL_DEPTH_ATTENTION_FUNCTIONS
+
 from .callback import DEPTH_FILE, DepthCallback
 from .card import mean_depth_weights, model_results, write_training_card
 from .checkpoints import checkpoints
@@ -107,9 +109,13 @@ class Run:
         with main_process_first():
             checkpoint = open_run(self.folder, arguments, state.is_main_process)
         if (self.folder / RESULTS_FILE).exists():
-            return read_results(self.folder / RESULTS_FILE)
+            results = read_results(self.folder / RESULTS_FILE)
+            if state.is_main_process:
+                self.forget_checkpoints()
+            return results
         with discarded_if_refused(self.folder):
             with main_process_first():
+                check_implementation(self.options.attn_res_implementation)
                 sharding = launched()["sharding"]
                 if self.options.pipeline_stages and sharding:
                     raise InputError(f"--pipeline-stages goes with pipeline.yaml, and not with {sharding}.")
@@ -166,11 +172,15 @@ class Run:
         }
         if state.is_main_process:
             self.write_results(results, prepared, metrics, depth_weights)
-            if options.keep_checkpoints == 0:
-                begin_work(self.folder)
-                remove_untouched(checkpoints(self.folder))
-                end_work(self.folder)
+            self.forget_checkpoints()
         return results
+
+    def forget_checkpoints(self):
+        """Of a run that has ended, if none are to be kept."""
+        if self.options.keep_checkpoints == 0 and checkpoints(self.folder):
+            begin_work(self.folder)
+            remove_untouched(checkpoints(self.folder))
+            end_work(self.folder)
 
     @property
     def sequences_per_step(self) -> int:
@@ -250,6 +260,7 @@ class Run:
             if not (options.compare or options.sweep or options.tune):
                 return cls(options).train()
             with discarded_if_refused(options.output):
+                check_implementation(options.attn_res_implementation)
                 open_comparison(options)
                 return compare(cls.name, options, cls(options).shared(), cls.columns)
         finally:
@@ -265,19 +276,22 @@ class Run:
             print(json.dumps({name: value for name, value in results.items() if name not in NOT_PRINTED}))
 
 
-def choose_implementation(model: torch.nn.Module, name: str | None):
-    """Has an AttnRes model, which may be in an adapter, compute its reads in the way `name`; a donor has none.
-
-    Raises:
-        InputError: there is no such way.
+def check_implementation(name: str | None):
     """
-    own = next((module for module in model.modules() if hasattr(module, "set_attn_res_implementation")), None)
-    if name is None or own is None:
-        return
+    Raises:
+        InputError: nothing computes reads in the way `name`.
+    """
     try:
-        own.set_attn_res_implementation(name)
+        ALL_DEPTH_ATTENTION_FUNCTIONS.get_interface(name or "eager")
     except ValueError as error:
         raise InputError(f"--attn-res-implementation: {error}") from None
+
+
+def choose_implementation(model: torch.nn.Module, name: str | None):
+    """Has an AttnRes model, which may be in an adapter, compute its reads in the way `name`; a donor has none."""
+    own = next((module for module in model.modules() if hasattr(module, "set_attn_res_implementation")), None)
+    if name is not None and own is not None:
+        own.set_attn_res_implementation(name)
 
 
 def check_same_data(folder: Path, train, is_new: bool):
