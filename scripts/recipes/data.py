@@ -38,6 +38,7 @@ BUILDERS = {
     **dict.fromkeys((".jsonl", ".json"), "json"),
     ".parquet": "parquet",
 }
+PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 TOKENIZER_CHARACTERS = 100_000_000  # more text hardly changes a vocabulary
 MAX_FILES = 100_000  # to look at
 MAX_SECONDS = 120  # to look for them
@@ -56,21 +57,22 @@ TOKEN_FEATURES = datasets.Features(
 )
 
 
-def python_files(kind: str, *skipped: str) -> list[Path]:
-    """The source files under one of `sysconfig`'s paths, without unit tests."""
-    root, skip = Path(sysconfig.get_paths()[kind]), {"test", "tests", *skipped}
+def python_files(root: Path, *skipped: str) -> list[Path]:
+    """The source files under a folder, without unit tests."""
+    skip = {"test", "tests", *skipped}
     return sorted(file for file in root.rglob("*.py") if skip.isdisjoint(file.parts[len(root.parts) :]))
 
 
 def stdlib_files() -> list[Path]:
     """The source files of Python's standard library, without installed packages."""
-    return python_files("stdlib", "site-packages", "dist-packages", "idle_test")
+    return python_files(Path(sysconfig.get_paths()["stdlib"]), *PACKAGE_FOLDERS, "idle_test")
 
 
 def package_files() -> list[Path]:
-    """Those of the packages that are installed in this environment, in an order that a slice of is like the whole."""
-    root = Path(sysconfig.get_paths()["purelib"])
-    return sorted(python_files("purelib"), key=lambda file: text_hash(file.relative_to(root).as_posix()))
+    """Those of the packages that Python finds, in an order that a slice of is like the whole."""
+    roots = [Path(path) for path in dict.fromkeys(sys.path) if Path(path).name in PACKAGE_FOLDERS]
+    names = {file: file.relative_to(root).as_posix() for root in roots for file in python_files(root)}
+    return sorted(names, key=lambda file: (text_hash(names[file]), file))
 
 
 def builder_of(file: Path) -> str | None:

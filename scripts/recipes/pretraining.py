@@ -95,6 +95,9 @@ class Pretraining(Run):
             "epochs": needed / len(train),
             "held_out_sequences": len(held_out),
         }
+        if amount["epochs"] > 1 and PartialState().is_main_process:
+            seen = f"{train.num_tokens:,} tokens, which are seen {amount['epochs']:.1f} times"
+            print(f"the data have {seen}", file=sys.stderr)
         return ShuffledSequences(train, needed, given.seed), held_out, amount
 
     def shared(self) -> dict:
