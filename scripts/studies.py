@@ -110,6 +110,13 @@ STUDIES = {
         depth_lr_scale=1.0,
         sweep=[SEEDS],
     ),
+    "zoo_lr": one(
+        "learning rates of the zoo's trio",
+        PretrainOptions,
+        **{**ABLATION, "set": {**SIZES, "num_hidden_layers": 24}, "data": "stdlib", "data_split": "train"},
+        compare="donor,block,full",
+        tune="learning_rate=4e-3,8e-3",
+    ),
     "depth_lr_scale": one(
         "learning rates of depth attention, as multiples of that of all else",
         PretrainOptions,

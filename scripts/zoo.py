@@ -75,12 +75,13 @@ TRIO_SIZES = {
     "num_hidden_layers": 24,
     "hidden_size": 64,
     "intermediate_size": 176,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "tie_word_embeddings": True,
     "vocab_size": 2048,
 }
-TRIO = {"config": "llama", "set": TRIO_SIZES, **STDLIB, "steps": 1200, "warmup": 100, "eval_steps": 200, "seed": 0}
+TRIO = {"config": "llama", "set": TRIO_SIZES, "init": "scaled", "depth_lr_scale": 1.0, **STDLIB}
+TRIO |= {"steps": 1200, "warmup": 100, "eval_steps": 200, "seed": 0}
 KIMI_SIZES = {
     "num_hidden_layers": 8,
     "hidden_size": 96,

@@ -384,7 +384,8 @@ def test_full_disk(server, text):
     run = server.start(*command)
     assert run.wait_for((folder / "checkpoint-2").exists)
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-    (message,) = run.finish(1).splitlines()
+    seen, message = run.finish(1).splitlines()
+    assert "tokens, which are seen" in seen
     assert re.match("pretrain: can't write to full-disk, where .* MB are free: ", message)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

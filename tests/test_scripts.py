@@ -96,7 +96,7 @@ def test_every_option_is_explained(name, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     script = importlib.import_module(name)
     with pytest.raises(SystemExit):
-        script.main([])
+        script.main(["--help"])
     assert [option for option, text in options.items() if not text] == []
     program, path, *arguments = shlex.split(script.__doc__.split("\n\n")[0])
     assert (program, path) == ("python", COMMANDS[name].relative_to(ROOT).as_posix())
