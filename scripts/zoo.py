@@ -111,18 +111,18 @@ RECIPES = {
     "llama-1.3m": Recipe(
         "Llama, the donor",
         PretrainOptions,
-        {**TRIO, "mode": "donor", "learning_rate": 6e-3, "train_tokenizer": 2048},
+        {**TRIO, "mode": "donor", "learning_rate": 1.6e-2, "train_tokenizer": 2048},
     ),
     "attnres-1.3m-block": Recipe(
         "Block AttnRes, from scratch",
         PretrainOptions,
-        {**TRIO, "mode": "block", "learning_rate": 3e-3, "tokenizer": str(DONOR)},
+        {**TRIO, "mode": "block", "learning_rate": 8e-3, "tokenizer": str(DONOR)},
         DONOR,
     ),
     "attnres-1.3m-full": Recipe(
         "Full AttnRes, from scratch",
         PretrainOptions,
-        {**TRIO, "mode": "full", "learning_rate": 3e-3, "tokenizer": str(DONOR)},
+        {**TRIO, "mode": "full", "learning_rate": 8e-3, "tokenizer": str(DONOR)},
         DONOR,
     ),
     "attnres-1.3m-continued": Recipe(
