@@ -11,8 +11,14 @@ enum Dtype : int64_t { FLOAT32, BFLOAT16 };
 
 namespace {
 
-// Sixteen numbers at a time, which the compiler splits into what the processor has.
+// As many numbers at a time as a register holds: what the compiler must split goes through memory.
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else  // SSE, NEON
+constexpr int64_t LANES = 4;
+#endif
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
 template <class V> V load(const float* from) {
