@@ -14,12 +14,13 @@ import pytest
 import torch
 from behaviours import Float64, assert_close, in_float64
 from families import tiny_model, tokens
+from instructions import INSTRUCTIONS, needs_compiler, use_instructions
 
 from attnres_kernels import cpu
 from attnres_kernels.fused import FusedDepthAttention, closed_reads, depth_step
 
 
-pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
 QUIET = "from attnres_convert.cli import quieten_torchao; quieten_torchao()"
 READ = f"""
@@ -306,6 +307,11 @@ def test_a_compiler_that_fails(tmp_path, message):
     assert not list((tmp_path / "cache" / "attnres").iterdir())
 
 
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request, monkeypatch):
+    use_instructions(request.param, monkeypatch)
+
+
 def results(num_threads: int) -> list[torch.Tensor]:
     """Results and gradients of a small block of reads."""
     threads = torch.get_num_threads()
@@ -326,12 +332,14 @@ def results(num_threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("instructions")
 def test_as_many_threads_as_wanted():
     """Every bit is the same with one thread and with several, gradients of parameters included."""
     assert all(torch.equal(a, b) for a, b in zip(results(1), results(3), strict=True))
 
 
-@pytest.mark.parametrize("width", [1, 15, 16, 17, 4099])
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 4099])
 def test_widths(width):
     """Rows that vectors don't fill, and long ones: as exact as eager."""
     generator = torch.Generator().manual_seed(0)
@@ -344,6 +352,7 @@ def test_widths(width):
     assert_close(lse, scores.logsumexp(1).float(), 1e-6)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("tokens", [(1, 1), (2, 40)], ids=["one token", "many"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_stays_one(tokens, value):
@@ -400,6 +409,7 @@ def test_outputs_in_float16(mode):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_strided_parameters(num_tokens):
     model, input_ids = tiny_model(), tokens(1, num_tokens)

@@ -6,21 +6,17 @@ chosen before triton is imported and would then replace the compiler for every o
 """
 
 import copy
-import ctypes
-import functools
 import importlib.util
 import inspect
 import multiprocessing
 import os
-import platform
-import shlex
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
+from instructions import INSTRUCTIONS, needs_compiler, use_instructions
 
-from attnres_kernels import cpu
 from attnres_kernels.fused import KERNELS, FusedDepthAttention
 
 
@@ -33,17 +29,6 @@ NORM_EPS = 1e-1
 
 def run_here(check, *arguments):
     return check("cpu", *arguments)
-
-
-INSTRUCTIONS = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
-
-
-@functools.cache
-def compiled_for(flags: str) -> ctypes.CDLL:
-    """The kernels in C++, for other instructions than all that the processor has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", shlex.join([*cpu.compiler_words(), *flags.split()]))
-        return cpu.library.__wrapped__()
 
 
 def load_triton_kernels():
@@ -62,13 +47,7 @@ def interpreter():
 
 @pytest.fixture(
     params=[
-        *(
-            pytest.param(
-                f"cpp {flags}".strip(),
-                marks=pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler"),
-            )
-            for flags in INSTRUCTIONS
-        ),
+        *(pytest.param(f"cpp {flags}".strip(), marks=needs_compiler) for flags in INSTRUCTIONS),
         pytest.param("interpreter", marks=needs_triton),
         pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_gpu]),
     ]
@@ -80,8 +59,7 @@ def run(request, monkeypatch):
         load_triton_kernels()
         return lambda check, *arguments: check("cuda", *arguments)
     if name == "cpp":
-        library = compiled_for(flags)
-        monkeypatch.setattr(cpu, "library", lambda: library)
+        use_instructions(flags, monkeypatch)
         return run_here
     pool = request.getfixturevalue("interpreter")
     return lambda check, *arguments: pool.submit(check, "cpu", *arguments).result()
