@@ -29,22 +29,23 @@ template <class V> V load(const float* from) {
 
 template <class V> void store(float* to, const V& values) { std::memcpy(to, &values, sizeof(V)); }
 
-// Calls body(d, zero) for all columns d, LANES at a time and the rest one by one; the zero says by its type which.
-template <class Body> inline void for_columns(int64_t width, Body body) {
-    int64_t d = 0;
+// Calls body(d, zero) for columns d from `first` on, LANES at a time and the rest one by one; the zero says by its type
+// which.
+template <class Body> inline void for_columns(int64_t width, Body body, int64_t first = 0) {
+    int64_t d = first;
     for (; d + LANES <= width; d += LANES) body(d, Vector{});
     for (; d < width; d++) body(d, 0.0f);
 }
 
 struct Sum {
-    Vector lanes{};
+    Vector lanes{}, second{};
     float rest = 0;
 
     void operator+=(const Vector& values) { lanes += values; }
     void operator+=(float value) { rest += value; }
     float total() const {
         float parts[LANES];
-        store(parts, lanes);
+        store(parts, lanes + second);
 #pragma GCC unroll 4
         for (int64_t half = LANES / 2; half > 0; half /= 2)
             for (int64_t k = 0; k < half; k++) parts[k] += parts[k + half];
@@ -109,19 +110,35 @@ struct Rows {
 
 namespace {
 
+// The loops below take two vectors at a time: their sums don't wait for each other, and what both need is loaded once.
+
 // The dot products of a row with COUNT others: sums of sums, as in long sums rounding errors grow.
 template <int COUNT>
 inline void dots(const float* row, const float* const* others, int64_t width, float* results) {
     constexpr int64_t PART = 32 * LANES;
     for (int k = 0; k < COUNT; k++) results[k] = 0;
     for (int64_t start = 0; start < width; start += PART) {
+        const int64_t end = std::min(width, start + PART);
         Sum sums[COUNT];
-        for_columns(std::min(width - start, PART), [&](int64_t d, auto zero) {
-            using V = decltype(zero);
-            const V value = load<V>(row + start + d);
+        int64_t d = start;
+        for (; d + 2 * LANES <= end; d += 2 * LANES) {
+            const Vector first = load<Vector>(row + d), second = load<Vector>(row + d + LANES);
 #pragma GCC unroll 4
-            for (int k = 0; k < COUNT; k++) sums[k] += value * load<V>(others[k] + start + d);
-        });
+            for (int k = 0; k < COUNT; k++) {
+                sums[k].lanes += first * load<Vector>(others[k] + d);
+                sums[k].second += second * load<Vector>(others[k] + d + LANES);
+            }
+        }
+        for_columns(
+            end,
+            [&](int64_t d, auto zero) {
+                using V = decltype(zero);
+                const V value = load<V>(row + d);
+#pragma GCC unroll 4
+                for (int k = 0; k < COUNT; k++) sums[k] += value * load<V>(others[k] + d);
+            },
+            d);
+#pragma GCC unroll 4
         for (int k = 0; k < COUNT; k++) results[k] += sums[k].total();
     }
 }
@@ -136,19 +153,44 @@ void dots(const float* row, const float* const* others, int64_t count, int64_t w
 template <int COUNT>
 inline void combine(float* const* sums, const float* const* rows, int64_t num_rows, const float* weights, int64_t count,
                     int64_t width, bool add) {
-    for_columns(width, [&](int64_t d, auto zero) {
-        using V = decltype(zero);
-        V totals[COUNT];
+    int64_t d = 0;
+    for (; d + 2 * LANES <= width; d += 2 * LANES) {
+        Vector firsts[COUNT], seconds[COUNT];
 #pragma GCC unroll 4
-        for (int k = 0; k < COUNT; k++) totals[k] = add ? load<V>(sums[k] + d) : V{};
+        for (int k = 0; k < COUNT; k++) {
+            firsts[k] = add ? load<Vector>(sums[k] + d) : Vector{};
+            seconds[k] = add ? load<Vector>(sums[k] + d + LANES) : Vector{};
+        }
         for (int64_t i = 0; i < num_rows; i++) {
-            const V value = load<V>(rows[i] + d);
+            const Vector first = load<Vector>(rows[i] + d), second = load<Vector>(rows[i] + d + LANES);
 #pragma GCC unroll 4
-            for (int k = 0; k < COUNT; k++) totals[k] += weights[i * count + k] * value;
+            for (int k = 0; k < COUNT; k++) {
+                firsts[k] += weights[i * count + k] * first;
+                seconds[k] += weights[i * count + k] * second;
+            }
         }
 #pragma GCC unroll 4
-        for (int k = 0; k < COUNT; k++) store<V>(sums[k] + d, totals[k]);
-    });
+        for (int k = 0; k < COUNT; k++) {
+            store(sums[k] + d, firsts[k]);
+            store(sums[k] + d + LANES, seconds[k]);
+        }
+    }
+    for_columns(
+        width,
+        [&](int64_t d, auto zero) {
+            using V = decltype(zero);
+            V totals[COUNT];
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) totals[k] = add ? load<V>(sums[k] + d) : V{};
+            for (int64_t i = 0; i < num_rows; i++) {
+                const V value = load<V>(rows[i] + d);
+#pragma GCC unroll 4
+                for (int k = 0; k < COUNT; k++) totals[k] += weights[i * count + k] * value;
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < COUNT; k++) store<V>(sums[k] + d, totals[k]);
+        },
+        d);
 }
 
 void combine(float* const* sums, const float* const* rows, int64_t num_rows, const float* weights, int64_t count,
