@@ -29,6 +29,7 @@ interruption loses only the current one. The last line of the output is JSON. Wi
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -207,6 +208,34 @@ def model_table(rows: list[dict]) -> str:
     return table(lines)
 
 
+def best_default(rows: list[dict], default: str = DepthAttentionInterface.default) -> str:
+    """Which implementation takes the least time on this machine, by the geometric mean of its ratios over all that was
+    measured of every implementation, and what one loses with the default; empty where there is nothing to choose."""
+    ratios = {}
+    for row in rows:
+        mode, _, implementation = row["variant"].partition(" ")
+        ratios.setdefault(implementation, {})[row["case"], mode] = row["ratio"][1]
+    ratios.pop("", None)  # stock
+    common = set.intersection(*map(set, ratios.values())) if ratios else set()
+    if len(ratios) < 2 or not common:
+        return ""
+    means = {name: statistics.geometric_mean(own[what] for what in common) for name, own in ratios.items()}
+    best, *others = sorted(means, key=means.get)
+    text = f"{best} is the fastest here, {means[best]:.3f} of the stock model's time on average; " + ", ".join(
+        f"{name} takes {means[name]:.3f}" for name in others
+    )
+    if default not in means:
+        return f"{text}.\n"
+    slower = [
+        f"{case} in {mode} mode ({ratios[best][case, mode]:.3f}, {default} {ratios[default][case, mode]:.3f})"
+        for case, mode in sorted(common)
+        if ratios[best][case, mode] < ratios[default][case, mode]
+    ]
+    if best == default:
+        return f"{text}. It is the models' default.\n"
+    return f"{text}. The models' default is {default}; attn_res_implementation={best!r} saves: {', '.join(slower)}.\n"
+
+
 def operator_table(rows: list[dict]) -> str:
     lines = [("operator", "variant", "pass", "sources", "sublayers", "d", "tokens", "ms", "traffic", "formula")]
     lines[0] += ("GB/s", "of a copy's", "error")
@@ -307,6 +336,8 @@ class Report:
 
     def table(self) -> str:
         text = (operator_table if self.is_operator else model_table)(self.rows)
+        if self.part == "models" and (advice := best_default(self.rows)):
+            text += f"\n{advice}"
         return text + "".join(f"\nNot timed: {name}: {reason}\n" for name, reason in self.not_timed.items())
 
     def add(self, rows: list[dict], varied: list[str]):

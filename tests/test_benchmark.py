@@ -68,6 +68,26 @@ def test_models(tmp_path, capsys):
     assert "| training |" in (tmp_path / "models.md").read_text()
 
 
+def test_best_default(tmp_path):
+    """Of what every implementation ran, the fastest on average; and where one loses with the default."""
+    ratios = {"block a": [1.2, 1.0], "full a": [1.3, 1.1], "block b": [1.0, 1.01], "full b": [1.2, 1.0]}
+    rows = [
+        {"variant": variant, "case": case, "ratio": [0, ratio, 9]}
+        for variant, own in {"stock": [1, 1], **ratios}.items()
+        for case, ratio in zip(("training", "decoding"), own)
+    ]
+    text = benchmark.best_default(rows, "a")
+    assert text.startswith("b is the fastest here, 1.049 of the stock model's time on average; a takes 1.145.")
+    assert "'b' saves: decoding in full mode (1.000, a 1.100), training in block mode (1.000, a 1.200), tr" in text
+    assert "decoding in block mode" not in text
+    assert benchmark.best_default(rows, "b").endswith("It is the models' default.\n")
+    assert benchmark.best_default(rows, "triton").endswith("a takes 1.145.\n")
+    # what only one of them ran, as the other failed, says nothing about them
+    assert benchmark.best_default([*rows, {"variant": "full c", "case": "forward", "ratio": [1, 1, 1]}], "a") == ""
+    assert benchmark.best_default([*rows, {"variant": "full a", "case": "forward", "ratio": [9, 9, 9]}], "a") == text
+    assert benchmark.best_default(rows[:4], "a") == ""
+
+
 def test_provenance(tmp_path):
     """The rows come with hardware, versions and the command that measures them again."""
     arguments = ["--parts", "operators", "--modes", "block", "--threads", "1", "--output", tmp_path]
