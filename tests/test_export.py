@@ -168,16 +168,21 @@ def test_forward_mode(implementation, num_tokens):
 @pytest.mark.parametrize("with_gradients", [False, True], ids=["inference", "training"])
 @IMPLEMENTATIONS
 def test_compiled_dynamically(implementation, with_gradients):
-    """`torch.compile(dynamic=True)` makes graphs for calls of few tokens and for those of many, and no more."""
+    """`torch.compile(dynamic=True)` makes graphs for calls of few tokens and for those of many, and no more; logits and
+    gradients are those of the model as it is."""
     model = model_of("block", implementation)
-    graphs, counter = [], CompileCounterWithBackend("aot_eager")
+    parameters, graphs, counter = [*model.parameters()], [], CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
     run = torch.compile(Logits(model), fullgraph=True, backend=counter, dynamic=True)
     with torch.set_grad_enabled(with_gradients):
         for shapes in ([(2, 5), (3, 7), (2, 11)], [(2, 17), (2, 40), (4, 60)], [(3, 9)]):
             for shape in shapes:
-                found = run(tokens(*shape))
-                assert_close(found, model(tokens(*shape), use_cache=False).logits, rounding(block_size=1).logits)
+                found, expected = run(tokens(*shape)), model(tokens(*shape), use_cache=False).logits
+                assert_close(found, expected, rounding(block_size=1).logits)
+                if with_gradients:
+                    pairs = zip(*(torch.autograd.grad(x.logsumexp(-1).sum(), parameters) for x in (found, expected)))
+                    for gradient, expected_gradient in pairs:
+                        assert_close(gradient, expected_gradient, rounding(block_size=1).gradients)
             graphs.append(counter.frame_count)
     torch.compiler.reset()
     # torch compiles the first call once more when its sizes turn out to vary, also for the donor
