@@ -20,6 +20,7 @@ import tempfile
 import time
 from contextlib import suppress
 from functools import cache
+from operator import is_
 from pathlib import Path
 
 import torch
@@ -270,10 +271,12 @@ class CppTokenReads(TokenReads):
         self.token = Token(*fields, ctypes.addressof(self.addresses))
         self.arguments = ctypes.addressof(self.token)
         self.kernel = library().token_read
-        self.is_uniform = True
+        self.is_uniform, self.width = True, hidden_states.shape[-1:]
 
     def takes(self, sources):
-        for index, source in enumerate(sources):
+        known = list(map(is_, self.kept, sources))
+        for index in range(known.index(False) if False in known else len(known), len(sources)):
+            source = sources[index]
             if index == len(self.kept):
                 self.kept.append(None)
             if self.kept[index] is not source:
@@ -290,9 +293,10 @@ class CppTokenReads(TokenReads):
             added, new_partial = self.addresses[num_sources], partial.data_ptr()
             sources = (*sources[:-2], partial)
         gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
-        fits = can_fuse_norm(norm) and norm.weight.dtype in DTYPES and is_plain(norm.weight)
-        if fits := fits and norm.weight.shape == like.shape[-1:]:
-            weight, norm_eps = norm.weight.contiguous(), norm.variance_epsilon
+        weight = norm.weight if can_fuse_norm(norm) else None
+        fits = weight is not None and is_plain(weight) and weight.dtype in DTYPES and weight.shape == self.width
+        if fits:
+            weight, norm_eps = weight.contiguous(), norm.variance_epsilon
             gain, gain_dtype = weight.data_ptr(), DTYPES[weight.dtype]
             if weight.dtype != dtype:
                 dtype = torch.float32
