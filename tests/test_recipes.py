@@ -193,7 +193,7 @@ BAD_VALUES = [
     ({"learning_rate": float("nan")}, "--learning-rate nan is out of range"),
     ({"data": 3}, "--data must be a list"),
     ({"compare": "donor,half"}, "half"),
-    ({"compare": "block:learning_rate"}, "block:learning_rate: give options that take a value behind a name"),
+    ({"compare": "block:learning_rate"}, "block:learning_rate: give options behind a name"),
     ({"compare": "block:colour=1"}, "behind a name"),
     ({"compare": "block:set.=1"}, "behind a name"),
     ({"sweep": ["set=1,2"]}, "give an option that takes a value"),

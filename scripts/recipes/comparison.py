@@ -14,6 +14,7 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from attnres_convert import InputError, reading
 from attnres_convert.reading import sha256
@@ -122,7 +123,7 @@ def processes(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tup
     environment = {**os.environ}
     if jobs > 1:
         environment |= {"TQDM_DISABLE": "1"}  # bars of several runs would write over one another
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
     waiting, running = list(runs.items()), {}
     try:
         while waiting or running:
