@@ -201,7 +201,7 @@ class RunOptions(DataOptions, TrainingOptions):
             own = [option for option, _ in options[1:]]
             if len(set(own)) < len(own) or not all(map(self.can_vary, own)) or "" in dict(options).values():
                 raise InputError(
-                    f"--compare {item}: give options behind a name, as in block:learning_rate=1e-3, each once"
+                    f"--compare {item}: give options behind a name, each once, as block:learning_rate=1e-3"
                 )
             if both := {self.compared, *names}.intersection(own):
                 raise InputError(f"--compare {item}: {both.pop()} has its values elsewhere")
