@@ -52,7 +52,7 @@ setup(
         "attnres_recipes": "scripts/recipes",
         "attnres_serving": "serving",
     },
-    package_data={"attnres_kernels": ["*.cpp"], "attnres_recipes": ["evaluation_modules/*/*.py"]},
+    package_data={"attnres_kernels": ["*.cpp"], "attnres_recipes": ["*.html", "evaluation_modules/*/*.py"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17,<6",

@@ -4,7 +4,8 @@
 Draws what happens over depth inside models. Of each AttnRes model: what its reads take from which source, averaged
 over a text (`<model>-reads.png`, `<model>-relative.png`), and token by token for a prompt (`<model>-tokens.png`,
 `<model>-weights.png`). Of all models together, donors too: how large outputs of sublayers, reads and gradients are by
-depth (`dynamics.png`).
+depth (`dynamics.png`). With `--html` also `depth.html`: a page, without anything around it, on which one points at
+tokens, reads and sources, and goes from model to model.
 
 `0a` is the attention of layer 0, `0m` its MLP; a read has the name of the sublayer that it feeds. The numbers of each
 figure are beside it as JSON. The last line printed is JSON.

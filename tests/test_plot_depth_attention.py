@@ -1,9 +1,12 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """The figures of what happens over depth: their numbers, and that what is written on them can be read."""
 
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 from itertools import combinations
 from pathlib import Path
 
@@ -61,6 +64,8 @@ def models(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     made = {mode: attnres_model(mode) for mode in MODES}
     made["donor"] = perturbed(LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=300, num_hidden_layers=3)))
+    made["twin"] = attnres_model("uneven")
+    made["twin"].model.depth_attention.query.data.neg_()
     made["broken"] = attnres_model("uneven")
     made["broken"].model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     made["gpt2"] = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2))
@@ -207,6 +212,117 @@ def test_all_figures(models, text, tmp_path, capsys):
     assert [len(seen.get("sum_rms", ())) for seen in dynamics.values()] == 6 * [6] + [0]
 
 
+PROMPT = "def main(args):\n\treturn </script><b>größer"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+
+
+@pytest.fixture(scope="module")
+def page(models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    shown = [models[name] for name in ("uneven", "twin", "full", "donor", "static", "delta")]
+    arguments = ["--text", folder / "text.txt", "--prompt", PROMPT, "--html", "--output", folder / "out"]
+    plot_depth_attention.main(list(map(str, [*shown, *arguments])))
+    return folder / "out" / "depth.html"
+
+
+def page_data(page: Path) -> list[dict]:
+    text = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["models"]
+
+
+def test_page(models, page):
+    """It holds the model's own weights for each token of the prompt, in a file that needs nothing else."""
+    text, own = page.read_text(encoding="utf-8"), page_data(page)
+    assert text.count("</script>") == 2 and not re.search(
+        r"https?://(?!www\.w3\.org/2000/svg)|src=|href=|@import", text
+    )
+    assert [model["name"] for model in own] == ["uneven", "twin", "full", "static", "delta"]
+    model = attnres.AttnResForCausalLM.from_pretrained(models["uneven"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(models["uneven"])
+    with torch.no_grad():
+        expected = model(**tokenizer(PROMPT, return_tensors="pt"), output_depth_attentions=True).depth_attentions
+    for read, weights in zip(own[0]["weights"], expected, strict=True):
+        np.testing.assert_allclose(read, weights[0], atol=6e-5)
+    assert "".join(own[0]["tokens"][1:]) == PROMPT
+    assert own[0]["sources"] == ["embedding", "block 1 (layers 0–1)", "block 2 (layer 2)"]
+    assert (
+        own[0]["open"] == [False, True, True, True, False, True, True]
+        and own[0]["mode"] == "block mode, 2 layers per block"
+    )
+    assert own[3]["tokens"] == [] and np.shape(own[3]["weights"][6]) == (7,)
+    assert [model["distribution"] for model in own] == [True, True, True, True, False]
+
+
+def browsed(page: Path, tmp_path: Path, place: str = "", script: str = "", shot: Path | None = None) -> str:
+    """What the page becomes in a browser at a place in it, after a script of events."""
+    copy = tmp_path / "depth.html"
+    copy.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8"
+    )
+    what = f"--screenshot={shot}" if shot else "--dump-dom"
+    command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'user'}", "--window-size=900,700", what]
+    done = subprocess.run([*command, f"file://{copy}{place}"], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def found(dom: str) -> str:
+    return html.unescape(re.search(r'id="found"[^>]*>(.*?)</p>', dom, re.DOTALL)[1])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_page_in_a_browser(page, tmp_path):
+    """A place in the page and what a mouse or keys do there show the weight, token and model that they should."""
+    uneven, twin, full, static, delta = page_data(page)
+    dom = browsed(page, tmp_path, "#model=0&token=2&cell=3,1")
+    assert f"read 1m of block 1 (layers 0–1), still open: {uneven['weights'][3][1][2]:.3f}" in found(dom)
+    assert found(dom).startswith(f'token 2, "{uneven["tokens"][2]}" · ') and found(dom).endswith("plain average 0.500")
+    cells = sum(map(len, uneven["weights"]))
+    assert len(re.findall(r'class="cell( open)?( chosen)?"', dom)) == cells and dom.count('class="cell open') == 5
+    assert "<b>größer" not in dom.split('id="data"')[0]
+    # a mouse
+    enter = "document.querySelectorAll('#tokens button')[4].dispatchEvent(new PointerEvent('pointerenter'));"
+    assert (
+        found(browsed(page, tmp_path, "", enter)) == f"token 4, {json.dumps(uneven['tokens'][4], ensure_ascii=False)}"
+    )
+    leave = "document.querySelectorAll('#tokens button')[4].dispatchEvent(new PointerEvent('pointerleave'));"
+    assert found(browsed(page, tmp_path, "", enter + leave)) == f"mean of {len(uneven['tokens'])} tokens"
+    click = "document.querySelectorAll('rect.cell')[2].dispatchEvent(new MouseEvent('click', {bubbles: true}));"
+    mean = np.mean(uneven["weights"][1][1])
+    after = "document.body.dataset.place = location.hash;"
+    dom = browsed(page, tmp_path, "", click + after)
+    assert f"read 0m of block 1 (layers 0–1), still open: {mean:.3f}" in found(dom)
+    assert 'data-place="#model=0&amp;view=weight&amp;cell=1,1"' in dom
+    # keys
+    keys = "const all = document.querySelectorAll('#tokens button'); all[1].focus();"
+    keys += "all[1].dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));"
+    assert found(browsed(page, tmp_path, "", keys)).startswith("token 2, ")
+    # views
+    times = uneven["weights"][3][1][2] * 2
+    assert f": {times:.2f}×" in found(browsed(page, tmp_path, "#view=relative&token=2&cell=3,1"))
+    difference = twin["weights"][3][1][2] - uneven["weights"][3][1][2]
+    dom = browsed(page, tmp_path, "#model=1&view=from-0&token=2&cell=3,1")
+    assert f": {difference:+.3f}" in found(dom) and "difference from uneven" in dom
+    assert "difference from" not in re.sub(
+        r"<script.*?</script>", "", browsed(page, tmp_path, "#model=2"), flags=re.DOTALL
+    )
+    assert "the same for all tokens · read output of 1a: " in found(browsed(page, tmp_path, "#model=3&cell=6,3"))
+    assert f"{delta['weights'][2][1][0]:.3f}" in found(browsed(page, tmp_path, "#model=4&token=0&cell=2,1"))
+    # places that aren't there
+    assert found(browsed(page, tmp_path, "#model=9&view=no&token=99&cell=50,50")).startswith("mean of ")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_screenshot_of_the_page(page, tmp_path):
+    browsed(page, tmp_path, "#token=2", shot=tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
+        assert image.size == (900, 700) and len(colors) > 200
+    weight = page_data(page)[0]["weights"][0][0][2]
+    assert weight == 1 and (253, 231, 37) in colors  # the end of the palette, of the embedding alone
+
+
 @pytest.mark.parametrize(("layers", "count"), [(1, 1), (2, 3), (48, 5)])
 def test_reads_to_show(layers, count):
     """Up to five different reads are shown without being asked for, the last one among them."""
@@ -330,6 +446,7 @@ def test_token_labels():
         (["uneven", "gpt2"], "GPT2LMHeadModel can't be watched over depth"),
         (["uneven", "--prompt", "return " * 40, "--tokens", "33"], "give --tokens 32 or less"),
         (["uneven", "--base", "uneven"], "--base is for adapters"),
+        (["donor", "--html"], "--html shows depth weights, and no model has them"),
         (["uneven", "empty.txt"], "empty.txt is not a folder"),
     ],
 )

@@ -3,7 +3,7 @@
 commands.
 
 - what a command takes: `options`, read by `parser`; `defaults`
-- what is written: `folders`, `checkpoints`, `space`, `run`, `log`, `card`, `figures`
+- what is written: `folders`, `checkpoints`, `space`, `run`, `log`, `card`, `figures`, `page`
 - what is loaded: `configs`, `loading`, `start`, `adapters`, `packing`
 - text and examples: `data`, `chats`, `examples`
 - training: `training` has the run that `pretraining` and `finetuning` share; `trainer`, `optim`, `callback`,

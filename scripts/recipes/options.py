@@ -743,6 +743,7 @@ class PlotOptions(DocumentOptions, CheckpointOptions):
     reads: str | None = option(
         None, "whose weights to show token by token, such as 0m,3a,output; default: five from all over the depth"
     )
+    html: bool = option(False, "also write depth.html, a page on which to point at tokens and weights of the prompt")
 
     def check(self):
         if self.prompt == "":

@@ -33,9 +33,11 @@ from .folders import output_folder
 from .loading import Checkpoint, check_contexts, load_checkpoint, open_checkpoint, short_names
 from .look import check_can_be_watched, depth_dynamics, mean_weights, token_weights
 from .options import PlotOptions
+from .page import model_data, write_page
 
 
 LONGEST_DEFAULT = 256  # tokens
+PAGE = "depth.html"
 FIGURES = ("reads", "relative", "tokens", "weights")  # of a model
 
 
@@ -154,7 +156,7 @@ def draw_model(
         save_figure(plot_reads(mean, config, title, relative=True), paths[-1], numbers)
     if fixed:
         return paths
-    tokens = [token_text(checkpoint.tokenizer, token) for token in prompt["input_ids"][0].tolist()]
+    tokens = prompt_texts(checkpoint, prompt)
     reads = chosen_reads(config, options.reads)
     shared["tokens"] = tokens
     if is_distribution(config):
@@ -170,6 +172,20 @@ def draw_model(
     return paths
 
 
+def prompt_texts(checkpoint: Checkpoint, prompt: dict[str, torch.Tensor]) -> list[str]:
+    return [token_text(checkpoint.tokenizer, token) for token in prompt["input_ids"][0].tolist()]
+
+
+def page_models(names: list[str], checkpoints: list[Checkpoint], prompts: list, measured: list[Measured]) -> list[dict]:
+    """What the page shows: all models but donors."""
+    models = []
+    for name, checkpoint, prompt, seen in zip(names, checkpoints, prompts, measured):
+        if has_depth_weights(checkpoint.config):
+            tokens = [] if prompt is None else prompt_texts(checkpoint, prompt)
+            models.append(model_data(name, checkpoint.config, seen.by_token or seen.mean, tokens))
+    return models
+
+
 def plot(options: PlotOptions) -> list[Path]:
     """Draws all figures and returns their paths.
 
@@ -180,6 +196,8 @@ def plot(options: PlotOptions) -> list[Path]:
     checkpoints = [open_checkpoint(path, options.base, options.tokenizer) for path in options.models]
     if options.base and all(checkpoint.adapter is None for checkpoint in checkpoints):
         raise InputError("--base is for adapters, and no model is one.")
+    if options.html and not any(has_depth_weights(checkpoint.config) for checkpoint in checkpoints):
+        raise InputError("--html shows depth weights, and no model has them.")
     contexts = [checkpoint.context for checkpoint in checkpoints if checkpoint.context]
     seq_len = options.seq_len or min([LONGEST_DEFAULT, *contexts])
     check_contexts(checkpoints, seq_len)
@@ -195,7 +213,10 @@ def plot(options: PlotOptions) -> list[Path]:
         for checkpoint, own in zip(checkpoints, batches)
     ]
     figures = [f"{stem}-{figure}.png" for stem in file_stems(names) for figure in FIGURES] + ["dynamics.png"]
-    with output_folder(options.output, SOFTWARE, {name: (name, f"{Path(name).stem}.json") for name in figures}):
+    written = {name: (name, f"{Path(name).stem}.json") for name in figures}
+    if options.html:
+        written[PAGE] = (PAGE,)
+    with output_folder(options.output, SOFTWARE, written):
         each = tqdm(list(zip(checkpoints, batches, prompts)), disable=not sys.stderr.isatty())
         measured = [measure(checkpoint, own, prompt, options.dtype) for checkpoint, own, prompt in each]
         paths = []
@@ -208,4 +229,7 @@ def plot(options: PlotOptions) -> list[Path]:
         tokens = sum(batch["input_ids"].numel() for batch in batches[0])
         dynamics = {name: seen.dynamics for name, seen in zip(names, measured)}
         save_figure(plot_dynamics(dynamics, f"Magnitudes by depth, on {tokens:,} tokens"), paths[-1], dynamics)
+        if options.html:
+            paths.append(options.output / PAGE)
+            write_page(paths[-1], page_models(names, checkpoints, prompts, measured))
     return paths
