@@ -183,9 +183,26 @@ def test_config_file(tmp_path):
     assert len(options.variants()) == 3
 
 
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md"), ROOT / "model_cards" / "README.md"]
+
+
+def headings(page: Path) -> set[str]:
+    """What links within a page may lead to, as GitHub names it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
 def test_links_exist():
-    """Files of this repository that the README names are there."""
-    names = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    names += re.findall(r"`((?:scripts|benchmarks|results|tests)/[^` ]+|constraints\.txt)`", README)
-    assert names
+    """Files of this repository that pages name are there, and so are the headings."""
+    missing, seen = [], 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target, heading in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
+            seen += 1
+            path = page.parent / target if target else page
+            if not path.exists() or heading and heading not in headings(path):
+                missing.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
+    names = re.findall(r"`((?:scripts|benchmarks|results|tests)/[^` ]+|constraints\.txt)`", README)
+    assert seen > 50 and names and not missing
     assert [name for name in names if not (ROOT / name).exists()] == []
