@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Studies: their commands are whole, and their tables say what was measured."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -88,3 +89,13 @@ def test_paper_rows_are_compared():
 def test_accuracies():
     table = studies.tasks_table({"before": {"a": [0.5]}, "lora": {"a": [0.5, 0.7]}}, ("a",)).splitlines()
     assert [line.split("|")[2].strip() for line in table[2:]] == ["0.500", "0.600 ± 0.141"]
+
+
+@pytest.mark.parametrize("name", ["depth_lr_scale", "zoo_lr"])
+def test_committed_results_are_of_these_commands(name):
+    """What is in results/ was made by the study of that name, as it is now."""
+    (comparison,) = options(name).values()
+    recorded = json.loads((SCRIPTS.parent / "results" / name / "comparison.json").read_text())["command"]
+    words = comparison.words()
+    jobs = recorded.index("--jobs")
+    assert recorded[1:jobs] + recorded[jobs + 2 :] == words
