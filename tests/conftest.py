@@ -5,12 +5,15 @@ import pytest
 import transformers
 
 
+VERBOSITY = transformers.utils.logging.get_verbosity()
+
+
 @pytest.fixture(autouse=True)
 def same_verbosity():
-    """Scripts that run inside a test's process quieten transformers, which the next test must not inherit."""
-    verbosity = transformers.utils.logging.get_verbosity()
+    """Scripts that run inside a test's process, or in a fixture of a whole file, quieten transformers, which the next
+    test must not inherit."""
     yield
-    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.set_verbosity(VERBOSITY)
 
 
 @pytest.fixture(autouse=True)
