@@ -310,6 +310,7 @@ def test_page_in_a_browser(page, tmp_path):
     assert "the same for all tokens · read output of 1a: " in found(browsed(page, tmp_path, "#model=3&cell=6,3"))
     assert f"{delta['weights'][2][1][0]:.3f}" in found(browsed(page, tmp_path, "#model=4&token=0&cell=2,1"))
     # places that aren't there
+    assert found(browsed(page, tmp_path, "#model=length&token=map&cell=1,99")).startswith("mean of ")
     assert found(browsed(page, tmp_path, "#model=9&view=no&token=99&cell=50,50")).startswith("mean of ")
 
 

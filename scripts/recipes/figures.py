@@ -3,6 +3,7 @@
 
 import io
 import math
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def block_layers(config) -> list[str]:
     size, last = config.attn_res_block_size, config.num_hidden_layers - 1
     ends = [(first, min(first + size - 1, last)) for first in range(0, last + 1, size)]
     return [f"layer {first}" if first == end else f"layers {first}–{end}" for first, end in ends]
+
+
+def labelled_sources(config, label: str) -> list[str]:
+    """The names of sources; `label` joins those of blocks to their layers, as in `"{} ({})"`."""
+    sources = source_names(config)
+    return [sources[0], *map(label.format, sources[1:], block_layers(config))] if is_block(config) else sources
 
 
 def is_block(config) -> bool:
@@ -187,8 +194,7 @@ def plot_reads(weights: list, config, title: str = "What each read takes from de
     axes.set_facecolor("0.85")
     image = axes.imshow(cells, cmap=palette, norm=norm, aspect="auto", interpolation="nearest")
     label_rows(axes, reads, height)
-    layers = ["", *(f"\n{layers}" for layers in block_layers(config))] if is_block(config) else [""] * len(sources)
-    label_columns(axes, [source + more for source, more in zip(sources, layers)], width)
+    label_columns(axes, labelled_sources(config, "{}\n{}"), width)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("source")
@@ -434,10 +440,20 @@ def png(figure: Figure, software: str = SOFTWARE) -> bytes:
     return content.getvalue()
 
 
-def save_figure(figure: Figure, path: Path, numbers: dict):
-    """The figure, and its numbers as JSON beside it."""
+@contextmanager
+def saving(path: Path):
+    """
+    Raises:
+        InputError: the block can't write the file.
+    """
     try:
-        write_bytes(path, png(figure))
-        write_json(path.with_suffix(".json"), numbers)
+        yield
     except OSError as error:
         raise InputError(f"can't write {path}: {error.strerror or error}.") from None
+
+
+def save_figure(figure: Figure, path: Path, numbers: dict):
+    """The figure, and its numbers as JSON beside it."""
+    with saving(path):
+        write_bytes(path, png(figure))
+        write_json(path.with_suffix(".json"), numbers)

@@ -5,10 +5,17 @@ import json
 from pathlib import Path
 
 import numpy as np
-from attnres_convert import InputError
 from attnres_convert.writing import write_text
 
-from .figures import block_layers, describe_mode, has_fixed_weights, is_block, is_distribution, read_names, source_names
+from .figures import (
+    describe_mode,
+    has_fixed_weights,
+    is_block,
+    is_distribution,
+    labelled_sources,
+    read_names,
+    saving,
+)
 
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -23,14 +30,12 @@ def model_data(name: str, config, weights: list[np.ndarray], tokens: list[str]) 
         weights: for each read `(num_sources, tokens)`, or `(num_sources,)` where they are the same for all tokens.
         tokens: the text of each.
     """
-    layers = ["", *(f" ({layers})" for layers in block_layers(config))] if is_block(config) else None
-    sources = source_names(config)
     opens = [is_block(config) and config.extends_open_depth_source(row) for row in range(len(weights))]
     return {
         "name": name,
         "mode": describe_mode(config),
         "reads": read_names(config),
-        "sources": [source + more for source, more in zip(sources, layers)] if layers else sources,
+        "sources": labelled_sources(config, "{} ({})"),
         "open": opens,
         "distribution": is_distribution(config),
         "tokens": [] if has_fixed_weights(config) else tokens,
@@ -46,7 +51,5 @@ def write_page(path: Path, models: list[dict]):
     """
     # a text of the prompt can't end the element that holds it
     data = json.dumps({"models": models}, ensure_ascii=False).replace("<", "\\u003c")
-    try:
+    with saving(path):
         write_text(path, TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, data))
-    except OSError as error:
-        raise InputError(f"can't write {path}: {error.strerror or error}.") from None
