@@ -20,7 +20,6 @@ import tempfile
 import time
 from contextlib import suppress
 from functools import cache
-from operator import is_
 from pathlib import Path
 
 import torch
@@ -274,9 +273,7 @@ class CppTokenReads(TokenReads):
         self.is_uniform, self.width = True, hidden_states.shape[-1:]
 
     def takes(self, sources):
-        known = list(map(is_, self.kept, sources))
-        for index in range(known.index(False) if False in known else len(known), len(sources)):
-            source = sources[index]
+        for index, source in enumerate(sources):
             if index == len(self.kept):
                 self.kept.append(None)
             if self.kept[index] is not source:
