@@ -43,6 +43,7 @@ from readme import fill, section
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from smollm2 import fetch_model
+from studies import SIZES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -71,15 +72,7 @@ class Recipe:
 
 
 STDLIB = {"data": "stdlib", "seq_len": 256, "batch_size": 8}
-TRIO_SIZES = {
-    "num_hidden_layers": 24,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "vocab_size": 2048,
-}
+TRIO_SIZES = {**SIZES, "num_hidden_layers": 24, "vocab_size": 2048}  # of the study zoo_lr
 TRIO = {"config": "llama", "set": TRIO_SIZES, "init": "scaled", "depth_lr_scale": 1.0, **STDLIB}
 TRIO |= {"steps": 1200, "warmup": 100, "eval_steps": 200, "seed": 0}
 KIMI_SIZES = {
