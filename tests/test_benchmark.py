@@ -68,7 +68,7 @@ def test_models(tmp_path, capsys):
     assert "| training |" in (tmp_path / "models.md").read_text()
 
 
-def test_best_default(tmp_path):
+def test_best_default():
     """Of what every implementation ran, the fastest on average; and where one loses with the default."""
     ratios = {"block a": [1.2, 1.0], "full a": [1.3, 1.1], "block b": [1.0, 1.01], "full b": [1.2, 1.0]}
     rows = [
