@@ -64,13 +64,13 @@ lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-exactness: $(READY) ## measure how exact conversion is, the numbers in the README
+exactness: $(READY) ## measure how exact conversion is, the numbers in docs/guides/convert.md
 	$(BIN)/python benchmarks/exactness.py --output results/exactness.json $(ARGS)
 
 devices: $(READY) ## measure what each process of a training run holds, by the way in which devices share it
 	$(BIN)/python benchmarks/devices.py --output results/devices.json $(ARGS)
 
-support: $(READY) ## measure every family and fill the table of supported families in the README
+support: $(READY) ## measure every family and fill the table of docs/families.md
 	$(BIN)/python benchmarks/support_table.py $(ARGS)
 
 zoo: $(READY) ## list the models of the zoo with their numbers and check their folders

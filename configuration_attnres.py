@@ -192,7 +192,7 @@ class AttnResConfigMixin:
     Args:
         attn_res_mode (`str`, *optional*, defaults to `"block"`):
             `"block"` sums the sublayer outputs of a block into one source, `"full"` makes every sublayer's output a
-            source. The others mix them in other ways; the README's table of modes and `depth_mixers_attnres.py` say
+            source. The others mix them in other ways; the project's table of modes and `depth_mixers_attnres.py` say
             how.
         attn_res_block_size (`int`, *optional*, defaults to `ceil(num_hidden_layers / 8)`):
             Decoder layers per block, from 1 to `num_hidden_layers`; the last block may be shorter. The paper counts

@@ -5,7 +5,7 @@ Measures how exact conversion is: converts a Llama with random weights in severa
 results with the donor's, in float32. Each conversion is measured twice: as it is, and with plain means for reads
 (`attn_res_sum_scale=False`), which shows what the scale is for.
 
-Prints the table of the README, then the results as one line of JSON.
+Prints the table of docs/guides/convert.md, then the results as one line of JSON.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 """python benchmarks/export_table.py
 
 Exports a tiny model of each family, every tensor away from its initial value, queries included, as ONNX and with
-torch.export, or in the formats that are given, and fills the table in the README. Each file is run in pieces, with a
+torch.export, or in the formats that are given, and fills the table in docs/guides/export.md. Each file is run in pieces, with a
 cache and padding, on shapes that weren't traced, and compared with the model.
 
 Prints the table. Ends with an error if a family that was exported before can't be any more.
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from families import FAMILIES, tiny_model  # noqa: E402
-from readme import fill  # noqa: E402
+from pages import fill  # noqa: E402
 
 
 SIZES = {"num_hidden_layers": 2, "attn_res_block_size": 1}
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="which, instead of all")
     parser.add_argument("--formats", nargs="+", default=["onnx", "torch"], choices=FORMATS, help="which to write")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "export.json", help="JSON file to fill")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Markdown file to fill")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "guides" / "export.md", help="Markdown file to fill")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None):
         print(family, json.dumps(found), flush=True)
     text = markdown(results["rows"])
     try:
-        fill(args.readme, "export", text)
+        fill(args.page, "export", text)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(text)

@@ -47,7 +47,7 @@ import attnres  # noqa: F401  registers the classes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from readme import fill  # noqa: E402
+from pages import fill  # noqa: E402
 from smollm2 import fetch_model, model_file  # noqa: E402
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """python benchmarks/support_table.py
 
-Fills the table of supported families in the README. Every cell is measured or read from a result: a tiny model of each
+Fills the table of supported families in docs/families.md. Every cell is measured or read from a result: a tiny model of each
 family, every tensor away from its initial value, is converted, generates, and is trained for a few steps. Serving and
 conformance come from `results/serving.json`, which `benchmarks/serving.py` writes, and from what `make conformance`
 writes, `results/conformance.json`.
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from families import FAMILIES, config_class, relative_error, tiny_config, tiny_donor, tokens  # noqa: E402
-from readme import fill  # noqa: E402
+from pages import fill  # noqa: E402
 
 
 SHAPES = [{"mode": "full"}, *({"block_size": size} for size in (1, 2, 3, 5))]
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--conformance", type=Path, default=ROOT / "results" / "conformance.json", help="its results")
     parser.add_argument("--serving", type=Path, default=ROOT / "results" / "serving.json", help="its results")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "support.json", help="JSON file to write")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Markdown file to fill")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "families.md", help="Markdown file to fill")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None):
     write_json(args.output, results)
     table = markdown(rows)
     try:
-        fill(args.readme, "support", table)
+        fill(args.page, "support", table)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(table)

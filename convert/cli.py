@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("src", metavar="SRC", help="checkpoint folder, GGUF file, or Hub id")
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument(
-        "--mode", help="block (default) or full Attention Residuals, or another of the README's modes, such as mhc"
+        "--mode", help="block (default) or full Attention Residuals, or another of the table of modes, such as mhc"
     )
     parser.add_argument(
         "--set", action="append", metavar="NAME=N", help="a number of the mode, such as attn_res_window=4; repeatable"

@@ -39,7 +39,7 @@ from attnres_recipes.process import quieten_libraries
 from attnres_recipes.publishing import WEIGHTS, check_content, collect, load_as_stranger, walk
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from readme import fill, section
+from pages import fill, section
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from smollm2 import fetch_model
@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO, RUNS, README = Path("model_cards"), Path("outputs/zoo"), Path("README.md")  # from the root of the project
+ZOO, RUNS, PAGE = Path("model_cards"), Path("outputs/zoo"), Path("model_cards/README.md")  # from the root of the project
 HELD_OUT = "held_out.jsonl"
 SEQ_LEN = 256  # tokens, of the windows in which the held-out text is read
 LARGEST = 12_000_000  # bytes of weights
@@ -416,7 +416,7 @@ def zoo_table(names: list[str]) -> str:
         parameters, trained = results.get("parameters"), results.get("trained_parameters")
         size = sum(path.stat().st_size for path in (ZOO / name).rglob("*") if path.is_file() and not path.is_symlink())
         rows.append((
-            f"[{name}]({ZOO}/{name}): {RECIPES[name].summary}",
+            f"[{name}]({name}): {RECIPES[name].summary}",
             f"{parameters:,}" if parameters else f"{trained:,} trained" if trained else "-",
             f"{results['tokens']:,}" if "tokens" in results else "-",
             *(f"{measured[metric]:.4f}" if metric in measured else "-" for metric in (LOSS, BITS)),
@@ -438,7 +438,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--runs", type=Path, help=f"folder of the runs that they are made from; default: {RUNS}")
     add("--update", action="store_true", help="bring code and cards up to date without training, and stop")
     add("--commands", action="store_true", help="print the commands that train the models, and stop")
-    add("--root", type=Path, default=ROOT, help=f"folder with {ZOO}, README.md and code; default: the project's")
+    add("--root", type=Path, default=ROOT, help=f"folder with {ZOO} and code; default: the project's")
     args = parser.parse_args(argv)
     if unknown := [name for name in (*args.names, *args.build) if name not in RECIPES]:
         parser.error(f"there is no model {unknown[0]}; choose from {', '.join(RECIPES)}")
@@ -463,9 +463,9 @@ def run(args: argparse.Namespace) -> list[str]:
     problems = [problem for name in names for problem in check(name, texts)]
     print(zoo_table(names))
     if args.build:
-        fill(README, "zoo", zoo_table(list(RECIPES)))
-    elif section(README, "zoo") != zoo_table(list(RECIPES)):
-        problems.append(f"{README}: its table isn't that of the folders; build a model again.")
+        fill(PAGE, "zoo", zoo_table(list(RECIPES)))
+    elif section(PAGE, "zoo") != zoo_table(list(RECIPES)):
+        problems.append(f"{PAGE}: its table isn't that of the folders; build a model again.")
     return problems
 
 

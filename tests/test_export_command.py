@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import export as command  # noqa: E402
 import export_table  # noqa: E402
-from readme import section  # noqa: E402
+from pages import section  # noqa: E402
 
 
 SIZES = {"num_hidden_layers": 2, "attn_res_block_size": 1}
@@ -122,8 +122,8 @@ def test_refused(family, words, message, tmp_path):
 
 
 def test_table():
-    """The table in the README is that of the results, whose differences were allowed."""
+    """The table of the page is that of the results, whose differences were allowed."""
     rows = json.loads((ROOT / "results" / "export.json").read_text())["rows"]
-    assert section(ROOT / "README.md", "export") == export_table.markdown(rows)
+    assert section(ROOT / "docs" / "guides" / "export.md", "export") == export_table.markdown(rows)
     cells = [cell for row in rows.values() for cell in row.values() if "refused" not in cell]
     assert cells and all(cell["difference"] <= cell["tolerance"] < 1e-3 for cell in cells)

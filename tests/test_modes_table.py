@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""The README's table of modes says what the code does."""
+"""The table of modes says what the code does."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,13 @@ from attnres import DEPTH_MIXERS, DepthAttentionInterface
 from configuration_attnres import ATTN_RES_MODES
 
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "modes.md"
 SIZES = {"attn_res_block_size": 2, "attn_res_num_heads": 4, "attn_res_rank": 6, "attn_res_num_streams": 3}
 
 
 def rows() -> dict[str, list[str]]:
     """For each mode the cells behind its name."""
-    table = README.read_text(encoding="utf-8").split("<!-- modes -->")[1].split("<!-- /modes -->")[0]
+    table = PAGE.read_text(encoding="utf-8").split("<!-- modes -->")[1].split("<!-- /modes -->")[0]
     lines = [line.strip("|").split("|") for line in table.strip().splitlines()[2:]]
     pairs = [
         (mode, [cell.strip() for cell in cells]) for first, *cells in lines for mode in re.findall("`(.+?)`", first)

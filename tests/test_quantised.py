@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import quantised  # noqa: E402
-from readme import section  # noqa: E402
+from pages import section  # noqa: E402
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # groups of 64 columns

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import quickstart  # noqa: E402
-import readme  # noqa: E402
+import pages  # noqa: E402
 import smollm2  # noqa: E402
 import stories  # noqa: E402
 
@@ -124,11 +124,11 @@ def test_chats_are_drawn_as_the_model_sees_them(tmp_path, monkeypatch):
     assert texts == list(map(str.rstrip, rendered))
 
 
-def test_the_readme_shows_a_recorded_run():
-    """What the README shows is what the quickstart wrote, and its numbers are in the results."""
+def test_the_page_shows_a_recorded_run():
+    """What the page shows is what the quickstart wrote, and its numbers are in the results."""
     folder = ROOT / "results" / "quickstart"
     summary = (folder / "summary.md").read_text(encoding="utf-8")
-    assert readme.section(ROOT / "README.md", "quickstart") == summary.rstrip()
+    assert pages.section(ROOT / "docs" / "quickstart.md", "quickstart") == summary.rstrip()
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     generated, runs = results["generated"], results["runs"]
     assert list(generated["donor"]) == stories.QUESTIONS

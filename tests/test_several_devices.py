@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "several_devices.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "several_devices.md").read_text(encoding="utf-8")
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import devices  # noqa: E402
@@ -28,8 +28,8 @@ def code_blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    text = "".join(code_blocks("console")).replace("\\\n", " ")
-    return [shlex.split(line.removeprefix("$ ")) for line in text.splitlines()]
+    text = "".join(code_blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines()]
 
 
 def test_table():

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import zoo  # noqa: E402
-from readme import section  # noqa: E402
+from pages import section  # noqa: E402
 
 
 COMMITTED = zoo.RECIPES
@@ -72,7 +72,7 @@ def built(tmp_path_factory) -> Path:
     (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "model_cards").mkdir()
     (root / "model_cards" / "held_out.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in pieces[:3]))
-    (root / "README.md").write_text("before\n<!-- zoo -->\n\n<!-- /zoo -->\nafter\n")
+    (root / "model_cards" / "README.md").write_text("before\n<!-- zoo -->\n\n<!-- /zoo -->\nafter\n")
     for file in code_files().values():
         shutil.copy(file, root)
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,12 @@ def edit_results(folder: Path, edit):
 
 def test_build_writes_complete_folders(built):
     """Weights in bfloat16 but for depth attention, results on the zoo's text, the table; no path of this machine."""
-    assert sorted(path.name for path in (built / "model_cards").iterdir()) == ["adapter", "block", "held_out.jsonl"]
+    assert sorted(path.name for path in (built / "model_cards").iterdir()) == [
+        "README.md",
+        "adapter",
+        "block",
+        "held_out.jsonl",
+    ]
     for name in RECIPES:
         folder = built / "model_cards" / name
         results = json.loads((folder / "results.json").read_text())
@@ -116,9 +121,9 @@ def test_build_writes_complete_folders(built):
     in_float32 = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
     assert in_float32 == {name for name in trained if "depth_attention" in name}
     assert all(torch.equal(tensor, trained[name].to(tensor.dtype)) for name, tensor in weights.items())
-    table = section(built / "README.md", "zoo")
+    table = section(built / "model_cards" / "README.md", "zoo")
     assert [line.split("]")[0] for line in table.splitlines()[2:]] == ["| [block", "| [adapter"]
-    assert (built / "README.md").read_text().endswith("<!-- /zoo -->\nafter\n")
+    assert (built / "model_cards" / "README.md").read_text().endswith("<!-- /zoo -->\nafter\n")
 
 
 def test_adapter_finds_its_base(built, monkeypatch):
@@ -139,7 +144,7 @@ def test_check_finds_nothing_then_everything(root, capsys):
     """A good zoo passes; each thing that is wrong with a bad one is a line, and the exit code is 1."""
     zoo.main(["--root", str(root)])
     printed = capsys.readouterr()
-    assert printed.out.rstrip("\n") == section(root / "README.md", "zoo") and not printed.err
+    assert printed.out.rstrip("\n") == section(root / "model_cards" / "README.md", "zoo") and not printed.err
     weights = root / "model_cards" / "block" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"] *= 2
@@ -148,7 +153,8 @@ def test_check_finds_nothing_then_everything(root, capsys):
     (root / "model_cards" / "block" / "modeling_attnres.py").write_text("raise ValueError('no code')")
     adapter = root / "model_cards" / "adapter" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-100])
-    (root / "README.md").write_text((root / "README.md").read_text().replace("| [block", "| [black"))
+    page = root / "model_cards" / "README.md"
+    page.write_text(page.read_text().replace("| [block", "| [black"))
     with pytest.raises(SystemExit) as exit:
         zoo.main(["--root", str(root)])
     assert exit.value.code == 1
@@ -157,7 +163,7 @@ def test_check_finds_nothing_then_everything(root, capsys):
     assert re.fullmatch(r"block: held-out loss \(nats per token\) is \d\.\d{4}, by its card it is \d\.\d{4}", loss)
     assert stranger.startswith("block: modeling_attnres.py in ") and "--trust-remote-code" in stranger
     assert cut == "adapter: adapter_model.safetensors is no complete safetensors file; save the model again"
-    assert table.startswith("README.md: its table isn't that of the folders")
+    assert table.startswith("model_cards/README.md: its table isn't that of the folders")
 
 
 def missing(folder):
@@ -407,11 +413,11 @@ def test_snippets_of_the_cards_run(tmp_path):
     assert run.returncode == 0 and run.stdout.splitlines().count("done") == len(names), run.stderr
 
 
-def test_table_of_the_readme(monkeypatch):
-    """The README shows the numbers in the folders' results."""
+def test_table_of_the_page(monkeypatch):
+    """It shows the numbers in the folders' results."""
     monkeypatch.setattr(zoo, "RECIPES", COMMITTED)
     monkeypatch.chdir(ROOT)
-    assert section(ROOT / "README.md", "zoo") == zoo.zoo_table(list(COMMITTED))
+    assert section(ROOT / "model_cards" / "README.md", "zoo") == zoo.zoo_table(list(COMMITTED))
 
 
 def test_held_out_text_is_held_out():

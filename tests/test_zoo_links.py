@@ -36,7 +36,7 @@ def clone(tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(SCRIPTS, origin / "scripts", ignore=ignored)
     shutil.copytree(ROOT / "model_cards", origin / "model_cards", symlinks=True)
-    for path in (ROOT / "README.md", *ROOT.glob("*attnres.py")):
+    for path in ROOT.glob("*attnres.py"):
         shutil.copy(path, origin)
     identity = ["-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false"]
     for command in (["init", "--quiet"], ["add", "--force", "."], [*identity, "commit", "--quiet", "--message", "all"]):

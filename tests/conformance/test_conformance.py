@@ -149,11 +149,11 @@ def test_support_table(tmp_path, monkeypatch):
     assert support_table.is_supported(excepted) and "`test_a`: the reason" in support_table.markdown([excepted])
     assert not support_table.is_supported({**good, "conformance": None})
 
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- support -->\nold\n<!-- /support -->\nafter\n")
-    support_table.fill(readme, "support", "new")
-    support_table.fill(readme, "support", "newer")
-    assert readme.read_text() == "before\n<!-- support -->\nnewer\n<!-- /support -->\nafter\n"
-    readme.write_text("no marks\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- support -->\nold\n<!-- /support -->\nafter\n")
+    support_table.fill(page, "support", "new")
+    support_table.fill(page, "support", "newer")
+    assert page.read_text() == "before\n<!-- support -->\nnewer\n<!-- /support -->\nafter\n"
+    page.write_text("no marks\n")
     with pytest.raises(ValueError, match="must have the lines"):
-        support_table.fill(readme, "support", "new")
+        support_table.fill(page, "support", "new")

@@ -1,0 +1,415 @@
+# Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
+"""README and the pages in docs: their commands and code run, their numbers are the recorded ones, their links lead
+somewhere."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import serve_hub
+from safetensors import safe_open
+from serve_process import Running
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+
+import pretrain  # noqa: E402
+from exactness import markdown  # noqa: E402
+
+
+GUIDES = sorted(f"docs/guides/{path.name}" for path in (ROOT / "docs" / "guides").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "model_cards/README.md", *GUIDES]
+PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+OWN_TESTS = ("docs/guides/add_", "docs/guides/several_devices")  # of test_architecture.py and test_several_devices.py
+# What makes a command short: the same with smaller sizes
+TRAINING = "--seq-len 32 --batch-size 2 --eval-sequences 2"
+BENCHMARK = "--hidden-size 32 --layers 2 --blocks 2 --heads 2 --vocab-size 64 --batch-size 2 --seq-len 20 --modes block"
+SHORTER = {
+    "--steps 600": f"--steps 2 {TRAINING}",
+    "--steps 400": f"--steps 2 --save-steps 2 {TRAINING}",
+    "checkpoint-400": "checkpoint-2",
+    "--train-tokenizer 2048": "--train-tokenizer 300",
+    "--data site-packages": "--data my-text",
+    "--data stdlib": "--data my-text",
+    "--compare donor,block,full,denseformer --tune learning_rate=4e-3,8e-3,1.6e-2 --sweep seed=0,1,2 --jobs 2": (
+        "--compare donor,block --tune learning_rate=1e-2,1e-1,1 --sweep seed=0,1 --jobs 2"
+    ),
+    "--sweep depth_lr_scale=0.1,0.3,1,3": "--sweep depth_lr_scale=0.1,1",
+    "--sizes 32x6,48x8,64x10,80x12 --data-split 'train[:25%]' --jobs 2": (
+        "--sizes 32x1,48x1 --data my-text --compare donor,block --seeds 0 --learning-rates 1e-2 --vocab 300 "
+        f"--tokens-per-parameter 0.02 {TRAINING}"
+    ),
+    "--num_processes 8": "--num_processes 2",
+    "benchmark.py": f"benchmark.py {BENCHMARK} --prompt-len 24 --new-tokens 2 --rounds 1",
+    "hidden_size=256,512,1024 layers=8,16,32": "hidden_size=32,64 layers=2,3",
+    "--minutes 9": "--minutes 0.01",
+    "--lm-eval stdlib_docstring,stdlib_body": "--lm-eval stdlib_docstring --lm-eval-limit 4",
+}
+# What runs elsewhere, and where
+ELSEWHERE = {
+    "make quickstart": "tests/test_quickstart.py",
+    "make test": ".ci/run",
+    "make setup": ".ci/run",
+    "make lint": ".ci/run",
+    "vllm serve": "tests/test_vllm.py",
+    "attnres-serve": "tests/serve_process.py",
+    "scripts/smollm2.py": "tests/test_real.py",
+    "model_cards/attnres-smollm2-135m": "tests/test_real.py",
+    "gpu_evidence.py --prepare": "tests/test_gpu_evidence.py",
+}
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = "".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if not line.startswith("#")]
+
+
+def section(page: str, name: str) -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, flags=re.DOTALL).group(1)
+
+
+def shorter(command: str) -> list[str]:
+    """The words of a command, with smaller sizes, and of one for make what make runs."""
+    if command.startswith("make "):
+        made = subprocess.run(
+            ["make", "--dry-run", "--old-file", ".venv/.ready", *shlex.split(command)[1:]],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=True,
+        )
+        command = made.stdout.strip()
+    for long, short in SHORTER.items():
+        command = command.replace(long, short)
+    return shlex.split(command)
+
+
+def execute(words: list[str], folder: Path, monkeypatch):
+    """Runs a command in this process, where only this environment's programs are, and no network is."""
+    monkeypatch.chdir(folder)
+    if Path(words[0]).name == "python":
+        words = words[1:]
+        words[0] = str(ROOT / words[0])
+    if words[0] == "accelerate":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        words = [str(Path(sys.executable).with_name("accelerate")), *words[1:]]
+        done = subprocess.run(words, env=environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return
+    program = words[0] if words[0].endswith(".py") else str(Path(sys.executable).with_name(words[0]))
+    monkeypatch.setattr(sys, "argv", [program, *words[1:]])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as exit:
+        assert not exit.code, f"{words}: {exit.code}"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """A folder with what the pages start from: `my-llama`, `my-text`, `my-chats.jsonl`, and what they made of these."""
+    folder = tmp_path_factory.mktemp("pages")
+    text = Path(subprocess.__file__).read_text(encoding="utf-8")
+    (folder / "my-text").mkdir()
+    for index in range(24):
+        (folder / "my-text" / f"{index}.txt").write_text(text[index * 1000 : (index + 1) * 1000], encoding="utf-8")
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer=trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "my-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "my-llama")
+    chats = [[("user", f"{index} + 1?"), ("assistant", f"{index + 1}")] for index in range(60)]
+    with open(folder / "my-chats.jsonl", "w", encoding="utf-8") as file:
+        for chat in chats:
+            messages = [{"role": role, "content": content} for role, content in chat]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    for name in ("scripts", "model_cards", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        execute(shorter("attnres-convert my-llama llama-attnres --block-size 2"), folder, monkeypatch)
+        train = f"attnres-pretrain --model my-llama --data my-text --steps 2 {TRAINING} --output outputs/run"
+        execute(shorter(train), folder, monkeypatch)
+        execute(shorter("attnres-export llama-attnres exported --format onnx"), folder, monkeypatch)
+    return folder
+
+
+@pytest.fixture
+def workplace(template, tmp_path) -> Path:
+    folder = tmp_path / "place"
+    shutil.copytree(template, folder, symlinks=True)
+    return folder
+
+
+WITH_COMMANDS = [page for page in PAGES if commands(page)]
+WITH_CODE = [page for page in PAGES if code_blocks(page, "python") and not page.startswith(OWN_TESTS)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_commands_run(page, workplace, monkeypatch):
+    """Every command of a page works, from top to bottom, on a small checkpoint and text; long ones with small sizes."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for command in commands(page):
+        elsewhere = next((file for part, file in ELSEWHERE.items() if part in command), None)
+        if elsewhere:
+            assert (ROOT / elsewhere).is_file()
+        elif command.startswith("attnres-push") and "--dry-run" not in command:
+            publish(command, workplace)
+        else:
+            words = shorter(command)
+            made = words[2] if words[0] in ("attnres-convert", "attnres-export") else words[-1]
+            if made in ("llama-attnres", "exported", "outputs/run"):  # the template's
+                shutil.rmtree(workplace / made, ignore_errors=True)
+            execute(words, workplace, monkeypatch)
+
+
+def publish(command: str, folder: Path):
+    """Runs a command with a Hub on this machine."""
+    token = "hf_" + "a" * 34
+    with serve_hub() as hub:
+        hub.users = {token: "my-name"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "push_to_hub.py"), *shlex.split(command)[1:]],
+            cwd=folder,
+            env=hub.environment(folder / "home", token),
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert hub.repositories["my-name/my-attnres"].private
+
+
+def test_no_block_is_left_out():
+    """Commands are in blocks that tests run, and none is both run and listed as run elsewhere."""
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    assert "```console" not in text and "```sh" not in text
+    everything = [command for page in PAGES for command in commands(page)]
+    assert len(everything) > 30
+    assert [part for part in ELSEWHERE if not any(part in command for command in everything)] == []
+    long = "\n".join([*everything, *(" ".join(shorter(c)) for c in everything if c.startswith("make bench"))])
+    assert [part for part in SHORTER if part not in long] == []
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_code_runs(page, workplace):
+    """All Python of a page works, from top to bottom."""
+    code = code_blocks(page, "python")
+    server = None
+    environment = {**os.environ, "HF_HOME": str(workplace / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        if "localhost:8000" in "".join(code):
+            server = Running("llama-attnres").start(workplace, workplace)
+            server.ready()
+            code = [block.replace("8000", str(server.port)) for block in code]
+        (workplace / "page.py").write_text("\n".join(code), encoding="utf-8")
+        command = [sys.executable, "page.py"]
+        done = subprocess.run(command, cwd=workplace, env=environment, text=True, capture_output=True)
+    finally:
+        if server:
+            server.__exit__()
+    assert done.returncode == 0, done.stderr
+    check = CHECKS.get(page)
+    if check:
+        check(done.stdout.splitlines(), workplace)
+
+
+def check_readme(lines: list[str], folder: Path):
+    assert float(lines[0]) < 1e-11  # float64
+    assert any(line.startswith("user: How do I keep bread fresh?") for line in lines)
+    assert lines[-1].startswith("9 tensor(")  # reads of a model of 4 layers
+    assert (folder / "outputs" / "lora" / "merged" / "model.safetensors").is_file()
+
+
+def check_continued(_: list[str], folder: Path):
+    with safe_open(folder / "llama-attnres-trained" / "model.safetensors", framework="pt") as trained:
+        query = trained.get_tensor("model.depth_attention.query")
+    assert query[1:].any(dim=1).all()  # the first read has one source, so nothing to learn
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "docs/guides/continue.md": check_continued,
+    "docs/guides/finetune.md": lambda lines, _: _has("trainable params", lines),
+    "docs/guides/pretrain.md": lambda lines, _: _has("1 torch.Size([13, 64])", lines),
+}
+
+
+def _has(part: str, lines: list[str]):
+    assert any(part in line for line in lines), lines
+
+
+def test_the_readme_is_short():
+    """Somebody reads it to the end: at most 180 lines, 25 of them code, and tables of at most eight rows."""
+    assert len(README.splitlines()) <= 180
+    (code,) = code_blocks("README.md", "python")
+    assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 25
+    tables = re.findall(r"(?:^\|.*\n)+", README, flags=re.MULTILINE)
+    assert len(tables) == 3 and all(len(table.splitlines()) - 2 <= 8 for table in tables)
+
+
+def test_numbers_of_the_readme_are_those_of_the_pages():
+    """The range of each kind of family is that of docs/families.md, each ratio that of docs/speed.md."""
+    names = dict(
+        re.findall(
+            r"^\| `AttnRes(\w*)ForCausalLM` \| `\w+` \| yes, (\S+) \|", section("docs/families.md", "support"), re.M
+        )
+    )
+    exact = {name.lower().replace("text", "") or "llama": float(number) for name, number in names.items()}
+    kinds = re.findall(r"^\| ([^|]+) \| ([^|]+) \| (\de-\d\d)(?: to (\de-\d\d))? \|$", README, flags=re.MULTILINE)
+    listed = []
+    for _, families, least, most in kinds:
+        keys = [re.sub(r"[^a-z0-9]", "", family.lower()) for family in families.split(",")]
+        numbers = [exact[key] for key in keys]
+        assert (min(numbers), max(numbers)) == (float(least), float(most or least)), families
+        listed += keys
+    assert sorted(listed) == sorted(exact)
+
+    cpu, gpu = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split("## On a GPU")
+    found = re.findall(
+        r"^\| (two CPU cores|one NVIDIA H200), ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE
+    )
+    assert len(found) == 7
+    for device, what, block, full in found:
+        page, column = (gpu, 3) if device == "one NVIDIA H200" else (cpu, 4)
+        (row,) = re.findall(rf"^\| {what.replace('decoding', 'decoding, batch 1')}\*? \|.*$", page, flags=re.MULTILINE)
+        numbers = [cell.strip(" *") for cell in row.split("|")]
+        assert [f"{float(numbers[place]):.2f}" for place in (2, column + 1)] == [block, full], what
+
+
+def test_what_the_readme_tells_of_the_quickstart_is_recorded():
+    results = json.loads((ROOT / "results" / "quickstart" / "results.json").read_text(encoding="utf-8"))
+    block = next(block for block in code_blocks("README.md", "text"))
+    before, after = re.split(r"\n(?=AttnRes)", block.split("before", 1)[1])
+    question = re.match(r"> (.*)\n", block)[1]
+    told = {"donor": before.split("[...]")[0], "AttnRes + LoRA": after.removeprefix("AttnRes + LoRA")}
+    for model, text in told.items():
+        assert " ".join(results["generated"][model][question]["text"].split()).startswith(" ".join(text.split()))
+    assert "same 180 tokens" in " ".join(README.split())
+    assert section("docs/quickstart.md", "quickstart").count("180 of 180") == 1
+
+
+def test_exactness_table_is_the_recorded_one():
+    """The table of the page is made from the committed results, and those keep the promise of the conversion."""
+    results = json.loads((ROOT / "results" / "exactness.json").read_text(encoding="utf-8"))
+    assert section("docs/guides/convert.md", "exactness") == markdown(results["rows"])
+    assert all(row["scaled"] < 3e-6 < 1e-3 < row["plain_mean"] for row in results["rows"])
+    assert (results["settings"]["layers"], results["settings"]["hidden_size"]) == (12, 256)
+
+
+def recorded_numbers(folder: Path) -> list[float]:
+    """Losses of a comparison and of what it tried, and for repeated ones their mean and standard deviation."""
+    found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    losses = {name: run["held_out_loss"] for name, run in found["runs"].items()}
+    tried = [loss for losses in found.get("trials", {}).values() for loss in losses.values()]
+    groups = {}
+    for name, loss in losses.items():
+        groups.setdefault(re.sub(r" ?seed=\d+", "", name), []).append(loss)
+    repeated = [group for group in groups.values() if len(group) > 1]
+    return [*losses.values(), *tried, *map(statistics.mean, repeated), *map(statistics.stdev, repeated)]
+
+
+def test_losses_are_the_recorded_ones():
+    """Each loss in the tables of the results is one of the committed run's, rounded once."""
+    folder = ROOT / "results"
+    sections = (folder / "README.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    folders = [re.search(r"\]\((\w+)/comparison\.md\)", text) for text in sections]
+    checked = {match[1]: text for match, text in zip(folders, sections) if match}
+    assert len(checked) == 5
+    for name, text in checked.items():
+        rows = [line.split("|", 2)[2] for line in text.splitlines() if line.startswith("|")]
+        shown = re.findall(r"\d+\.\d{3,}", "\n".join(rows[2:]))
+        recorded = recorded_numbers(folder / name)
+        digits = {len(number.split(".")[1]) for number in shown}
+        rounded = {f"{number:.{places}f}" for number in recorded for places in digits}
+        assert shown and [number for number in shown if number not in rounded] == [], name
+
+
+def test_make_commands_exist():
+    """Every `make` command that the pages name is a target."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE))
+    assert {"quickstart", "test", "lint", "exactness", "bench", "zoo", "gpu", "help"} <= named <= set(targets)
+
+
+def test_config_file(tmp_path):
+    """The file of options that is shown is one."""
+    (block,) = code_blocks("docs/guides/pretrain.md", "yaml")
+    (tmp_path / "run.yaml").write_text(block)
+    options = pretrain.parse_arguments(["--config-file", str(tmp_path / "run.yaml"), "--output", "out"])
+    assert (options.model, options.data, options.learning_rate) == ("my-llama", ["my-text"], 5e-5)
+    assert len(options.variants()) == 3
+
+
+LINKED = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/**/*.md"),
+    *ROOT.glob("examples/*.md"),
+    *ROOT.glob("results/**/*.md"),
+    ROOT / "model_cards" / "README.md",
+]
+
+
+def headings(page: Path) -> set[str]:
+    """What links within a page may lead to, as GitHub names it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_links_exist():
+    """Files of this repository that pages name are there, and so are the headings."""
+    missing, seen = [], 0
+    for page in LINKED:
+        text = page.read_text(encoding="utf-8")
+        for target, heading in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
+            seen += 1
+            path = page.parent / target if target else page
+            if not path.exists() or heading and heading not in headings(path):
+                missing.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    names = re.findall(r"`((?:scripts|benchmarks|results|tests)/[^` ]+|constraints\.txt)`", text)
+    assert seen > 50 and names and not missing
+    assert [name for name in names if not (ROOT / name).exists()] == []
