@@ -4,10 +4,11 @@
 import ast
 import inspect
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-from griffe import Class, Docstring, Extension, Module, Object
+from griffe import Docstring, Extension, GriffeLoader, Module, Object
 
 
 NAME = re.compile(r"\[`(~?)([\w.]+)`\](?![(\[])")
@@ -24,8 +25,8 @@ ENTRIES = {
 
 
 class Docstrings(Extension):
-    def on_package(self, *, pkg: Module, **kwargs):
-        add_computed(pkg)
+    def on_package(self, *, pkg: Module, loader: GriffeLoader, **kwargs):
+        add_computed(pkg, loader)
         self.walk(pkg)
 
     def walk(self, obj: Object):
@@ -39,6 +40,9 @@ class Docstrings(Extension):
 
 def google_argument(match: re.Match) -> str:
     indent, name, kind, default = match.groups()
+    with suppress(SyntaxError, ValueError):
+        ast.literal_eval((default or "None").strip("`"))
+        default = None  # which the signature says
     return f"{indent}{name} ({kind}):" + (f" Default: {default}." if default else "")
 
 
@@ -53,10 +57,8 @@ def link(match: re.Match, obj: Object) -> str:
     return f'<autoref optional identifier="{".".join([path, *rest])}"><code>{shown}</code></autoref>'
 
 
-def add_computed(module: Module):
+def add_computed(module: Module, loader: GriffeLoader):
     """Gives classes the docstrings that they compute from those of others: `__doc__ = f"..."`."""
-    if not module.filepath.suffix == ".py":
-        return
     known = {}
     for node in ast.parse(module.filepath.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.ClassDef):
@@ -66,5 +68,5 @@ def add_computed(module: Module):
             if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "__doc__":
                 text = inspect.cleandoc(eval(ast.unparse(line.value), known))
                 of_class = module.members[node.name]
-                assert isinstance(of_class, Class)
-                of_class.docstring = Docstring(text, lineno=node.lineno, parent=of_class)
+                parser = {"parser": loader.docstring_parser, "parser_options": loader.docstring_options}
+                of_class.docstring = Docstring(text, lineno=node.lineno, parent=of_class, **parser)

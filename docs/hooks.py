@@ -199,8 +199,7 @@ def fields_of(name: str) -> str:
             default = parser.default_of(known[field.name])
             default = "must be given" if default is MISSING else f"`{default!r}`"
             text = field.metadata["help"].replace("%%", "%")
-            cells = (f"`{field.name}`", f"`{type_name(hints[field.name])}`", default, text)
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            rows.append(f"| `{field.name}` | `{type_name(hints[field.name])}` | {default} | {text} |")
     return "\n".join(rows)
 
 
