@@ -175,7 +175,24 @@ def test_headings_have_githubs_names(pages, site):
     assert seen > 150
 
 
-SHAPE = {*"ul ol li table tr pre blockquote h1 h2 h3 h4 img code em strong hr".split()}
+SHAPE = {
+    "ul",
+    "ol",
+    "li",
+    "table",
+    "tr",
+    "pre",
+    "code",
+    "blockquote",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "img",
+    "em",
+    "strong",
+    "hr",
+}
 
 
 class Shape(HTMLParser):
