@@ -104,7 +104,7 @@ architecture: $(READY) ## draw the pictures of ARCHITECTURE.md from the code; wr
 	$(BIN)/python scripts/architecture.py $(ARGS)
 
 docs: $(READY) ## build the documentation into site; with ARGS=serve show it at localhost:8000 while pages are written
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS:serve=serve --livereload),build --strict)
 
 clean: ## remove environments and caches
 	rm -rf .venv $(OLDEST) .cache .hypothesis build dist site *.egg-info .pytest_cache .ruff_cache
