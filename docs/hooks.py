@@ -33,6 +33,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).resolve().parents[1]
 OTHER_PAGES = ("*.md", "results/**/*.md", "model_cards/**/*.md", "examples/**/*.md")
 PACKAGES = {"attnres_convert": "convert", "attnres_recipes": "scripts/recipes", "attnres_commands": "scripts"}
+WATCHED = ("results", "model_cards", "convert", "scripts")  # besides `docs`, while pages are written
 WIDTH = 100  # of what commands print
 log = logging.getLogger("mkdocs.hooks")
 packages = tempfile.TemporaryDirectory(prefix="attnres-docs-")
@@ -55,9 +56,6 @@ def on_config(config):
     config.nav = list(expanded(config.nav))
     config.watch += [str(path) for path in (*ROOT.glob("*.md"), *ROOT.glob("*.py"), *map(ROOT.joinpath, WATCHED))]
     return config
-
-
-WATCHED = ("results", "model_cards", "convert", "scripts")
 
 
 def expanded(items: list) -> list:
