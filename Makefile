@@ -14,7 +14,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
 .PHONY: help setup quickstart test test-real test-serving test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
-	devices gpu gpu-evidence conformance architecture clean
+	devices gpu gpu-evidence conformance architecture docs clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -25,7 +25,7 @@ setup: $(READY) ## create .venv with the pinned packages and this project
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,serve,plot,export,trl,lm-eval,gguf,test,lint]' torchao
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,evaluate,generate,serve,plot,export,trl,lm-eval,gguf,docs,test,lint]' torchao
 	@touch $@
 
 quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--tiny a small one; writes outputs/quickstart
@@ -103,6 +103,9 @@ conformance: $(READY) ## run the model tests of transformers on every family
 architecture: $(READY) ## draw the pictures of ARCHITECTURE.md from the code; writes docs
 	$(BIN)/python scripts/architecture.py $(ARGS)
 
+docs: $(READY) ## build the documentation into site; with ARGS=serve show it at localhost:8000 while pages are written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS:serve=serve --livereload),build --strict)
+
 clean: ## remove environments and caches
-	rm -rf .venv $(OLDEST) .cache .hypothesis build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) .cache .hypothesis build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -83,6 +83,7 @@ setup(
             "triton>=3.2; sys_platform == 'linux'",  # whose interpreter runs the kernels on a CPU
         ],
         "lint": ["ruff"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "ruff"],  # which formats signatures
     },
     entry_points={
         "console_scripts": [
