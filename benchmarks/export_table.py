@@ -2,8 +2,8 @@
 """python benchmarks/export_table.py
 
 Exports a tiny model of each family, every tensor away from its initial value, queries included, as ONNX and with
-torch.export, or in the formats that are given, and fills the table in docs/guides/export.md. Each file is run in pieces, with a
-cache and padding, on shapes that weren't traced, and compared with the model.
+torch.export, or in the formats that are given, and fills the table in docs/guides/export.md. Each file is run in
+pieces, with a cache and padding, on shapes that weren't traced, and compared with the model.
 
 Prints the table. Ends with an error if a family that was exported before can't be any more.
 """
@@ -77,7 +77,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="which, instead of all")
     parser.add_argument("--formats", nargs="+", default=["onnx", "torch"], choices=FORMATS, help="which to write")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "export.json", help="JSON file to fill")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "guides" / "export.md", help="Markdown file to fill")
+    parser.add_argument(
+        "--page", type=Path, default=ROOT / "docs" / "guides" / "export.md", help="Markdown file to fill"
+    )
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -1,10 +1,10 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """python benchmarks/support_table.py
 
-Fills the table of supported families in docs/families.md. Every cell is measured or read from a result: a tiny model of each
-family, every tensor away from its initial value, is converted, generates, and is trained for a few steps. Serving and
-conformance come from `results/serving.json`, which `benchmarks/serving.py` writes, and from what `make conformance`
-writes, `results/conformance.json`.
+Fills the table of docs/families.md. Every cell is measured or read from a result: a tiny model of each family, every
+tensor away from its initial value, is converted, generates, and is trained for a few steps. Serving and conformance
+come from `results/serving.json`, which `benchmarks/serving.py` writes, and from what `make conformance` writes,
+`results/conformance.json`.
 
 Prints the table, then the results as one line of JSON. Ends with an error if a family fails.
 """

@@ -3,7 +3,8 @@
 are made from the code.
 
 In the site's sources each file has the path that it has in the repository, so that links mean the same in both. Pages
-of `docs` lose that folder's name in their address; those at the root are in `project`.
+of `docs` lose that folder's name in their address; the README is the first page, and others at the root are in
+`project`.
 """
 
 import ast
@@ -74,6 +75,8 @@ def expanded(items: list) -> list:
 
 def address(path: str) -> str:
     """Where a file of the repository is in the site."""
+    if path == "README.md":
+        return "index.html"
     folder, name = posixpath.split(path)
     stem, suffix = posixpath.splitext(name)
     if suffix == ".md":

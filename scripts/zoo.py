@@ -38,8 +38,8 @@ from attnres_recipes.pretraining import pretrain
 from attnres_recipes.process import quieten_libraries
 from attnres_recipes.publishing import WEIGHTS, check_content, collect, load_as_stranger, walk
 from huggingface_hub import ModelCard
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from pages import fill, section
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from smollm2 import fetch_model
@@ -48,7 +48,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO, RUNS, PAGE = Path("model_cards"), Path("outputs/zoo"), Path("model_cards/README.md")  # from the root of the project
+ZOO, RUNS = Path("model_cards"), Path("outputs/zoo")  # from the root of the project
+PAGE = ZOO / "README.md"
 HELD_OUT = "held_out.jsonl"
 SEQ_LEN = 256  # tokens, of the windows in which the held-out text is read
 LARGEST = 12_000_000  # bytes of weights

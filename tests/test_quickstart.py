@@ -20,8 +20,8 @@ import attnres
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import quickstart  # noqa: E402
 import pages  # noqa: E402
+import quickstart  # noqa: E402
 import smollm2  # noqa: E402
 import stories  # noqa: E402
 
