@@ -91,7 +91,7 @@ setup(
         ],
         "vllm.general_plugins": ["attnres = attnres_serving.vllm_plugin:register"],
     },
-    keywords=["attention residuals", "depth attention", "residual connections", "transformers", "language models", "pytorch"],
+    keywords=["attention residuals", "depth attention", "residual connections", "transformers", "language models"],
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

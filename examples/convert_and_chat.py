@@ -39,14 +39,14 @@ try:
     if source.endswith(".gguf"):  # its weights become floats first, so that transformers loads the donor too
         dequantize_checkpoint(source, args.output / "donor", dtype="float32", force=True)
         source = str(args.output / "donor")
-    result = convert_checkpoint(source, args.output / "attnres", force=True)
     tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.chat_template is None:
+        raise InputError(f"{source} has no chat template; give a chat model.")
+    result = convert_checkpoint(source, args.output / "attnres", force=True)
     donor = AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
     model = AutoModelForCausalLM.from_pretrained(args.output / "attnres", dtype="float32").eval()
 except (InputError, OSError, ValueError) as error:
     sys.exit(one_line(f"convert_and_chat: {error}"))
-if tokenizer.chat_template is None:
-    sys.exit(f"convert_and_chat: {source} has no chat template; give a chat model.")
 
 chat = [{"role": "user", "content": args.question}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

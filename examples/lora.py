@@ -8,6 +8,7 @@ as attnres-convert writes it.
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from attnres_convert.reading import one_line
@@ -20,10 +21,14 @@ from trl import SFTConfig, SFTTrainer
 import attnres  # noqa: F401  (makes the models known to the Auto classes)
 
 
+CHATS = Path(__file__).resolve().with_name("captain.jsonl")
+ZOO = CHATS.parents[1] / "model_cards"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # of a model that has none
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default="model_cards/attnres-1.3m-continued", help="folder or Hub id; default: of the zoo")
-parser.add_argument("--data", default="examples/captain.jsonl", help="chats; default: examples/captain.jsonl")
+parser.add_argument(
+    "--model", default=str(ZOO / "attnres-1.3m-continued"), help="folder or Hub id; default: of the zoo"
+)
+parser.add_argument("--data", default=str(CHATS), help="JSON lines with messages; default: examples/captain.jsonl")
 parser.add_argument("--output", default="outputs/lora_example", help="folder of the adapter")
 parser.add_argument("--steps", type=int, default=30, help="training steps; default: 30")
 args = parser.parse_args()
@@ -43,16 +48,16 @@ class ClipApart(TrainerCallback):
 try:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-    chats = load_dataset("json", data_files=args.data, split="train").train_test_split(8, seed=0)
+    chats = load_dataset("json", data_files=args.data, split="train").train_test_split(test_size=8, seed=0)
 except (OSError, ValueError) as error:
     sys.exit(one_line(f"lora: {error}"))
 tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
 lora = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", modules_to_save=["depth_attention"])
 model = get_peft_model(base, lora)
-optimizer = new_optimizer(model, learning_rate=5e-4, depth_lr_scale=0.03)  # a good model needs queries that move slowly
-settings = SFTConfig(
-    args.output, max_steps=args.steps, max_grad_norm=0, bf16=False, disable_tqdm=True, save_strategy="no", report_to="none"
-)
+# Queries that move fast would harm a model that is already good
+optimizer = new_optimizer(model, learning_rate=5e-4, depth_lr_scale=0.03)
+quiet = {"disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+settings = SFTConfig(args.output, max_steps=args.steps, max_grad_norm=0, bf16=False, **quiet)
 data = {"train_dataset": chats["train"], "eval_dataset": chats["test"]}
 trainer = SFTTrainer(model, settings, **data, processing_class=tokenizer, optimizers=(optimizer, None))
 trainer.add_callback(ClipApart())

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import attnres  # noqa: F401  (makes the models known to the Auto classes)
 
 
-ZOO = Path(__file__).resolve().parents[1] / "model_cards"
+MODEL = Path(__file__).resolve().parents[1] / "model_cards" / "attnres-1.3m-block"
 
 
 def main():  # vLLM may start processes that import this file
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ZOO / "attnres-1.3m-block"), help="folder or Hub id; default: of the zoo")
+    parser.add_argument("--model", default=str(MODEL), help="folder or Hub id; default: one of the zoo")
     parser.add_argument("--prompt", action="append", help='may be repeated; default: "import numpy" and one more')
     parser.add_argument("--new-tokens", type=int, default=16, help="default: 16")
     args = parser.parse_args()
