@@ -50,8 +50,8 @@ def test_newest_versions_are_tested():
 
 
 def test_the_source_distribution_is_whole(tmp_path):
-    """The wheel that is built out of it has each file of code that is installed from a clone, and both have nothing that
-    a clone gathers."""
+    """The wheel that is built out of it has each file of code that a clone installs, and neither has what is lying
+    around in one."""
     ignored = shutil.ignore_patterns(
         ".git", ".venv*", "outputs", "build", "dist", "*.egg-info", "model_cards", "results"
     )
