@@ -5,6 +5,9 @@ READY := .venv/.ready
 MINUTES ?= 9
 SERVING := .venv-serving
 SERVING_READY := $(SERVING)/.ready
+DIST := .venv-dist
+DIST_READY := $(DIST)/.ready
+OUTPUT := dist
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 # What proves the code files, and that runs go on. Compilation and gradients in double precision depend on torch, which is the same. Left out
@@ -14,7 +17,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
 .PHONY: help setup quickstart test test-real test-serving test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
-	devices gpu gpu-evidence conformance architecture docs clean
+	devices gpu gpu-evidence conformance architecture docs dist clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.12]"
@@ -38,7 +41,7 @@ test-real: $(READY) ## run the tests on a real chat model, which is downloaded (
 	$(BIN)/python -m pytest -m real $(ARGS)
 
 test-serving: $(SERVING_READY) ## serve models of all families with vLLM, installed for CPUs in an environment of its own
-	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -m serving tests/test_vllm.py $(ARGS)
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -m serving tests/test_vllm.py tests/test_examples.py $(ARGS)
 
 # torchvision and torchaudio of vLLM's wheel are of another torch than it is, and transformers imports them if they are there
 $(SERVING_READY): setup.py pyproject.toml constraints-serving.txt
@@ -106,6 +109,17 @@ architecture: $(READY) ## draw the pictures of ARCHITECTURE.md from the code; wr
 docs: $(READY) ## build the documentation into site; with ARGS=serve show it at localhost:8000 while pages are written
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS:serve=serve --livereload),build --strict)
 
+# The wheel comes out of the source distribution, so what that lacks shows
+dist: $(DIST_READY) ## build the source distribution and out of it the wheel, into OUTPUT=dist, and check both
+	rm -f $(OUTPUT)/attnres-*.tar.gz $(OUTPUT)/attnres-*.whl
+	$(DIST)/bin/python -m build --outdir $(OUTPUT) .
+	$(DIST)/bin/python -m twine check --strict $(OUTPUT)/attnres-*
+
+$(DIST_READY): constraints-dist.txt
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-dist.txt build twine
+	@touch $@
+
 clean: ## remove environments and caches
-	rm -rf .venv $(OLDEST) .cache .hypothesis build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) $(DIST) .cache .hypothesis build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,7 +31,7 @@ from families_attnres import *  # noqa: F403
 from modeling_attnres import *  # noqa: F403
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "register_depth_mixer",
     *configuration_attnres.__all__,
