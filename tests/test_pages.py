@@ -31,7 +31,7 @@ from exactness import markdown  # noqa: E402
 
 
 GUIDES = sorted(f"docs/guides/{path.name}" for path in (ROOT / "docs" / "guides").glob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "model_cards/README.md", *GUIDES]
+PAGES = ["README.md", "CONTRIBUTING.md", "model_cards/README.md", "examples/README.md", *GUIDES]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 OWN_TESTS = ("docs/guides/add_", "docs/guides/several_devices")  # of test_architecture.py and test_several_devices.py
 # What makes a command short: the same with smaller sizes
@@ -68,6 +68,7 @@ ELSEWHERE = {
     "attnres-serve": "tests/serve_process.py",
     "scripts/smollm2.py": "tests/test_real.py",
     "model_cards/attnres-smollm2-135m": "tests/test_real.py",
+    "examples/depth_weights.py": "tests/test_examples.py",
     "gpu_evidence.py --prepare": "tests/test_gpu_evidence.py",
 }
 
