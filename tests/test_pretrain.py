@@ -21,7 +21,7 @@ import torch
 from attnres_convert import InputError
 from attnres_recipes import data, figures, optim, packing
 from attnres_recipes.folders import WORK_NAME
-from attnres_recipes.options import TrainingOptions
+from attnres_recipes.options import PretrainOptions, TrainingOptions
 from attnres_recipes.run import open_run
 from attnres_recipes.start import scaled_model
 from attnres_recipes.trainer import check_saved
@@ -748,6 +748,21 @@ def test_kinds_of_files(cache, tmp_path):
 
 
 # Optimizers
+
+
+def test_default_of_the_rate_of_depth_attention():
+    """A multiple of the learning rate by what is trained, and never more than was good in the sweep."""
+    found = {rate: PretrainOptions(config="llama", learning_rate=rate, output="out").rates for rate in (1e-3, 8e-3)}
+    assert found == {1e-3: {"depth_lr_scale": 3.0}, 8e-3: {"depth_lr_scale": 0.75}}
+    assert PretrainOptions(config="llama", output="out").rates == {"learning_rate": 1e-3, "depth_lr_scale": 3.0}
+    given = PretrainOptions(config="llama", learning_rate=8e-3, depth_lr_scale=10, output="out")
+    assert given.rates == {}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**sizes, vocab_size=99))
+    assert sorted({group["lr"] for group in optim.new_optimizer(model, learning_rate=0.02).param_groups}) == [
+        6e-3,
+        0.02,
+    ]
 
 
 def test_parameter_groups():

@@ -13,7 +13,7 @@ from attnres_convert import InputError, reading
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .defaults import HELD_OUT, PACKAGES, RATES, SOURCES, STDLIB
+from .defaults import HELD_OUT, MOST_DEPTH_RATE, PACKAGES, RATES, SOURCES, STDLIB, rates_of
 from .leaks import secret_in_text
 from .parser import Limits, Lists, Options, flag, kinds_of, option, read_words, takes_one_value
 
@@ -120,7 +120,10 @@ class TrainingOptions(Options):
         None, "of all but depth attention; default: " + list_rates("learning_rate")
     )
     depth_lr_scale: NonNegative | None = option(
-        None, "depth attention's learning rate as a multiple of the other; default: " + list_rates("depth_lr_scale")
+        None,
+        "depth attention's learning rate as a multiple of the other; default: "
+        + list_rates("depth_lr_scale")
+        + f", where that makes at most {MOST_DEPTH_RATE:g}",
     )
     weight_decay: NonNegative = option(0.1, "of matrices")
     max_grad_norm: NonNegative = option(1.0, "0 for no clipping")
@@ -315,7 +318,8 @@ class RunOptions(DataOptions, TrainingOptions):
     @property
     def rates(self) -> dict[str, float]:
         """The learning rates that aren't given."""
-        return {name: rate for name, rate in RATES[self.trained].items() if getattr(self, name) is None}
+        rates = rates_of(self.trained, self.learning_rate)
+        return {name: rate for name, rate in rates.items() if getattr(self, name) is None}
 
     def settled(self, steps: int | None = None) -> "RunOptions":
         """With what depends on other options filled in, and on the number of steps once that is known."""
