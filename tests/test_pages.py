@@ -69,6 +69,8 @@ ELSEWHERE = {
     "scripts/smollm2.py": "tests/test_real.py",
     "model_cards/attnres-smollm2-135m": "tests/test_real.py",
     "examples/depth_weights.py": "tests/test_examples.py",
+    "accelerate/ddp.yaml": "tests/test_multi_device.py",
+    "accelerate/pipeline.yaml": "tests/test_multi_device_pipelines.py",
     "gpu_evidence.py --prepare": "tests/test_gpu_evidence.py",
 }
 
