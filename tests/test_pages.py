@@ -371,6 +371,21 @@ def test_losses_are_the_recorded_ones():
         assert shown and [number for number in shown if number not in rounded] == [], name
 
 
+def test_what_is_said_of_the_figure_by_depth_is_recorded():
+    """Sizes and ratios of donor, Block and Full are those of the figure's numbers."""
+    (text,) = re.findall(r"^## By depth\n(.*?)^## ", (ROOT / "results" / "README.md").read_text("utf-8"), re.M | re.S)
+    donor, block, full = json.loads((ROOT / "results" / "by_depth" / "dynamics.json").read_text("utf-8")).values()
+    text = " ".join(text.split())
+    assert f"square of {donor['output_rms'][1]:.0f}, where the residual stream has {donor['sum_rms'][-1]:.0f}" in text
+    for model, of in ((block, "stays between"), (full, "outputs are between")):
+        assert f"{of} {min(model['sum_rms']):.1f} and {max(model['sum_rms']):.1f}" in text
+    ratios = [max(model["gradient_norm"]) / min(model["gradient_norm"]) for model in (donor, block, full)]
+    assert (
+        "{:.0f} times the smallest in the donor, {:.0f} times in Block and {:.0f} times in Full".format(*ratios) in text
+    )
+    assert len(block["sum_starts"]) == 8 and block["sum_rms"][6] < block["sum_rms"][5] / 5
+
+
 def test_make_commands_exist():
     """Every `make` command that the pages name is a target."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
