@@ -10,6 +10,8 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -219,11 +221,14 @@ def main(argv: list[str] | None = None):
     if "before" not in results:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         results |= {"model": args.model.name, "before": loss_of(model, held_out), "versions": versions()}
+    words = sys.argv[1:] if argv is None else argv
+    results["command"] = shlex.join(["python", "benchmarks/depth_training.py", *words])
     for name in args.ways:
         for seed in args.seeds:
             if (key := f"{name}, seed {seed}") not in results["runs"]:
                 results["runs"][key] = train(args.model, WAYS[name], seed, sequences, held_out)
                 write_json(args.output, results)
+    write_json(args.output, results)
     print(table(rows(results)))
 
 

@@ -53,9 +53,10 @@ SHORTER = {
         f"--tokens-per-parameter 0.02 {TRAINING}"
     ),
     "--num_processes 8": "--num_processes 2",
+    "attnres-1.3m-block --html": "attnres-1.3m-block --html --sequences 1 --seq-len 32",
     "benchmark.py": f"benchmark.py {BENCHMARK} --prompt-len 24 --new-tokens 2 --rounds 1",
     "hidden_size=256,512,1024 layers=8,16,32": "hidden_size=32,64 layers=2,3",
-    "--minutes 9": "--minutes 0.01",
+    "--minutes 9": "--minutes 0.01 --vary hidden_size=32,64",
     "--lm-eval stdlib_docstring,stdlib_body": "--lm-eval stdlib_docstring --lm-eval-limit 4",
 }
 # What runs elsewhere, and where
