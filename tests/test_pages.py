@@ -31,7 +31,7 @@ from exactness import markdown  # noqa: E402
 
 
 GUIDES = sorted(f"docs/guides/{path.name}" for path in (ROOT / "docs" / "guides").glob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "model_cards/README.md", "examples/README.md", *GUIDES]
+PAGES = ["README.md", "CONTRIBUTING.md", "model_cards/README.md", "examples/README.md", "results/README.md", *GUIDES]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 OWN_TESTS = ("docs/guides/add_", "docs/guides/several_devices")  # of test_architecture.py and test_several_devices.py
 # What makes a command short: the same with smaller sizes
@@ -53,6 +53,7 @@ SHORTER = {
         f"--tokens-per-parameter 0.02 {TRAINING}"
     ),
     "--num_processes 8": "--num_processes 2",
+    "--output outputs/by_depth": "--sequences 1 --seq-len 32 --output outputs/by_depth",
     "attnres-1.3m-block --html": "attnres-1.3m-block --html --sequences 1 --seq-len 32",
     "benchmark.py": f"benchmark.py {BENCHMARK} --prompt-len 24 --new-tokens 2 --rounds 1",
     "hidden_size=256,512,1024 layers=8,16,32": "hidden_size=32,64 layers=2,3",
@@ -431,6 +432,6 @@ def test_links_exist():
             if not path.exists() or heading and heading not in headings(path):
                 missing.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
-    names = re.findall(r"`((?:scripts|benchmarks|results|tests)/[^` ]+|constraints\.txt)`", text)
+    names = re.findall(r"`((?:scripts|benchmarks|results|tests)/[^`\s]+|constraints\.txt)`", text)
     assert seen > 50 and names and not missing
     assert [name for name in names if not (ROOT / name).exists()] == []
