@@ -45,13 +45,9 @@ SHORTER = {
     "--data site-packages": "--data my-text",
     "--data stdlib": "--data my-text",
     "--compare donor,block,full,denseformer --tune learning_rate=4e-3,8e-3,1.6e-2 --sweep seed=0,1,2 --jobs 2": (
-        "--compare donor,block --tune learning_rate=1e-2,1e-1,1 --sweep seed=0,1 --jobs 2"
+        "--compare donor,block --tune learning_rate=1e-2,1e-1,1 --sweep seed=0 --jobs 2"
     ),
     "--sweep depth_lr_scale=0.1,0.3,1,3": "--sweep depth_lr_scale=0.1,1",
-    "--sizes 32x6,48x8,64x10,80x12 --data-split 'train[:25%]' --jobs 2": (
-        "--sizes 32x1,48x1 --data my-text --compare donor,block --seeds 0 --learning-rates 1e-2 --vocab 300 "
-        f"--tokens-per-parameter 0.02 {TRAINING}"
-    ),
     "--num_processes 8": "--num_processes 2",
     "--output outputs/by_depth": "--sequences 1 --seq-len 32 --output outputs/by_depth",
     "attnres-1.3m-block --html": "attnres-1.3m-block --html --sequences 1 --seq-len 32",
@@ -73,6 +69,7 @@ ELSEWHERE = {
     "examples/depth_weights.py": "tests/test_examples.py",
     "accelerate/ddp.yaml": "tests/test_multi_device.py",
     "accelerate/pipeline.yaml": "tests/test_multi_device_pipelines.py",
+    "scripts/scaling_law.py": "tests/test_scaling_law.py",
     "gpu_evidence.py --prepare": "tests/test_gpu_evidence.py",
 }
 
@@ -386,6 +383,20 @@ def test_what_is_said_of_the_figure_by_depth_is_recorded():
         "{:.0f} times the smallest in the donor, {:.0f} times in Block and {:.0f} times in Full".format(*ratios) in text
     )
     assert len(block["sum_starts"]) == 8 and block["sum_rms"][6] < block["sum_rms"][5] / 5
+
+
+def test_ways_to_train_depth_attention_are_recorded():
+    """Losses and differences are those of results/real/depth_training.json."""
+    runs = json.loads((ROOT / "results" / "real" / "depth_training.json").read_text("utf-8"))["runs"]
+    losses = {name: run["held_out_loss"] for name, run in runs.items()}
+    (text,) = re.findall(
+        r"^\*\*Other ways.*?(?=^\*\*Fine)", (ROOT / "results/README.md").read_text("utf-8"), re.M | re.S
+    )
+    untrained = {name[-1]: loss for name, loss in losses.items() if name.startswith("untrained")}
+    assert ", ".join(f"{untrained[seed]:.4f}" for seed in "012") in text
+    recorded = {f"{loss - untrained[name[-1]]:+.4f}" for name, loss in losses.items()}
+    shown = re.findall(r"[-+ ]\d\.\d{4}", "".join(line for line in text.splitlines() if line.startswith("|")))
+    assert len(shown) == len(losses) - 3 and {number.replace(" 0.", "-0.") for number in shown} <= recorded
 
 
 def test_make_commands_exist():
