@@ -42,11 +42,7 @@ SHORTER = {
     "--steps 400": f"--steps 2 --save-steps 2 {TRAINING}",
     "checkpoint-400": "checkpoint-2",
     "--train-tokenizer 2048": "--train-tokenizer 300",
-    "--data site-packages": "--data my-text",
     "--data stdlib": "--data my-text",
-    "--compare donor,block,full,denseformer --tune learning_rate=4e-3,8e-3,1.6e-2 --sweep seed=0,1,2 --jobs 2": (
-        "--compare donor,block --tune learning_rate=1e-2,1e-1,1 --sweep seed=0 --jobs 2"
-    ),
     "--sweep depth_lr_scale=0.1,0.3,1,3": "--sweep depth_lr_scale=0.1,1",
     "--num_processes 8": "--num_processes 2",
     "--output outputs/by_depth": "--sequences 1 --seq-len 32 --output outputs/by_depth",
@@ -69,6 +65,7 @@ ELSEWHERE = {
     "examples/depth_weights.py": "tests/test_examples.py",
     "accelerate/ddp.yaml": "tests/test_multi_device.py",
     "accelerate/pipeline.yaml": "tests/test_multi_device_pipelines.py",
+    "--compare donor,block,full,denseformer": "tests/test_comparison.py",
     "scripts/scaling_law.py": "tests/test_scaling_law.py",
     "gpu_evidence.py --prepare": "tests/test_gpu_evidence.py",
 }
