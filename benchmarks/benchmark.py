@@ -504,12 +504,11 @@ def main(argv: list[str] | None = None):
     }
     rows = {report.part: len(report.rows) for report in reports}
     print(json.dumps({"output": args.output and str(args.output), "rows": rows, "ratios": ratios}))
-    failed = {name: reason for report in reports for name, reason in report.not_timed.items()}
-    if late := [name for name, reason in failed.items() if reason == LATE]:
+    missing = [(name, reason) for report in reports for name, reason in report.not_timed.items()]
+    if late := [name for name, reason in missing if reason == LATE]:
         print(f"benchmark: not begun, as {LATE}: {'; '.join(late)}", file=sys.stderr)
-    failed = {name: reason for name, reason in failed.items() if reason != LATE}
-    if failed:
-        raise SystemExit("benchmark: not timed: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    if failed := [f"{name}: {reason}" for name, reason in missing if reason != LATE]:
+        raise SystemExit(f"benchmark: not timed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,6 @@ def main(argv: list[str] | None = None):
             if (key := f"{name}, seed {seed}") not in results["runs"]:
                 results["runs"][key] = train(args.model, WAYS[name], seed, sequences, held_out)
                 write_json(args.output, results)
-    write_json(args.output, results)
     print(table(rows(results)))
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import code_blocks
 from PIL import Image
 
 
@@ -21,16 +22,14 @@ import architecture  # noqa: E402
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("ARCHITECTURE.md", "CONTRIBUTING.md")}
 TEXT = DOCUMENTS["ARCHITECTURE.md"]
 GUIDES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/guides/add_*.md"))}
-EXAMPLES = {
-    name: re.search(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[1] for name, text in GUIDES.items()
-}
+EXAMPLES = {name: "".join(code_blocks(text, "python")) for name, text in GUIDES.items()}
 PROSE = re.sub(r"^```.*?^```", "", "\n".join([TEXT, *GUIDES.values()]), flags=re.MULTILINE | re.DOTALL)
 WORDS = re.findall(r"`([^`\n]+)`", PROSE)
 
 
 def test_every_example_is_found():
     assert list(EXAMPLES) == ["add_a_family", "add_a_mixer", "add_an_implementation"]
-    assert [text.count("```python") for text in GUIDES.values()] == [1, 1, 1]
+    assert [text.count("```python") for text in (*GUIDES.values(), TEXT)] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from documents import headings
 
 
 pytestmark = [
@@ -153,24 +154,11 @@ def test_all_pages_are_there(pages, site):
     assert [name for name in names if name not in listed and not name.startswith("results/")] == []
 
 
-def github_headings(text: str) -> list[str]:
-    """The names that GitHub gives to the headings of a page."""
-    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-    text = re.sub(r"^ *(```+).*?^ *\1", "", text, flags=re.MULTILINE | re.DOTALL)
-    names, seen = [], Counter()
-    for title in re.findall(r"^#+ +(.*?)#*$", text, flags=re.MULTILINE):
-        title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
-        name = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
-        names.append(f"{name}-{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return names
-
-
 def test_headings_have_githubs_names(pages, site):
     """So that a link to one works in both."""
     seen = 0
     for name in own_pages():
-        expected = github_headings((ROOT / name).read_text(encoding="utf-8"))
+        expected = headings((ROOT / name).read_text(encoding="utf-8"))
         ids = pages[site / place(name)].headings
         assert [heading for heading in expected if heading not in ids] == [], name
         seen += len(expected)

@@ -2,6 +2,7 @@
 """README and the pages in docs: their commands and code run, their numbers are the recorded ones, their links lead
 somewhere."""
 
+import importlib
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
+from documents import code_blocks, headings
 from hub_server import serve_hub
 from safetensors import safe_open
 from serve_process import Running
@@ -28,6 +31,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import pretrain  # noqa: E402
 from exactness import markdown  # noqa: E402
+from pages import section  # noqa: E402
 
 
 GUIDES = sorted(f"docs/guides/{path.name}" for path in (ROOT / "docs" / "guides").glob("*.md"))
@@ -71,26 +75,20 @@ ELSEWHERE = {
 }
 
 
-def code_blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return code_blocks((ROOT / page).read_text(encoding="utf-8"), language)
 
 
 def commands(page: str) -> list[str]:
-    lines = "".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if not line.startswith("#")]
-
-
-def section(page: str, name: str) -> str:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, flags=re.DOTALL).group(1)
 
 
 def shorter(command: str) -> list[str]:
     """The words of a command, with smaller sizes, and of one for make what make runs."""
     if command.startswith("make "):
         made = subprocess.run(
-            ["make", "--dry-run", "--old-file", ".venv/.ready", *shlex.split(command)[1:]],
+            ["make", "--dry-run", "--no-print-directory", "--old-file", ".venv/.ready", *shlex.split(command)[1:]],
             cwd=ROOT,
             text=True,
             capture_output=True,
@@ -181,12 +179,12 @@ def workplace(template, tmp_path) -> Path:
 
 
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
-WITH_CODE = [page for page in PAGES if code_blocks(page, "python") and not page.startswith(OWN_TESTS)]
+WITH_CODE = [page for page in PAGES if blocks(page, "python") and not page.startswith(OWN_TESTS)]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", WITH_COMMANDS)
-def test_commands_run(page, workplace, monkeypatch):
+def test_commands_run(page, workplace, monkeypatch, capsys):
     """Every command of a page works, from top to bottom, on a small checkpoint and text; long ones with small sizes."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for command in commands(page):
@@ -201,6 +199,25 @@ def test_commands_run(page, workplace, monkeypatch):
             if made in ("llama-attnres", "exported", "outputs/run"):  # the template's
                 shutil.rmtree(workplace / made, ignore_errors=True)
             execute(words, workplace, monkeypatch)
+    if page == "docs/guides/convert.md":
+        assert "largest logit difference" in capsys.readouterr().out
+
+
+def test_commands_that_run_elsewhere_parse():
+    """They have options that they know and files that exist."""
+    folders, checked = ("scripts/", "benchmarks/"), 0
+    installed = {point.name: point.value.partition(":")[0] for point in entry_points(group="console_scripts")}
+    everything = [command for page in PAGES for command in commands(page)]
+    for command in everything:
+        words = shlex.split(command)
+        names = [word for word in words if word.startswith(folders) and word[-3:] == ".py" or word in installed]
+        if not any(part in command for part in ELSEWHERE) or not names or names == ["accelerate"]:
+            continue
+        name = names[-1]
+        importlib.import_module(installed.get(name) or Path(name).stem).parse_arguments(words[words.index(name) + 1 :])
+        assert all((ROOT / word).is_file() for word in words if word.startswith(folders))
+        checked += 1
+    assert checked >= 8
 
 
 def publish(command: str, folder: Path):
@@ -234,7 +251,7 @@ def test_no_block_is_left_out():
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_code_runs(page, workplace):
     """All Python of a page works, from top to bottom."""
-    code = code_blocks(page, "python")
+    code = blocks(page, "python")
     for made in re.findall(r'convert_checkpoint\("my-llama", "([^"]+)"', "".join(code)):
         shutil.rmtree(workplace / made, ignore_errors=True)
     server = None
@@ -251,13 +268,12 @@ def test_code_runs(page, workplace):
         if server:
             server.__exit__()
     assert done.returncode == 0, done.stderr
-    check = CHECKS.get(page)
-    if check:
+    if check := CHECKS.get(page):
         check(done.stdout.splitlines(), workplace)
 
 
 def check_readme(lines: list[str], folder: Path):
-    assert float(lines[0]) < 1e-11  # float64
+    check_converted(lines, folder)
     assert any(line.startswith("user: How do I keep bread fresh?") for line in lines)
     assert lines[-1].startswith("9 tensor(")  # reads of a model of 4 layers
     assert (folder / "outputs" / "lora" / "merged" / "model.safetensors").is_file()
@@ -269,22 +285,35 @@ def check_continued(_: list[str], folder: Path):
     assert query[1:].any(dim=1).all()  # the first read has one source, so nothing to learn
 
 
+def check_converted(lines: list[str], _: Path):
+    assert float(lines[0]) < 1e-11  # float64
+
+
+def check_line(pattern: str, place: int = -1):
+    """A check that a line begins so, by default the last one."""
+
+    def check(lines: list[str], _: Path):
+        assert re.match(pattern, lines[place]), lines
+
+    return check
+
+
 CHECKS = {
     "README.md": check_readme,
     "docs/guides/continue.md": check_continued,
-    "docs/guides/finetune.md": lambda lines, _: _has("trainable params", lines),
-    "docs/guides/pretrain.md": lambda lines, _: _has("1 torch.Size([13, 64])", lines),
+    "docs/guides/convert.md": check_converted,
+    "docs/guides/export.md": check_line("def main", 0),
+    "docs/guides/finetune.md": check_line("trainable params"),
+    "docs/guides/pretrain.md": check_line(r"1 torch.Size\(\[13, 64\]\)"),
+    "docs/guides/see_inside.md": check_line(r"9 tensor\("),
+    "docs/modes.md": check_line("9$"),  # reads of a model of 4 layers
 }
-
-
-def _has(part: str, lines: list[str]):
-    assert any(part in line for line in lines), lines
 
 
 def test_the_readme_is_short():
     """Somebody reads it to the end: at most 180 lines, 25 of them code, and tables of at most eight rows."""
     assert len(README.splitlines()) <= 180
-    (code,) = code_blocks("README.md", "python")
+    (code,) = blocks("README.md", "python")
     assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 25
     tables = re.findall(r"(?:^\|.*\n)+", README, flags=re.MULTILINE)
     assert len(tables) == 3 and all(len(table.splitlines()) - 2 <= 8 for table in tables)
@@ -294,7 +323,9 @@ def test_numbers_of_the_readme_are_those_of_the_pages():
     """The range of each kind of family is that of docs/families.md, each ratio that of docs/speed.md."""
     names = dict(
         re.findall(
-            r"^\| `AttnRes(\w*)ForCausalLM` \| `\w+` \| yes, (\S+) \|", section("docs/families.md", "support"), re.M
+            r"^\| `AttnRes(\w*)ForCausalLM` \| `\w+` \| yes, (\S+) \|",
+            section(ROOT / "docs/families.md", "support"),
+            re.M,
         )
     )
     exact = {name.lower().replace("text", "") or "llama": float(number) for name, number in names.items()}
@@ -321,20 +352,20 @@ def test_numbers_of_the_readme_are_those_of_the_pages():
 
 def test_what_the_readme_tells_of_the_quickstart_is_recorded():
     results = json.loads((ROOT / "results" / "quickstart" / "results.json").read_text(encoding="utf-8"))
-    block = next(block for block in code_blocks("README.md", "text"))
+    block = next(block for block in blocks("README.md", "text"))
     before, after = re.split(r"\n(?=AttnRes)", block.split("before", 1)[1])
     question = re.match(r"> (.*)\n", block)[1]
     told = {"donor": before.split("[...]")[0], "AttnRes + LoRA": after.removeprefix("AttnRes + LoRA")}
     for model, text in told.items():
         assert " ".join(results["generated"][model][question]["text"].split()).startswith(" ".join(text.split()))
     assert "same 180 tokens" in " ".join(README.split())
-    assert section("docs/quickstart.md", "quickstart").count("180 of 180") == 1
+    assert section(ROOT / "docs/quickstart.md", "quickstart").count("180 of 180") == 1
 
 
 def test_exactness_table_is_the_recorded_one():
     """The table of the page is made from the committed results, and those keep the promise of the conversion."""
     results = json.loads((ROOT / "results" / "exactness.json").read_text(encoding="utf-8"))
-    assert section("docs/guides/convert.md", "exactness") == markdown(results["rows"])
+    assert section(ROOT / "docs/guides/convert.md", "exactness") == markdown(results["rows"])
     assert all(row["scaled"] < 3e-6 < 1e-3 < row["plain_mean"] for row in results["rows"])
     assert (results["settings"]["layers"], results["settings"]["hidden_size"]) == (12, 256)
 
@@ -406,7 +437,7 @@ def test_make_commands_exist():
 
 def test_config_file(tmp_path):
     """The file of options that is shown is one."""
-    (block,) = code_blocks("docs/guides/pretrain.md", "yaml")
+    (block,) = blocks("docs/guides/pretrain.md", "yaml")
     (tmp_path / "run.yaml").write_text(block)
     options = pretrain.parse_arguments(["--config-file", str(tmp_path / "run.yaml"), "--output", "out"])
     assert (options.model, options.data, options.learning_rate) == ("my-llama", ["my-text"], 5e-5)
@@ -422,13 +453,6 @@ LINKED = [
 ]
 
 
-def headings(page: Path) -> set[str]:
-    """What links within a page may lead to, as GitHub names it."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#+ +(.*)$", text, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
-
-
 def test_links_exist():
     """Files of this repository that pages name are there, and so are the headings."""
     missing, seen = [], 0
@@ -437,7 +461,7 @@ def test_links_exist():
         for target, heading in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
             seen += 1
             path = page.parent / target if target else page
-            if not path.exists() or heading and heading not in headings(path):
+            if not path.exists() or heading and heading not in headings(path.read_text(encoding="utf-8")):
                 missing.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     names = re.findall(r"`((?:scripts|benchmarks|results|tests)/[^`\s]+|constraints\.txt)`", text)

@@ -319,7 +319,7 @@ def test_loss_that_is_not_a_number(server, donor, text):
 def test_model_that_breaks(evaluated, server, text):
     """A step that breaks the model is noticed before a checkpoint of it is written, with or without an evaluation."""
     command = [*RUN, "--data", text, "--learning-rate", 1e28, "--save-steps", 1, "--warmup", 1, "--steps", 10]
-    command += ["--keep-checkpoints", 1, "--eval-steps", 1 if evaluated else 10]
+    command += ["--keep-checkpoints", 1, "--eval-steps", 1 if evaluated else 10, "--depth-lr-scale", 1]
     folder = server.folder / "whose-name-is-not-a-short-one" / f"breaks-{evaluated}"
     message = server.run(*command, "--output", folder, exit_code=1)
     failure = read_failure(folder, message.splitlines(keepends=True)[-1])

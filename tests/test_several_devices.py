@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import code_blocks
 from families import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -23,12 +24,8 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 import devices  # noqa: E402
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-
-
 def commands() -> list[list[str]]:
-    text = "".join(code_blocks("bash")).replace("\\\n", " ")
+    text = "".join(code_blocks(PAGE, "bash")).replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines()]
 
 
@@ -63,7 +60,7 @@ def test_loop(tmp_path):
     torch.manual_seed(0)
     model = tiny_model(vocab_size=100, max_position_embeddings=64)
     model.save_pretrained(tmp_path / "llama-attnres")
-    (code,) = code_blocks("python")
+    (code,) = code_blocks(PAGE, "python")
     (tmp_path / "train.py").write_text(code)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -82,8 +82,8 @@ def new_optimizer(
     """The optimizer `"adamw"` or `"muon"` for the parameters of `model` that are trained.
 
     Args:
-        depth_lr_scale: depth attention's learning rate as a multiple of `learning_rate`; default: for a
-            model that was converted 0.3, for one from scratch 3, or what makes 6e-3.
+        depth_lr_scale: depth attention's learning rate as a multiple of `learning_rate`; default: that of a
+            model that was converted, or of one from scratch, as `rates_of` has them.
 
     Raises:
         InputError: Muon can't be had: this torch has none, DeepSpeed trains, or no matrices are trained.
