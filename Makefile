@@ -8,6 +8,7 @@ SERVING_READY := $(SERVING)/.ready
 DIST := .venv-dist
 DIST_READY := $(DIST)/.ready
 OUTPUT := dist
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 # What proves the code files, and that runs go on. Compilation and gradients in double precision depend on torch, which is the same. Left out
@@ -16,7 +17,7 @@ OLDEST_TESTS := tests/test_hub_code.py tests/test_configuration_attnres.py tests
 	tests/test_modeling_attnres.py tests/test_trainer.py \
 	-k "not compiled and not flex and not gradcheck and not selected_hidden_states and not block_size-True"
 
-.PHONY: help setup quickstart test test-real test-serving test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
+.PHONY: help setup quickstart test test-slow test-real test-serving test-oldest fuzz lint exactness support zoo pretrain finetune evaluate plot-depth bench \
 	devices gpu gpu-evidence conformance architecture docs dist clean
 
 help: ## list the commands
@@ -35,7 +36,10 @@ quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not real and not serving" $(ARGS)
+	$(PYTEST) -m "not slow and not real and not serving" $(ARGS)
+
+test-slow: $(READY) ## run those that make test leaves out, or with ARGS="--part 1/4" a quarter of them
+	$(PYTEST) -m "slow and not real and not serving" $(ARGS)
 
 test-real: $(READY) ## run the tests on a real chat model, which is downloaded (93 MB)
 	$(BIN)/python -m pytest -m real $(ARGS)

@@ -27,6 +27,7 @@ def test_sound_folders_give_results(target):
     assert fuzzing.check(target, []) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", fuzzing.TARGETS)
 def test_made_up_damages(target):
     """The same few on every run; `make fuzz` makes up more."""

@@ -146,6 +146,7 @@ def test_interval_holds_the_mean():
     assert low < differences.mean() < high and high - low == pytest.approx(4 * 0.2 / 2048**0.5, rel=0.3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on(data, tmp_path):
     output = tmp_path / "output"
     command = [sys.executable, str(BENCHMARKS / "gpu_evidence.py"), *options(data, output)]

@@ -128,6 +128,7 @@ torch.save(logits, sys.argv[2] + "/logits.pt")
     assert [family for family in expected if not torch.equal(logits[family], expected[family])] == []
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_heads_load(python, tmp_path):
     """A head's folder loads as that head, and as every other class of the family."""

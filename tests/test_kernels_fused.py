@@ -45,13 +45,18 @@ def interpreter():
         yield pool
 
 
-@pytest.fixture(
-    params=[
+def kernels(*marks_of_the_interpreter) -> list:
+    return [
         *(pytest.param(f"cpp {flags}".strip(), marks=needs_compiler) for flags in INSTRUCTIONS),
-        pytest.param("interpreter", marks=needs_triton),
+        pytest.param("interpreter", marks=[needs_triton, *marks_of_the_interpreter]),
         pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_gpu]),
     ]
-)
+
+
+slow_in_the_interpreter = pytest.mark.parametrize("run", kernels(pytest.mark.slow), indirect=True)
+
+
+@pytest.fixture(params=kernels())
 def run(request, monkeypatch):
     """Runs a check on a device."""
     name, _, flags = request.param.partition(" ")
@@ -810,6 +815,7 @@ def test_kernels_are_tried_before_they_are_used(run):
 MODELS = [(mode, block_size) for mode in ("block", "full") for block_size in (1, 2, 3)]
 
 
+@slow_in_the_interpreter
 @pytest.mark.parametrize(
     "mode, block_size, dtype",
     [
@@ -879,6 +885,7 @@ def check_watched_model(device, mode, use_reentrant):
         assert len(steps) == 2 * reads - 1 and all(step.normed is not None for step in steps)
 
 
+@slow_in_the_interpreter
 @pytest.mark.parametrize("mode, use_reentrant", [("block", True), ("full", False)])
 def test_watched_model(run, mode, use_reentrant):
     """Hooks see what they see in eager, hidden states are there, and checkpointing changes nothing."""
@@ -899,6 +906,7 @@ def check_compiled_decoding(device, mode):
         assert_near([found], [expected.cpu()], 1e-4)
 
 
+@slow_in_the_interpreter
 @pytest.mark.parametrize("mode", ["block", "full"])
 def test_compiled_decoding(run, mode):
     """A whole model compiles into one graph for generation too."""
@@ -914,6 +922,7 @@ def check_compiled_model(device, mode):
     assert_near(model_results(model, tokens), expected, 1e-4)
 
 
+@slow_in_the_interpreter
 @pytest.mark.parametrize("mode", ["block", "full"])
 def test_compiled_model(run, mode):
     """A whole model compiles into one graph, kernels included."""
@@ -943,6 +952,7 @@ def check_compiled_memory(device):
     assert num_kept(model) <= num_kept(stock) + 3
 
 
+@pytest.mark.slow
 def test_compiled_memory(run):
     """A compiled model keeps for the backward pass what the stock model keeps, and a hidden state per block."""
     run(check_compiled_memory)

@@ -948,7 +948,6 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode, block_size", [("full", None), ("block", 1)])
 def test_compiled_training_step(mode, block_size, fresh_compiler):
     """Loss and gradients compile into one graph and are those without."""
@@ -1002,7 +1001,6 @@ def test_compiled_for_all_lengths(fresh_compiler, implementation, mode, block_si
     assert counter.frame_count == 2
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_decoding(fresh_compiler):
     """A compiled forward decodes with a static cache, with no more graphs than the donor needs."""

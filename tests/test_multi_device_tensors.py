@@ -236,6 +236,7 @@ def tiny_for_two(family: str):
     return tiny_model(family, num_hidden_layers=3, use_cache=False, **experts)
 
 
+@pytest.mark.slow
 def test_families(tmp_path):
     """Gradients of all families in two processes, accumulated over two backwards, are those of one process."""
     run_on_two_processes(tmp_path, gradients_of_families)
@@ -320,6 +321,7 @@ def test_configuration(monkeypatch):
     assert variables["PARALLELISM_CONFIG_TP_SIZE"] == "2" and "ACCELERATE_USE_FSDP" not in variables
 
 
+@pytest.mark.slow
 def test_memory(server, tmp_path):
     """benchmarks/devices.py counts what is there, and what it gave is what it says: a part for each process."""
     output, sizes = tmp_path / "devices.json", "num_hidden_layers=2 hidden_size=32 intermediate_size=64"

@@ -360,9 +360,10 @@ def test_learning_rates(options, server, text):
 def test_blocks_are_compared_with_the_donor(server, text, donor):
     """The size of blocks is for the runs that have blocks."""
     options = ["--data", text, "--steps", 1, "--depth-every", 0, "--seq-len", 32, "--block-size", 2]
-    for start in (["--model", donor], ["--config", donor, "--tokenizer", donor]):
+    starts = {"donor,block": ["--model", donor], "full,block": ["--config", donor, "--tokenizer", donor]}
+    for modes, start in starts.items():
         folder = server.folder / f"blocks{start[0]}"
-        server.run(*start, *options, "--compare", "donor,block,full", "--output", folder)
+        server.run(*start, *options, "--compare", modes, "--output", folder)
         config = json.loads((folder / "block" / "model" / "config.json").read_text())
         assert config["attn_res_block_size"] == 2
 
@@ -565,7 +566,6 @@ def test_recurrent_layers(server, text, model_type):
     assert printed.count("recurrent layers") == (model_type == "qwen3_next")
 
 
-@pytest.mark.slow
 def test_compile(server, text):
     """`--compile` trains to the same losses, to rounding."""
     command = [*TINY, *SHALLOW, "--data", text, "--steps", 2, "--eval-steps", 2, "--depth-every", 2]

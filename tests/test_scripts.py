@@ -172,6 +172,7 @@ def test_quickstart_runs_are_those_of_the_scripts(finished, own):
     assert folders == [str(finished[0] / "donor" / "model"), str(finished[0] / "attnres")]
 
 
+@pytest.mark.slow
 def test_quickstart_with_the_donor_of_the_zoo(own, tmp_path):
     """Without options it starts from the zoo's Llama, in float32, so that conversion and the first losses are exact."""
     run = run_script("quickstart.py", "--output", "out", *TINY, *own, folder=tmp_path)
@@ -342,6 +343,7 @@ def test_exactness_measures(tmp_path):
     assert all(row["scaled"] < 3e-6 < 1e-4 < row["plain_mean"] for row in results["rows"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured(tmp_path):
     """The conversion of a model of the zoo: equal but for rounding, which is the smaller the wider the dtype."""
     sizes = ["--tokens", 32, "--new-tokens", 4, "--seq-len", 64, "--sequences", 1]

@@ -111,7 +111,7 @@ def server(tmp_path_factory):
     server.stop()
 
 
-@pytest.fixture(params=["repository", "clone"])
+@pytest.fixture(params=["clone", pytest.param("repository", marks=pytest.mark.slow)])
 def place(request) -> Path:
     return ROOT if request.param == "repository" else request.getfixturevalue("clone")
 

@@ -147,7 +147,7 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
             begin_run(folder, now, new)
     before = read_run(folder)
     begun = {name: OF_OLD_RUNS[name] for name in OF_OLD_RUNS.keys() & arguments.keys()} | before["arguments"]
-    for name in arguments.keys() | begun.keys():
+    for name in dict.fromkeys([*arguments, *begun]):  # what depends on other options comes after them
         is_gone = name not in arguments and not begun[name]  # an option of old versions that wasn't used
         if arguments.get(name) != begun.get(name) and not is_gone:
             raise InputError(
