@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None):
     models = {name: measure(args.comparison / name.replace(" ", ",") / "model") for name in runs}
     command = f"python benchmarks/copying.py {args.comparison} --output {args.output}"
     write_json(args.output, {"models": models, "command": command, "versions": versions()})
-    columns = list(next(iter(models.values())))
-    print(table([("model", *columns), *((name, *(f"{row[c]:.3f}" for c in columns)) for name, row in models.items())]))
+    rows = [(name, *(f"{loss:.3f}" for loss in found.values())) for name, found in models.items()]
+    print(table([("model", *next(iter(models.values()))), *rows]), end="")
 
 
 if __name__ == "__main__":

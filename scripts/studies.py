@@ -116,6 +116,15 @@ STUDIES = {
         depth_lr_scale=1.0,
         sweep=[SEEDS],
     ),
+    "full_rates": one(
+        "Full as in from_scratch with other learning rates, of which the short trials there may have missed the best",
+        PretrainOptions,
+        **SMALL,
+        steps=5000,
+        save_steps=250,
+        compare="full:learning_rate=1.6e-2:depth_lr_scale=1,full:learning_rate=8e-3:depth_lr_scale=0.1,"
+        "full:learning_rate=4e-3:depth_lr_scale=1",
+    ),
     "zoo_lr": one(
         "learning rates of the zoo's trio",
         PretrainOptions,

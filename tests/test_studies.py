@@ -32,7 +32,7 @@ def test_commands(name):
         assert comparison.output == studies.OUTPUT / name / part and comparison.jobs == 2
         assert type(comparison)(**vars(comparison)).words() == comparison.words()
         assert comparison.variants()
-        assert studies.SEEDS in comparison.sweep or name in ("donors", "zoo_lr")
+        assert studies.SEEDS in comparison.sweep or name in ("donors", "zoo_lr", "full_rates")
     for needed in studies.STUDIES[name].needs:
         assert needed in studies.STUDIES
 
@@ -50,7 +50,7 @@ def test_a_shorter_one():
 def test_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         studies.parse_arguments(["nothing"])
-    assert "there is no study nothing; there are from_scratch, zoo_lr" in capsys.readouterr().err
+    assert "there is no study nothing; there are from_scratch, full_rates" in capsys.readouterr().err
 
 
 def test_list(capsys):
