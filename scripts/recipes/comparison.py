@@ -26,7 +26,7 @@ from .log import losses, read_lines
 from .options import RunOptions
 from .process import end_with_parent, launched, main_process_first, versions
 from .resampling import interval_of_mean
-from .run import open_run, read_results, read_run
+from .run import PART_OF_COMPARISON, open_run, read_results, read_run
 
 
 def compare_table(runs: dict[str, dict], columns: dict[str, str]) -> str:
@@ -120,7 +120,7 @@ def is_finished(options: RunOptions) -> bool:
 def processes(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tuple[str, int]]:
     """Of each run its name and the status of its process, when that has ended."""
     commands = Path(find_spec("attnres_commands").submodule_search_locations[0])
-    environment = {**os.environ}
+    environment = {**os.environ, PART_OF_COMPARISON: "1"}
     if jobs > 1:
         environment |= {"TQDM_DISABLE": "1"}  # bars of several runs would write over one another
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))

@@ -44,6 +44,7 @@ FIGURE_FILE = "loss.png"
 RUN_FILES = (RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE, "data.json", "depth.jsonl", FIGURE_FILE)
 WRITTEN = (*RUN_FILES, *(f"{name}.{kind}" for name in ("comparison", "scaling_law") for kind in ("json", "md", "png")))
 LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, WRITTEN))})(\.attnres-tmp-[0-9a-f]{{8}}){{1,2}}")
+PART_OF_COMPARISON = "ATTNRES_PART_OF_COMPARISON"  # in the environment of a run that a comparison has started
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
 # arguments that runs of old versions don't have
 OF_OLD_RUNS = {"processes": 1, "resize_embeddings": False, "samples": 0, "expert_parallel": 1}
@@ -230,6 +231,6 @@ def one_line_errors(script: str, folder: Path):
         message = no_space(folder, error) if error.errno in NO_SPACE else reading.one_line(f"{error}.")
         raise SystemExit(f"{script}: {message}") from None
     except KeyboardInterrupt:
-        if PartialState().is_main_process:
+        if PartialState().is_main_process and PART_OF_COMPARISON not in os.environ:  # which says it once
             print(f"{script}: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
