@@ -8,7 +8,7 @@ SERVING_READY := $(SERVING)/.ready
 DIST := .venv-dist
 DIST_READY := $(DIST)/.ready
 OUTPUT := dist
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 # What proves the code files, and that runs go on. Compilation and gradients in double precision depend on torch, which is the same. Left out
@@ -35,7 +35,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--tiny a small one; writes outputs/quickstart
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
-test: $(READY) ## run the tests on two cores; ARGS are handed to pytest
+test: $(READY) ## run the tests, three at a time for two cores; ARGS are handed to pytest
 	$(PYTEST) -m "not slow and not real and not serving" $(ARGS)
 
 test-slow: $(READY) ## run those that make test leaves out, or with ARGS="--part 1/8" an eighth of them

@@ -161,6 +161,7 @@ def test_operator_growth(tmp_path):
     check_figure(tmp_path / "traffic.png")
 
 
+@pytest.mark.slow
 def test_everything(tmp_path, wrong):
     """One command measures all parts with all implementations, also where one is wrong: that is named and left out."""
     shape = ["--layers", "1", "--blocks", "1", "--rounds", "1", "--modes", "block", "--cases", "forward"]

@@ -35,6 +35,7 @@ def check_output(output: Path):
     assert sorted(path.name for path in output.iterdir()) == ["gpu.json", "gpu.md", "logs.txt"]
 
 
+@pytest.mark.slow
 def test_stages(tmp_path):
     """Stages run side by side, and their results are in one file."""
     code, last, content = rehearse(tmp_path, "--minutes", "4", "--stages", "card", "profile")

@@ -175,13 +175,11 @@ torch.save([model(input_ids).logits, base(input_ids).last_hidden_state], sys.arg
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "family, code",
-    [
-        pytest.param("llama", CODE_FILES, marks=pytest.mark.slow),
-        ("mistral", (*CODE_FILES, "families_attnres.py")),
-    ],
+    [("llama", CODE_FILES), ("mistral", (*CODE_FILES, "families_attnres.py"))],
 )
 def test_families(hub, tmp_path, family, code):
     """push_to_hub.py sends the code files that the family needs, and a stranger loads the repository with them."""

@@ -853,6 +853,7 @@ def check_rounded_mixes(device):
         assert mixes() == {torch.bfloat16, torch.float32}  # of the other blocks, and of its own
 
 
+@slow_in_the_interpreter
 def test_rounded_mixes(run):
     """Between the phases only those mixes are rounded that a norm follows in the same step; eager rounds them too."""
     run(check_rounded_mixes)
@@ -906,7 +907,7 @@ def check_compiled_decoding(device, mode):
         assert_near([found], [expected.cpu()], 1e-4)
 
 
-@slow_in_the_interpreter
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "full"])
 def test_compiled_decoding(run, mode):
     """A whole model compiles into one graph for generation too."""

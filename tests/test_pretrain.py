@@ -357,6 +357,7 @@ def test_learning_rates(options, server, text):
     assert rates == pytest.approx([0.001 * share for share in RATES[options]])
 
 
+@pytest.mark.slow
 def test_blocks_are_compared_with_the_donor(server, text, donor):
     """The size of blocks is for the runs that have blocks."""
     options = ["--data", text, "--steps", 1, "--depth-every", 0, "--seq-len", 32, "--block-size", 2]

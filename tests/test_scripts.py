@@ -189,6 +189,7 @@ def test_quickstart_with_the_donor_of_the_zoo(own, tmp_path):
     assert losses[0] < 5.5  # it has been trained on such text
 
 
+@pytest.mark.slow
 def test_quickstart_with_own_checkpoint(finished, own, tmp_path):
     """`--model` takes the place of the zoo's, `--text` may be a file, and an earlier output is replaced."""
     text = tmp_path / "mine.txt"

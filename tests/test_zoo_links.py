@@ -197,6 +197,7 @@ def test_push(place, tmp_path, name):
     assert {file: content for file, content in published.items() if file.endswith(".py")} == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["clone"], indirect=True)
 def test_zoo_in_a_clone(run, clone):
     """`make zoo` finds nothing wrong there, and `--update` nothing to do."""
