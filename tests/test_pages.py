@@ -370,16 +370,27 @@ def test_exactness_table_is_the_recorded_one():
     assert (results["settings"]["layers"], results["settings"]["hidden_size"]) == (12, 256)
 
 
+def by_group(values: dict[str, object]) -> list[list]:
+    """Those of runs that differ in nothing but their seeds."""
+    groups = {}
+    for name, value in values.items():
+        groups.setdefault(re.sub(r" ?seed=\d+", "", name), []).append(value)
+    return list(groups.values())
+
+
 def recorded_numbers(folder: Path) -> list[float]:
-    """Losses of a comparison and of what it tried, and for repeated ones their mean and standard deviation."""
+    """Losses of a comparison and of what it tried, for repeated ones their mean and standard deviation, and what
+    benchmarks/copying.py says of the models, as means over seeds."""
     found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     losses = {name: run["held_out_loss"] for name, run in found["runs"].items()}
     tried = [loss for losses in found.get("trials", {}).values() for loss in losses.values()]
-    groups = {}
-    for name, loss in losses.items():
-        groups.setdefault(re.sub(r" ?seed=\d+", "", name), []).append(loss)
-    repeated = [group for group in groups.values() if len(group) > 1]
-    return [*losses.values(), *tried, *map(statistics.mean, repeated), *map(statistics.stdev, repeated)]
+    repeated = [group for group in by_group(losses) if len(group) > 1]
+    numbers = [*losses.values(), *tried, *map(statistics.mean, repeated), *map(statistics.stdev, repeated)]
+    if (folder / "copying.json").exists():
+        models = json.loads((folder / "copying.json").read_text(encoding="utf-8"))["models"]
+        spans = {name: list(model.values()) for name, model in models.items()}
+        numbers += [statistics.mean(column) for group in by_group(spans) for column in zip(*group)]
+    return numbers
 
 
 def test_losses_are_the_recorded_ones():
