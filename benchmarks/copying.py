@@ -18,6 +18,8 @@ from attnres_convert.writing import table, write_json
 from attnres_recipes.process import versions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import attnres  # noqa: F401 - registers the models
+
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "model_cards" / "held_out.jsonl"  # files of Python's standard library

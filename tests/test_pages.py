@@ -409,6 +409,19 @@ def test_losses_are_the_recorded_ones():
         assert shown and [number for number in shown if number not in rounded] == [], name
 
 
+def test_what_is_said_of_full_from_scratch_is_recorded():
+    """The seeds that don't copy are those that are behind."""
+    folder = ROOT / "results" / "from_scratch"
+    models = json.loads((folder / "copying.json").read_text("utf-8"))["models"]
+    differences = json.loads((folder / "comparison.json").read_text("utf-8"))["differences"]
+    copied = [model["the same again"] for name, model in models.items() if name.startswith("full")]
+    block, full = (list(found["seeds"].values()) for found in differences.values())
+    text = " ".join((ROOT / "results" / "README.md").read_text("utf-8").split())
+    assert "is {:.3f}, {:.3f} and {:.3f}: the first two".format(*copied) in text
+    assert f"in each seed, by {-max(block):.3f} to {-min(block):.3f};" in text
+    assert f"ahead of the donor by {-full[2]:.3f} in one seed, and behind by {full[1]:.3f} and {full[0]:.3f}" in text
+
+
 def test_what_is_said_of_the_figure_by_depth_is_recorded():
     """Sizes and ratios of donor, Block and Full are those of the figure's numbers."""
     (text,) = re.findall(r"^## By depth\n(.*?)^## ", (ROOT / "results" / "README.md").read_text("utf-8"), re.M | re.S)
