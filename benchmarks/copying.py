@@ -10,6 +10,7 @@ Prints a table, a row for each model, and writes all numbers.
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -62,8 +63,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output", type=Path, required=True, help="file for the numbers")
     args = parser.parse_args(argv)
     runs = read_json(args.comparison / "comparison.json")["runs"]
-    models = {name: measure(args.comparison / name.replace(" ", ",") / "model") for name in runs}
-    command = f"python benchmarks/copying.py {args.comparison} --output {args.output}"
+    models = {name: measure(args.comparison / Path(run["output"]).name / "model") for name, run in runs.items()}
+    command = shlex.join(["python", "benchmarks/copying.py", str(args.comparison), "--output", str(args.output)])
     write_json(args.output, {"models": models, "command": command, "versions": versions()})
     rows = [(name, *(f"{loss:.3f}" for loss in found.values())) for name, found in models.items()]
     print(table([("model", *next(iter(models.values()))), *rows]), end="")

@@ -49,7 +49,9 @@ def test_models_of_a_comparison(tmp_path, capsys):
         if name.startswith("donor"):
             torch.nn.init.zeros_(model.lm_head.weight)
         model.save_pretrained(folder)
-    (tmp_path / "comparison.json").write_text(json.dumps({"runs": dict.fromkeys(runs)}))
+    (tmp_path / "comparison.json").write_text(
+        json.dumps({"runs": {name: {"output": f"elsewhere/{name.replace(' ', ',')}"} for name in runs}})
+    )
     copying.main([str(tmp_path), "--output", str(tmp_path / "copying.json")])
     found = json.loads((tmp_path / "copying.json").read_text())["models"]
     assert list(found) == runs and len(found["donor seed=0"]) == 7

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attnres_recipes.figures import without_seed
 from documents import code_blocks, headings
 from hub_server import serve_hub
 from safetensors import safe_open
@@ -374,7 +375,7 @@ def by_group(values: dict[str, object]) -> list[list]:
     """Those of runs that differ in nothing but their seeds."""
     groups = {}
     for name, value in values.items():
-        groups.setdefault(re.sub(r" ?seed=\d+", "", name), []).append(value)
+        groups.setdefault(without_seed(name), []).append(value)
     return list(groups.values())
 
 

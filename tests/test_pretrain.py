@@ -361,9 +361,11 @@ def test_learning_rates(options, server, text):
 def test_blocks_are_compared_with_the_donor(server, text, donor):
     """The size of blocks is for the runs that have blocks."""
     options = ["--data", text, "--steps", 1, "--depth-every", 0, "--seq-len", 32, "--block-size", 2]
-    server.run("--model", donor, *options, "--compare", "donor,full,block", "--output", "blocks")
-    config = json.loads((server.folder / "blocks" / "block" / "model" / "config.json").read_text())
-    assert config["attn_res_block_size"] == 2
+    for start in (["--model", donor], ["--config", donor, "--tokenizer", donor]):
+        folder = server.folder / f"blocks{start[0]}"
+        server.run(*start, *options, "--compare", "donor,block,full", "--output", folder)
+        config = json.loads((folder / "block" / "model" / "config.json").read_text())
+        assert config["attn_res_block_size"] == 2
 
 
 def test_few_steps(server, text):
