@@ -15,9 +15,9 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16, without which float32 is faster, as far as Linux tells."""
+def has_bfloat16() -> bool | None:
+    """Whether the processor has instructions for bfloat16, without which float32 is faster; None if nothing tells."""
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text) is not None
-    return False
+    return None

@@ -26,6 +26,7 @@ from .comparison import compare, open_comparison
 from .data import ShuffledSequences
 from .figures import plot_losses
 from .folders import METRICS_FILE, RESULTS_FILE, begin_work, end_work
+from .hardware import has_bfloat16
 from .log import RunLog, losses, read_lines, tokens_per_second
 from .look import check_can_be_watched
 from .optim import is_depth_attention, new_optimizer, uses_deepspeed
@@ -143,6 +144,8 @@ class Run:
         trainer = self.new_trainer(prepared, optimizer, tokens_per_step, is_new=checkpoint is None)
         if checkpoint is not None and state.is_main_process:
             print(f"going on from {checkpoint}", file=sys.stderr)
+        if options.bf16 and state.is_main_process and state.device.type == "cpu" and has_bfloat16() is False:
+            print("this processor has no instructions for bfloat16: without --bf16 it is faster", file=sys.stderr)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()  # the main process writes the log
         if options.steps not in losses(read_lines(self.folder / METRICS_FILE), "held_out_loss"):
