@@ -62,8 +62,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("comparison", type=Path, help="folder that attnres-pretrain --compare wrote")
     parser.add_argument("--output", type=Path, required=True, help="file for the numbers")
     args = parser.parse_args(argv)
-    runs = read_json(args.comparison / "comparison.json")["runs"]
-    models = {name: measure(args.comparison / Path(run["output"]).name / "model") for name, run in runs.items()}
+    path = args.comparison / "comparison.json"
+    runs = read_json(path)["runs"] if path.is_file() else {}
+    folders = {name: args.comparison / Path(run["output"]).name / "model" for name, run in runs.items()}
+    folders = {name: folder for name, folder in folders.items() if folder.is_dir()}  # a run that failed has none
+    if not folders:
+        parser.error(f"{args.comparison} has no models of a comparison: give what --compare wrote")
+    models = {name: measure(folder) for name, folder in folders.items()}
     command = shlex.join(["python", "benchmarks/copying.py", str(args.comparison), "--output", str(args.output)])
     write_json(args.output, {"models": models, "command": command, "versions": versions()})
     rows = [(name, *(f"{loss:.3f}" for loss in found.values())) for name, found in models.items()]

@@ -50,7 +50,7 @@ def test_models_of_a_comparison(tmp_path, capsys):
             torch.nn.init.zeros_(model.lm_head.weight)
         model.save_pretrained(folder)
     (tmp_path / "comparison.json").write_text(
-        json.dumps({"runs": {name: {"output": f"elsewhere/{name.replace(' ', ',')}"} for name in runs}})
+        json.dumps({"runs": {name: {"output": f"elsewhere/{name.replace(' ', ',')}"} for name in [*runs, "failed"]}})
     )
     copying.main([str(tmp_path), "--output", str(tmp_path / "copying.json")])
     found = json.loads((tmp_path / "copying.json").read_text())["models"]
@@ -59,3 +59,13 @@ def test_models_of_a_comparison(tmp_path, capsys):
     assert all(abs(loss - math.log(300)) > 1e-3 for loss in found["block seed=0"].values())
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 4 and rows[0].count("|") == 9 and "5.704" in rows[2]
+
+
+@pytest.mark.parametrize("runs", [None, {}, {"donor": {"output": "elsewhere/donor"}}])
+def test_nothing_to_measure(runs, tmp_path, capsys):
+    if runs is not None:
+        (tmp_path / "comparison.json").write_text(json.dumps({"runs": runs}))
+    with pytest.raises(SystemExit) as error:
+        copying.main([str(tmp_path), "--output", str(tmp_path / "copying.json")])
+    assert error.value.code == 2 and "has no models of a comparison" in capsys.readouterr().err
+    assert not (tmp_path / "copying.json").exists()
