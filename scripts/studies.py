@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/studies.py ablation --jobs 2
+"""python scripts/studies.py components --jobs 2
 
 Trains what a table of results/README.md says, from text that is on any machine, and writes table, figure and all
 numbers. Each study is one or more comparisons of attnres-pretrain or attnres-finetune, whose commands are printed: the
@@ -52,9 +52,9 @@ RATES = "learning_rate=4e-3,8e-3,1.6e-2"
 SEEDS = "seed=0,1,2"
 FAMILIES = ("llama", "qwen3", "gemma3_text")
 FUNCTIONS = {"data": "stdlib", "seq_len": 256, "depth_every": 0, "keep_checkpoints": 0}
-# by the rows of the tables 4 and 5 of arXiv 2603.15031: validation losses of models with 436M activated parameters. The
-# paper's S counts sublayers, two to a layer
-PAPER = {
+# by the rows of the paper's ablations (arXiv 2603.15031, tables 4 and 5): validation losses of models with 436M
+# activated parameters. The paper's S counts sublayers, two to a layer
+COMPONENTS = {
     "donor": 1.766,
     "denseformer": 1.767,
     "mhc": 1.747,
@@ -64,16 +64,21 @@ PAPER = {
     "full_sigmoid": 1.741,
     "full_raw_keys": 1.743,
     "full_window": 1.764,
+    "block:block_size=2": 1.746,
+    "block_raw_keys:block_size=2": 1.750,
+    "block_heads:block_size=2": 1.752,
+}
+BLOCK_SIZES = {
+    "donor": 1.766,
+    "full": 1.737,
     "block:block_size=1": 1.746,
     "block:block_size=2": 1.746,
     "block:block_size=4": 1.748,
     "block:block_size=8": 1.753,
-    "block_raw_keys:block_size=2": 1.750,
-    "block_heads:block_size=2": 1.752,
 }
 # what may hold Full back: first weights, sources that are scaled down, an epsilon that is large beside small sources
 DOUBTS = (
-    "donor:init=default,block:block_size=2:init=default,full:init=default,block:block_size=2:set.attn_res_sum_scale=true,"
+    "donor,block:block_size=2,full,donor:init=default,block:block_size=2:init=default,full:init=default,block:block_size=2:set.attn_res_sum_scale=true,"
     "full:set.attn_res_sum_scale=true,full:set.attn_res_norm_eps=1e-12"
 )
 
@@ -101,6 +106,11 @@ class Study:
 
 def one(summary: str, kind: type[RunOptions], **values) -> Study:
     return Study(summary, kind, {"": values})
+
+
+def beside_the_paper(summary: str, paper: dict[str, float]) -> Study:
+    values = {**ABLATION, "compare": ",".join(paper), "tune": RATES, "sweep": [SEEDS]}
+    return Study(summary, PretrainOptions, {"": values}, paper)
 
 
 STUDIES = {
@@ -139,11 +149,15 @@ STUDIES = {
         compare="block:learning_rate=2e-3,block:learning_rate=8e-3,full:learning_rate=8e-3",
         sweep=["depth_lr_scale=0.3,1,3,10", SEEDS],
     ),
-    "ablation": Study(
-        "the paper's ablations of components and of the size of blocks, and what may hold Full back",
+    "components": beside_the_paper("the paper's ablation of components, and its comparisons", COMPONENTS),
+    "block_size": beside_the_paper("the paper's ablation of the size of blocks", BLOCK_SIZES),
+    "doubts": one(
+        "what may hold Full back: first weights, sources that are scaled down, a large epsilon",
         PretrainOptions,
-        {"": {**ABLATION, "compare": f"{','.join(PAPER)},{DOUBTS}", "tune": RATES, "sweep": [SEEDS]}},
-        PAPER,
+        **ABLATION,
+        compare=DOUBTS,
+        tune=RATES,
+        sweep=[SEEDS],
     ),
     "shape": one(
         "the paper's shapes: as many parameters, deep and narrow or shallow and wide",
@@ -231,6 +245,38 @@ def comparison_options(study: Study, values: dict, folder: Path, options: StudyO
     return study.kind(**values, output=folder, jobs=options.jobs)
 
 
+def tuned(group: str, found: dict) -> str:
+    """What `comparison.json` calls a group of runs, with the options that were best for it."""
+    return " ".join([group, *(f"{option}={value}" for option, value in found["best"][group].items())])
+
+
+def mean(values: list[float]) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def parts_table(found: dict[str, dict]) -> str:
+    """Held-out losses of comparisons of the same groups, a column for each, with the learning rate that was best.
+
+    Args:
+        found: what `comparison.json` holds, by the comparison's name.
+    """
+    from attnres_recipes.figures import without_seed  # takes seconds
+
+    before = {name: next(iter(own["runs"].values()))["held_out_loss_before"] for name, own in found.items()}
+    rows = [("held-out loss", *found), ("before training", *(f"{loss:.3f}" for loss in before.values()))]
+    for group in next(iter(found.values()))["best"]:
+        cells = []
+        for own in found.values():
+            runs = [run for name, run in own["runs"].items() if without_seed(name) == tuned(group, own)]
+            losses = [run["held_out_loss"] for run in runs if "held_out_loss" in run]
+            cells.append(f"{mean(losses)} ({', '.join(own['best'][group].values())})")
+        rows.append((group, *cells))
+    return table(rows)
+
+
 def paper_table(found: dict, paper: dict[str, float]) -> str:
     """Differences from the first run, ours with their intervals beside the paper's.
 
@@ -242,8 +288,7 @@ def paper_table(found: dict, paper: dict[str, float]) -> str:
     rows = [(f"difference from {first}", "ours", "95 % of resampled seeds", "the paper's")]
     for name in others:
         group = name.replace(":", " ")
-        tuned = " ".join([group, *(f"{option}={value}" for option, value in found["best"][group].items())])
-        ours = found.get("differences", {}).get(tuned)
+        ours = found.get("differences", {}).get(tuned(group, found))
         low, high = ours["interval"] if ours else (None, None)
         ours = (f"{ours['mean']:+.3f}", f"{low:+.3f} to {high:+.3f}") if ours else ("-", "-")
         rows.append((group, *ours, f"{paper[name] - paper[first]:+.3f}"))
@@ -252,7 +297,7 @@ def paper_table(found: dict, paper: dict[str, float]) -> str:
 
 def run(name: str, options: StudyOptions) -> dict[str, dict]:
     """Trains a study, and returns the held-out losses by the folders of its comparisons."""
-    study, losses = STUDIES[name], {}
+    study, losses, by_part = STUDIES[name], {}, {}
     for needed in study.needs:
         run(needed, replace(options, seeds=None))
     for part, values in study.parts.items():
@@ -263,7 +308,7 @@ def run(name: str, options: StudyOptions) -> dict[str, dict]:
             smollm2.main([own.model, "--donor"])
         print(shlex.join([f"attnres-{command}", *own.words()]), flush=True)
         losses[str(folder)] = trained(command, own)["held_out_loss"]
-        found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+        found = by_part[part] = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
         if study.paper:
             text = paper_table(found, study.paper)
             write_text(folder / "paper.md", text)
@@ -273,6 +318,10 @@ def run(name: str, options: StudyOptions) -> dict[str, dict]:
             text = tasks_table(measured, study.tasks)
             write_text(folder / "tasks.md", text)
             print(text)
+    if len(by_part) > 1:
+        text = parts_table(by_part)
+        write_text(options.output / name / "parts.md", text)
+        print(text)
     return losses
 
 
@@ -308,11 +357,7 @@ def answers(found: dict, tasks: tuple[str, ...], start: str, folder: Path, made:
 def tasks_table(accuracies: dict[str, dict[str, list[float]]], tasks: tuple[str, ...]) -> str:
     rows = [("model", *(f"{task}, accuracy" for task in tasks))]
     for group, by_task in accuracies.items():
-        cells = [
-            f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-            for values in (by_task[task] for task in tasks)
-        ]
-        rows.append((group, *cells))
+        rows.append((group, *(mean(by_task[task]) for task in tasks)))
     return table(rows)
 
 
