@@ -37,21 +37,21 @@ template <class Body> inline void for_columns(int64_t width, Body body, int64_t 
     for (; d < width; d++) body(d, 0.0f);
 }
 
-struct Sum {
-    Vector lanes{}, second{};
-    float rest = 0;
+typedef float Quad __attribute__((vector_size(16)));
 
-    void operator+=(const Vector& values) { lanes += values; }
-    void operator+=(float value) { rest += value; }
-    float total() const {
-        float parts[LANES];
-        store(parts, lanes + second);
-#pragma GCC unroll 4
-        for (int64_t half = LANES / 2; half > 0; half /= 2)
-            for (int64_t k = 0; k < half; k++) parts[k] += parts[k + half];
-        return parts[0] + rest;
-    }
-};
+Quad fold(const Vector& values) {
+    Quad parts[LANES / 4];
+    std::memcpy(parts, &values, sizeof(values));
+    for (int64_t k = 1; k < LANES / 4; k++) parts[0] += parts[k];
+    return parts[0];
+}
+
+// The sums of four times four numbers. One after the other, they would take longer than what they sum in a narrow row.
+Quad sums_of(const Quad& a, const Quad& b, const Quad& c, const Quad& d) {
+    const Quad ab = Quad{a[0], b[0], a[1], b[1]} + Quad{a[2], b[2], a[3], b[3]};
+    const Quad cd = Quad{c[0], d[0], c[1], d[1]} + Quad{c[2], d[2], c[3], d[3]};
+    return Quad{ab[0], ab[1], cd[0], cd[1]} + Quad{ab[2], ab[3], cd[2], cd[3]};
+}
 
 float from_bfloat16(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
@@ -112,54 +112,70 @@ namespace {
 
 // The loops below take two vectors at a time: their sums don't wait for each other, and what both need is loaded once.
 
-// The dot products of a row with COUNT others: sums of sums, as in long sums rounding errors grow.
+// The dot products of a row with COUNT others, four at most: sums of sums, as in long sums rounding errors grow.
 template <int COUNT>
 inline void dots(const float* row, const float* const* others, int64_t width, float* results) {
     constexpr int64_t PART = 32 * LANES;
-    for (int k = 0; k < COUNT; k++) results[k] = 0;
+    Quad totals{};
+    float rests[COUNT] = {};
     for (int64_t start = 0; start < width; start += PART) {
         const int64_t end = std::min(width, start + PART);
-        Sum sums[COUNT];
+        Vector firsts[COUNT] = {}, seconds[COUNT] = {};
         int64_t d = start;
         for (; d + 2 * LANES <= end; d += 2 * LANES) {
             const Vector first = load<Vector>(row + d), second = load<Vector>(row + d + LANES);
 #pragma GCC unroll 4
             for (int k = 0; k < COUNT; k++) {
-                sums[k].lanes += first * load<Vector>(others[k] + d);
-                sums[k].second += second * load<Vector>(others[k] + d + LANES);
+                firsts[k] += first * load<Vector>(others[k] + d);
+                seconds[k] += second * load<Vector>(others[k] + d + LANES);
             }
         }
-        for_columns(
-            end,
-            [&](int64_t d, auto zero) {
-                using V = decltype(zero);
-                const V value = load<V>(row + d);
+        for (; d + LANES <= end; d += LANES) {
+            const Vector first = load<Vector>(row + d);
 #pragma GCC unroll 4
-                for (int k = 0; k < COUNT; k++) sums[k] += value * load<V>(others[k] + d);
-            },
-            d);
+            for (int k = 0; k < COUNT; k++) firsts[k] += first * load<Vector>(others[k] + d);
+        }
+        for (; d < end; d++) {
 #pragma GCC unroll 4
-        for (int k = 0; k < COUNT; k++) results[k] += sums[k].total();
+            for (int k = 0; k < COUNT; k++) rests[k] += row[d] * others[k][d];
+        }
+        Quad folded[4] = {};
+#pragma GCC unroll 4
+        for (int k = 0; k < COUNT; k++) folded[k] = fold(firsts[k] + seconds[k]);
+        totals += sums_of(folded[0], folded[1], folded[2], folded[3]);
     }
+#pragma GCC unroll 4
+    for (int k = 0; k < COUNT; k++) results[k] = totals[k] + rests[k];
 }
 
 void dots(const float* row, const float* const* others, int64_t count, int64_t width, float* results) {
     int64_t k = 0;
     for (; k + 4 <= count; k += 4) dots<4>(row, others + k, width, results + k);
-    for (; k < count; k++) dots<1>(row, others + k, width, results + k);
+    if (count - k == 3) dots<3>(row, others + k, width, results + k);
+    if (count - k == 2) dots<2>(row, others + k, width, results + k);
+    if (count - k == 1) dots<1>(row, others + k, width, results + k);
 }
 
-// COUNT sums of rows, the weight of row i in sum k being weights[i * count + k], added to what is there if asked to.
-template <int COUNT>
-inline void combine(float* const* sums, const float* const* rows, int64_t num_rows, const float* weights, int64_t count,
-                    int64_t width, bool add) {
+// Where sums of rows may begin: from nothing, or from what is there. They are asked for columns of sum k.
+constexpr auto NOTHING = [](int64_t, int64_t, auto zero) { return zero; };
+
+inline auto what_is_in(float* const* sums) {
+    return [sums](int64_t k, int64_t d, auto zero) { return load<decltype(zero)>(sums[k] + d); };
+}
+
+// COUNT sums of rows, from sum `first` on. The weight of row i in sum k is weights[i * count + k].
+template <int COUNT, class Start>
+inline void combine(float* const* all_sums, int64_t first_sum, const float* const* rows, int64_t num_rows,
+                    const float* all_weights, int64_t count, int64_t width, Start start) {
+    float* const* sums = all_sums + first_sum;
+    const float* weights = all_weights + first_sum;
     int64_t d = 0;
     for (; d + 2 * LANES <= width; d += 2 * LANES) {
         Vector firsts[COUNT], seconds[COUNT];
 #pragma GCC unroll 4
         for (int k = 0; k < COUNT; k++) {
-            firsts[k] = add ? load<Vector>(sums[k] + d) : Vector{};
-            seconds[k] = add ? load<Vector>(sums[k] + d + LANES) : Vector{};
+            firsts[k] = start(first_sum + k, d, Vector{});
+            seconds[k] = start(first_sum + k, d + LANES, Vector{});
         }
         for (int64_t i = 0; i < num_rows; i++) {
             const Vector first = load<Vector>(rows[i] + d), second = load<Vector>(rows[i] + d + LANES);
@@ -181,7 +197,7 @@ inline void combine(float* const* sums, const float* const* rows, int64_t num_ro
             using V = decltype(zero);
             V totals[COUNT];
 #pragma GCC unroll 4
-            for (int k = 0; k < COUNT; k++) totals[k] = add ? load<V>(sums[k] + d) : V{};
+            for (int k = 0; k < COUNT; k++) totals[k] = start(first_sum + k, d, zero);
             for (int64_t i = 0; i < num_rows; i++) {
                 const V value = load<V>(rows[i] + d);
 #pragma GCC unroll 4
@@ -193,22 +209,69 @@ inline void combine(float* const* sums, const float* const* rows, int64_t num_ro
         d);
 }
 
+template <class Start>
 void combine(float* const* sums, const float* const* rows, int64_t num_rows, const float* weights, int64_t count,
-             int64_t width, bool add) {
+             int64_t width, Start start) {
     int64_t k = 0;
-    for (; k + 4 <= count; k += 4) combine<4>(sums + k, rows, num_rows, weights + k, count, width, add);
-    for (; k < count; k++) combine<1>(sums + k, rows, num_rows, weights + k, count, width, add);
+    for (; k + 4 <= count; k += 4) combine<4>(sums, k, rows, num_rows, weights, count, width, start);
+    if (count - k == 3) combine<3>(sums, k, rows, num_rows, weights, count, width, start);
+    if (count - k == 2) combine<2>(sums, k, rows, num_rows, weights, count, width, start);
+    if (count - k == 1) combine<1>(sums, k, rows, num_rows, weights, count, width, start);
 }
 
-// Turns scores into softmax weights, and returns the log of the sum of their exponentials. `factors` may be null; they are
-// the weights times a scale, and exactly 1 where as many scores as the scale says are equal.
-float softmax(float* scores, int64_t count, int64_t stride, float scale = 1, float* factors = nullptr) {
-    float highest = -INFINITY, sum = 0;
-    for (int64_t i = 0; i < count; i++) highest = std::fmax(highest, scores[i * stride]);
-    for (int64_t i = 0; i < count; i++) sum += scores[i * stride] = std::exp(scores[i * stride] - highest);
-    for (int64_t i = 0; factors && i < count; i++) factors[i] = scores[i * stride] * scale / sum;
-    for (int64_t i = 0; i < count; i++) scores[i * stride] /= sum;
-    return highest + std::log(sum);
+// One sum.
+template <class Start>
+inline void combine(float* sum, const float* const* rows, int64_t num_rows, const float* weights, int64_t width,
+                    Start start) {
+    combine<1>(&sum, 0, rows, num_rows, weights, 1, width, start);
+}
+
+// e to the power of numbers that aren't above 0, within two units in the last place; of 0 exactly 1.
+Vector exponential(const Vector& x) {
+    typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+    constexpr float ROUND = 12582912;  // 1.5 * 2^23: in a sum with it, the last bits are the nearest whole number
+    const Vector shifted = x * 1.44269504f + ROUND, whole = shifted - ROUND;
+    const Vector rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // of x without whole * log 2, in two parts
+    // the coefficients are those of Cephes' expf
+    Vector series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    series = series * rest + 8.3334519073e-3f;
+    series = series * rest + 4.1665795894e-2f;
+    series = series * rest + 1.6666665459e-1f;
+    series = series * rest + 5.0000001201e-1f;
+    const Vector fraction = series * (rest * rest) + rest + 1;
+    Integers bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    const Integers power = (bits - 0x4B400000 + 127) << 23;
+    Vector factor;
+    std::memcpy(&factor, &power, sizeof(factor));
+    const Vector result = fraction * factor;
+    return x < -87.0f ? Vector{} : result;  // not a number stays that
+}
+
+// Room for `count` numbers, in whole vectors.
+struct Numbers : std::vector<float> {
+    explicit Numbers(int64_t count) : std::vector<float>((count + LANES - 1) / LANES * LANES) {}
+    void exponentials() {
+        for (size_t k = 0; k < size(); k += LANES) store(data() + k, exponential(load<Vector>(data() + k)));
+    }
+};
+
+// Of a matrix (rows, columns), turns each column into exponentials of its numbers less the highest, and tells their sums
+// and the highest.
+void exponentials(Numbers& numbers, int64_t rows, int64_t columns, float* highest, float* sums) {
+    float *first = numbers.data(), *last = first + rows * columns;
+    for (int64_t column = 0; column < columns; column++) {
+        float most = -INFINITY;
+        for (float* k = first + column; k < last; k += columns) most = *k > most ? *k : most;
+        for (float* k = first + column; k < last; k += columns) *k -= most;
+        highest[column] = most;
+    }
+    numbers.exponentials();
+    for (int64_t column = 0; column < columns; column++) {
+        float sum = 0;
+        for (float* k = first + column; k < last; k += columns) sum += *k;
+        sums[column] = sum;
+    }
 }
 
 float inverse_rms_of(float square_sum, int64_t width, float eps) { return 1 / std::sqrt(square_sum / width + eps); }
@@ -281,6 +344,21 @@ struct Range {
         : first(tokens * index / ranges), last(tokens * (index + 1) / ranges) {}
 };
 
+// As many tokens as a cache line has numbers. The numbers of a token lie far apart, often by a power of two, for which a
+// cache has few places: so they are moved a line at a time.
+constexpr int64_t TILE = 16;
+
+// Numbers of `count` tokens from `first` on: `spread` is (columns, tokens), `together` (count, columns).
+void gather(const float* spread, int64_t tokens, int64_t first, int64_t count, int64_t columns, float* together) {
+    for (int64_t k = 0; k < columns; k++)
+        for (int64_t t = 0; t < count; t++) together[t * columns + k] = spread[k * tokens + first + t];
+}
+
+void scatter(float* spread, int64_t tokens, int64_t first, int64_t count, int64_t columns, const float* together) {
+    for (int64_t k = 0; k < columns; k++)
+        for (int64_t t = 0; t < count; t++) spread[k * tokens + first + t] = together[t * columns + k];
+}
+
 // With fewer numbers, starting threads takes longer than the work.
 bool is_much(int64_t tokens, int64_t numbers_per_token) { return tokens > 1 && tokens * numbers_per_token > 1 << 15; }
 
@@ -293,29 +371,40 @@ void closed_forward(int64_t threads, int64_t tokens, int64_t width, int64_t num_
                     Dtype mixed_dtype, float* lse, float* scores, float* inverse_rms) {
 #pragma omp parallel num_threads(threads) if (is_much(tokens, width * num_sources))
     {
+        const int64_t pairs = num_sources * reads;
         Buffers buffers(num_sources + reads, width);
-        std::vector<float> weights(num_sources * reads), products_with_row(reads + 1);
+        Numbers weights(pairs), tile_scores(TILE * pairs), tile_rms(TILE * num_sources), tile_lse(TILE * reads);
+        std::vector<float> highest(reads), products_with_row(reads + 1);
         std::vector<const float*> rows(num_sources), others(reads + 1);
         std::vector<float*> results(reads);
         for (int64_t s = 0; s < reads; s++) others[s] = products + s * width;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            for (int64_t i = 0; i < num_sources; i++) {
-                others[reads] = rows[i] = Rows{sources[i], source_dtype}.load(t, width, buffers[i]);
-                dots(rows[i], others.data(), reads + 1, width, products_with_row.data());
-                float rms = inverse_rms_of(products_with_row[reads], width, eps);
-                inverse_rms[i * tokens + t] = rms;
-                for (int64_t s = 0; s < reads; s++) {
-                    weights[i * reads + s] = products_with_row[s] * rms;
-                    scores[(i * reads + s) * tokens + t] = weights[i * reads + s];
+        for (int64_t first = 0; first < tokens; first += TILE) {
+            const int64_t count = std::min(TILE, tokens - first);
+            for (int64_t token = 0; token < count; token++) {
+                const int64_t t = first + token;
+                for (int64_t i = 0; i < num_sources; i++) {
+                    others[reads] = rows[i] = Rows{sources[i], source_dtype}.load(t, width, buffers[i]);
+                    dots(rows[i], others.data(), reads + 1, width, products_with_row.data());
+                    const float rms = inverse_rms_of(products_with_row[reads], width, eps);
+                    tile_rms[token * num_sources + i] = rms;
+                    for (int64_t s = 0; s < reads; s++) weights[i * reads + s] = products_with_row[s] * rms;
                 }
+                std::copy_n(weights.data(), pairs, tile_scores.data() + token * pairs);
+                float* sums = tile_lse.data() + token * reads;
+                exponentials(weights, num_sources, reads, highest.data(), sums);
+                for (int64_t s = 0; s < reads; s++) {
+                    const float factor = 1 / sums[s];
+                    for (int64_t k = s; k < pairs; k += reads) weights[k] *= factor;
+                    sums[s] = highest[s] + std::log(sums[s]);
+                    results[s] = Rows{mixed[s], mixed_dtype}.place(t, width, buffers[num_sources + s]);
+                }
+                combine(results.data(), rows.data(), num_sources, weights.data(), reads, width, NOTHING);
+                for (int64_t s = 0; s < reads; s++) Rows{mixed[s], mixed_dtype}.store(t, width, results[s]);
             }
-            for (int64_t s = 0; s < reads; s++) {
-                lse[s * tokens + t] = softmax(weights.data() + s, num_sources, reads);
-                results[s] = Rows{mixed[s], mixed_dtype}.place(t, width, buffers[num_sources + s]);
-            }
-            combine(results.data(), rows.data(), num_sources, weights.data(), reads, width, false);
-            for (int64_t s = 0; s < reads; s++) Rows{mixed[s], mixed_dtype}.store(t, width, results[s]);
+            scatter(scores, tokens, first, count, pairs, tile_scores.data());
+            scatter(inverse_rms, tokens, first, count, num_sources, tile_rms.data());
+            scatter(lse, tokens, first, count, reads, tile_lse.data());
         }
     }
 }
@@ -328,10 +417,13 @@ void closed_backward(int64_t threads, int64_t tokens, int64_t width, int64_t num
                      int64_t ranges) {
 #pragma omp parallel num_threads(threads) if (is_much(tokens, width * num_sources))
     {
+        const int64_t pairs = num_sources * reads;
         Buffers buffers(2 * num_sources + reads, width);
-        std::vector<float> weights(num_sources * reads), grads(num_sources * reads), along(num_sources);
+        Numbers weights(pairs), tile_scores(TILE * pairs), tile_given(TILE * pairs), tile_rms(TILE * num_sources);
+        Numbers tile_lse(TILE * reads), tile_grad_lse(TILE * reads);
+        std::vector<float> grads(pairs), means(reads), along(num_sources);
         // what the gradients of the sources are sums of: gradients of the reads and products, and their weights
-        std::vector<float> part_weights(2 * reads * num_sources);
+        std::vector<float> part_weights(2 * pairs);
         std::vector<const float*> rows(num_sources), parts(2 * reads);
         std::vector<float*> results(num_sources), sums(reads);
         for (int64_t s = 0; s < reads; s++) parts[reads + s] = products + s * width;
@@ -343,43 +435,49 @@ void closed_backward(int64_t threads, int64_t tokens, int64_t width, int64_t num
                 std::memset(sums[0], 0, reads * width * sizeof(float));
             }
             for (int64_t t = range.first; t < range.last; t++) {
-                for (int64_t s = 0; s < reads; s++)
+                const int64_t token = (t - range.first) % TILE;
+                if (token == 0) {
+                    const int64_t count = std::min(TILE, range.last - t);
+                    gather(scores, tokens, t, count, pairs, tile_scores.data());
+                    if (given) gather(given, tokens, t, count, pairs, tile_given.data());
+                    gather(inverse_rms, tokens, t, count, num_sources, tile_rms.data());
+                    gather(lse, tokens, t, count, reads, tile_lse.data());
+                    gather(grad_lse, tokens, t, count, reads, tile_grad_lse.data());
+                }
+                const float *own_scores = tile_scores.data() + token * pairs, *rms = tile_rms.data() + token * num_sources;
+                for (int64_t s = 0; s < reads; s++) {
                     parts[s] = Rows{grad_mixed[s], mixed_dtype}.load(t, width, buffers[num_sources + s]);
-                for (int64_t i = 0; i < num_sources; i++) {
+                    means[s] = -tile_grad_lse[token * reads + s];
+                }
+                for (int64_t k = 0, i = 0; i < num_sources; i++) {
                     rows[i] = Rows{sources[i], source_dtype}.load(t, width, buffers[i]);
                     dots(rows[i], parts.data(), reads, width, grads.data() + i * reads);
+                    for (int64_t s = 0; s < reads; s++, k++)
+                        weights[k] = own_scores[k] - tile_lse[token * reads + s];
                 }
-                for (int64_t s = 0; s < reads; s++) {  // of the loss by the scores
-                    float mean = -grad_lse[s * tokens + t];
-                    for (int64_t k = s; k < num_sources * reads; k += reads) {
-                        weights[k] = std::exp(scores[k * tokens + t] - lse[s * tokens + t]);
-                        mean += weights[k] * grads[k];
-                    }
-                    for (int64_t k = s; k < num_sources * reads; k += reads)
-                        grads[k] = weights[k] * (grads[k] - mean) + (given ? given[k * tokens + t] : 0);
-                }
-                for (int64_t i = 0; i < num_sources; i++) {
-                    float rms = inverse_rms[i * tokens + t];
+                weights.exponentials();
+                for (int64_t k = 0, i = 0; i < num_sources; i++)
+                    for (int64_t s = 0; s < reads; s++, k++) means[s] += weights[k] * grads[k];
+                for (int64_t k = 0, i = 0; i < num_sources; i++) {
                     along[i] = 0;
-                    for (int64_t s = 0; s < reads; s++) {
-                        int64_t k = i * reads + s;
-                        along[i] -= scores[k * tokens + t] * grads[k] * rms / width;
-                        grads[k] *= rms;
+                    for (int64_t s = 0; s < reads; s++, k++) {
+                        float grad = weights[k] * (grads[k] - means[s]);  // of the loss by the score
+                        if (given) grad += tile_given[token * pairs + k];
+                        along[i] -= own_scores[k] * grad * rms[i] / width;
+                        grads[k] = grad * rms[i];
                         part_weights[s * num_sources + i] = weights[k];
                         part_weights[(reads + s) * num_sources + i] = grads[k];
                     }
                 }
                 if (product_sums)
-                    combine(sums.data(), rows.data(), num_sources, grads.data(), reads, width, true);
+                    combine(sums.data(), rows.data(), num_sources, grads.data(), reads, width, what_is_in(sums.data()));
                 if (!grad_sources) continue;
-                for (int64_t i = 0; i < num_sources; i++) {
+                for (int64_t i = 0; i < num_sources; i++)
                     results[i] = Rows{grad_sources[i], source_dtype}.place(t, width, buffers[num_sources + reads + i]);
-                    const float rms = inverse_rms[i * tokens + t];  // its square vanishes where the source is huge
-                    for_columns(width, [&](int64_t d, auto zero) {
-                        store(results[i] + d, load<decltype(zero)>(rows[i] + d) * rms * along[i]);
-                    });
-                }
-                combine(results.data(), parts.data(), 2 * reads, part_weights.data(), num_sources, width, true);
+                const auto along_source = [&](int64_t i, int64_t d, auto zero) {
+                    return load<decltype(zero)>(rows[i] + d) * rms[i] * along[i];  // rms * rms vanishes if it is huge
+                };
+                combine(results.data(), parts.data(), 2 * reads, part_weights.data(), num_sources, width, along_source);
                 for (int64_t i = 0; i < num_sources; i++)
                     Rows{grad_sources[i], source_dtype}.store(t, width, results[i]);
             }
@@ -414,7 +512,7 @@ void step_forward(int64_t threads, int64_t tokens, int64_t width, Rows partial, 
             const float factors[] = {float(scale * (1 - weight)), float(scale * weight)};
             const float* rows[] = {closed, value};
             float* read = hidden ? hidden.place(t, width, buffers[3]) : buffers[3];
-            combine<1>(&read, rows, 2, factors, 1, width, false);
+            combine(read, rows, 2, factors, width, NOTHING);
             if (gain) norm_rms = normalise(read, gains, norm_eps, norm_dtype, normed, t, width, buffers[2]);
             if (hidden) hidden.store(t, width, read);
             const float numbers[] = {score, rms, closed_score, closed_rms, norm_rms};
@@ -453,22 +551,22 @@ void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, 
                     const float* given = grad_normed.load(t, width, buffers[5]);
                     const float* rows[] = {closed, value};
                     const float unit_factors[] = {norm_rms * factors[0], norm_rms * factors[1]};
-                    combine<1>(&unit, rows, 2, unit_factors, 1, width, false);
+                    combine(unit, rows, 2, unit_factors, width, NOTHING);
                     const float* normed = unit;
                     if (norm_dtype != FLOAT32) {
                         std::memcpy(buffers[6], unit, width * sizeof(float));
                         round_to(norm_dtype, buffers[6], width);
                         normed = buffers[6];
                     }
-                    Sum products;
                     for_columns(width, [&](int64_t d, auto zero) {
                         using V = decltype(zero);
-                        const V by_result = load<V>(given + d), by_unit = by_result * load<V>(gains + d);
+                        const V by_result = load<V>(given + d);
                         store<V>(norm_sum + d, load<V>(norm_sum + d) + by_result * load<V>(normed + d));
-                        store<V>(grad + d, by_unit);
-                        products += by_unit * load<V>(unit + d);
+                        store<V>(grad + d, by_result * load<V>(gains + d));
                     });
-                    const float along = products.total() / width;
+                    float along;
+                    dots<1>(grad, &unit, width, &along);
+                    along /= width;
                     for_columns(width, [&](int64_t d, auto zero) {
                         using V = decltype(zero);
                         store<V>(grad + d, norm_rms * (load<V>(grad + d) - along * load<V>(unit + d)));
@@ -478,7 +576,7 @@ void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, 
                 }
                 if (grad_hidden) {
                     const float *given = grad_hidden.load(t, width, buffers[5]), one = 1;
-                    combine<1>(&grad, &given, 1, &one, 1, width, true);
+                    combine(grad, &given, 1, &one, width, what_is_in(&grad));
                 }
                 // of the loss by the score, of which one part is along the product and one along the source
                 float by_product = 0, by_value = 0, closed_by_product = 0, by_closed = 0;
@@ -494,7 +592,7 @@ void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, 
                     if (grad_lse) grad_lse[t] = -by_score;
                     if (product_sum) {
                         const float sum_factors[] = {by_product, closed_by_product};
-                        combine<1>(&product_sum, rows, grad_lse ? 1 : 2, sum_factors, 1, width, true);
+                        combine(product_sum, rows, grad_lse ? 1 : 2, sum_factors, width, what_is_in(&product_sum));
                     }
                     // what is multiplied by zeros in the sums below is left out of them, as it may be missing
                     const float* parts[4] = {grad};
@@ -507,7 +605,7 @@ void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, 
                     }
                     if (grad_partial) parts[count] = grad_partial.load(t, width, buffers[5]), part_factors[count++] = 1;
                     float* result = grad_value.place(t, width, buffers[7]);
-                    combine<1>(&result, parts, count, part_factors, 1, width, false);
+                    combine(result, parts, count, part_factors, width, NOTHING);
                     grad_value.store(t, width, result);
                 }
                 const bool is_scored = values && !grad_lse;
@@ -515,7 +613,7 @@ void step_backward(int64_t threads, int64_t tokens, int64_t width, Rows values, 
                 const float* parts[] = {grad, product, closed};
                 const float part_factors[] = {factors[0], closed_by_product, by_closed};
                 float* result = grad_mixed.place(t, width, buffers[7]);
-                combine<1>(&result, parts, is_scored ? 3 : 1, part_factors, 1, width, false);
+                combine(result, parts, is_scored ? 3 : 1, part_factors, width, NOTHING);
                 grad_mixed.store(t, width, result);
             }
         }
@@ -532,10 +630,11 @@ void read_forward(int64_t threads, int64_t tokens, int64_t seq, int64_t width, i
 #pragma omp parallel num_threads(threads) if (is_much(tokens, width * count))
     {
         Buffers buffers(count + 4, width);
-        std::vector<float> scores(count), factors(count);
+        Numbers scores(count);
+        std::vector<float> factors(count);
         std::vector<const float*> rows(count);
         const float* gains = gain ? gain.load(0, width, buffers[count]) : nullptr;
-        float rms;
+        float rms, highest, sum;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) {
             for (int64_t i = 0; i < count; i++) {
@@ -547,11 +646,13 @@ void read_forward(int64_t threads, int64_t tokens, int64_t seq, int64_t width, i
                 }
                 scores[i] = score_of(rows[i], product, width, eps, &rms);
             }
-            softmax(scores.data(), count, 1, scale, factors.data());
+            exponentials(scores, count, 1, &highest, &sum);
+            for (int64_t i = 0; i < count; i++)
+                factors[i] = scores[i] * scale / sum;  // exactly 1 if as many scores as the scale says are equal
             for (int64_t i = 0; weights && i < count; i++)
-                weights[(t / seq * count + i) * seq + t % seq] = scores[i];
+                weights[(t / seq * count + i) * seq + t % seq] = scores[i] / sum;
             float* read = hidden ? hidden.place(t, width, buffers[count + 3]) : buffers[count + 3];
-            combine<1>(&read, rows.data(), count, factors.data(), 1, width, false);
+            combine(read, rows.data(), count, factors.data(), width, NOTHING);
             if (gain) normalise(read, gains, norm_eps, norm_dtype, normed, t, width, buffers[count + 1]);
             if (hidden) hidden.store(t, width, read);
         }

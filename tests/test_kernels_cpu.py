@@ -368,6 +368,39 @@ def test_not_a_number_stays_one(tokens, value):
     assert torch.equal(found.isfinite(), expected.isfinite()) and not found[0, 0].isfinite().any()
 
 
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("num_tokens", [2, 15, 16, 17, 300])
+def test_extreme_scores(num_tokens):
+    """Scores so far apart that a weight is zero, some equal, and a token that isn't a number, forward and backward."""
+    generator, width = torch.Generator().manual_seed(0), 24
+    values = [torch.randn(num_tokens, width, generator=generator) for _ in range(4)]
+    values[1] = values[0].clone()  # equal scores
+    products = torch.randn(3, width, generator=generator)
+    products[1:] *= torch.tensor([[0.0], [60.0]])
+    broken = num_tokens // 2
+    values[2][broken] = float("nan")
+    found, exact = (
+        [v.to(dtype).requires_grad_() for v in (*values, products)] for dtype in (torch.float32, torch.double)
+    )
+    mixed, lse, weights = closed_reads(found[:-1], found[-1], 1e-5, return_weights=True)
+    scores = torch.stack([(v @ exact[-1].T) * (v.square().mean(-1, keepdim=True) + 1e-5).rsqrt() for v in exact[:-1]])
+    expected = torch.einsum("ntr,ntd->rtd", scores.softmax(0), torch.stack(exact[:-1]))
+    whole = torch.arange(num_tokens) != broken
+    assert all(read[~whole].isnan().all() for read in mixed)
+    # scores of hundreds are as exact as float32 is there
+    for read, exact_read, tolerance in zip(mixed, expected, (1e-6, 1e-6, 1e-4)):
+        assert_close(read[whole], exact_read[whole].float(), tolerance)
+    assert_close(lse[:, whole], scores.logsumexp(0).T[:, whole].float(), 1e-6)
+    assert torch.equal(weights[1, :, whole], torch.full((4, num_tokens - 1), 0.25))
+    assert num_tokens < 15 or (weights[2][:, whole] == 0).any()
+    directions = torch.randn(3, num_tokens, width, generator=generator)
+    directions[:, broken] = 0
+    got = torch.autograd.grad((torch.stack(mixed) * directions)[:, whole].sum() + lse[:, whole].sum(), found)
+    wanted = torch.autograd.grad((expected * directions)[:, whole].sum() + scores.logsumexp(0).T[:, whole].sum(), exact)
+    for own, right in zip(got[:-1], wanted[:-1]):
+        assert_close(own[whole], right[whole].float(), 1e-4)
+
+
 @torch.no_grad()
 def test_outputs_of_another_dtype():
     """A sublayer that puts out float32 in a bfloat16 model, token by token and all at once: as far off as eager."""
