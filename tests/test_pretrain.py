@@ -22,7 +22,7 @@ from attnres_convert import InputError
 from attnres_recipes import data, figures, optim, packing
 from attnres_recipes.folders import WORK_NAME
 from attnres_recipes.hardware import has_bfloat16
-from attnres_recipes.options import PretrainOptions, TrainingOptions
+from attnres_recipes.options import FinetuneOptions, PretrainOptions, TrainingOptions
 from attnres_recipes.run import open_run
 from attnres_recipes.start import scaled_model
 from attnres_recipes.trainer import check_saved
@@ -760,6 +760,8 @@ def test_default_of_the_rate_of_depth_attention():
     assert PretrainOptions(config="llama", output="out").rates == {"learning_rate": 1e-3, "depth_lr_scale": 3.0}
     given = PretrainOptions(config="llama", learning_rate=8e-3, depth_lr_scale=10, output="out")
     assert given.rates == {}
+    alone = FinetuneOptions(model="m", data="d", output="out", method="depth", learning_rate=0.02)
+    assert alone.rates == {"depth_lr_scale": 1.0}  # the rate that is given is its own
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = attnres.AttnResForCausalLM(attnres.AttnResConfig(**sizes, vocab_size=99))
     assert sorted({group["lr"] for group in optim.new_optimizer(model, learning_rate=0.02).param_groups}) == [

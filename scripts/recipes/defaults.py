@@ -30,6 +30,7 @@ def rates_of(trained: str, learning_rate: float | None = None) -> dict[str, floa
     rates = {**RATES[trained]}
     if learning_rate is not None:
         rates["learning_rate"] = learning_rate
-    if rates["learning_rate"] * rates["depth_lr_scale"] > MOST_DEPTH_RATE:
+    is_alone = trained == "depth"  # whose learning rate is depth attention's own
+    if rates["learning_rate"] * rates["depth_lr_scale"] > MOST_DEPTH_RATE and not is_alone:
         rates["depth_lr_scale"] = MOST_DEPTH_RATE / rates["learning_rate"]
     return rates

@@ -123,7 +123,7 @@ class TrainingOptions(Options):
         None,
         "depth attention's learning rate as a multiple of the other; default: "
         + list_rates("depth_lr_scale")
-        + f", where that makes at most {MOST_DEPTH_RATE:g}",
+        + f"; beside other weights at most what makes {MOST_DEPTH_RATE:g}",
     )
     weight_decay: NonNegative = option(0.1, "of matrices")
     max_grad_norm: NonNegative = option(1.0, "0 for no clipping")
