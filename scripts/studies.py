@@ -42,6 +42,7 @@ SIZES = {
 SMALL = {"config": "llama", "set": SIZES, "train_tokenizer": 2048, "init": "scaled", **TEXT}
 SHORT = {**SMALL, "steps": 400, "depth_every": 0, "keep_checkpoints": 0}
 ABLATION = {**SHORT, "depth_lr_scale": 1.0}  # the best at such learning rates, as the study of that name says
+FEW_LOSSES = {**ABLATION, "eval_steps": 200}
 START = "before training"
 QUESTIONS = 100  # of each task at most
 SHAPES = [
@@ -51,7 +52,7 @@ SHAPES = [
 RATES = "learning_rate=4e-3,8e-3,1.6e-2"
 SEEDS = "seed=0,1,2"
 FAMILIES = ("llama", "qwen3", "gemma3_text")
-FUNCTIONS = {"data": "stdlib", "seq_len": 256, "depth_every": 0, "keep_checkpoints": 0}
+FUNCTIONS = {"data": "stdlib", "seq_len": 256, "steps": 60, "eval_steps": 60, "depth_every": 0, "keep_checkpoints": 0}
 # by the rows of the paper's ablations (arXiv 2603.15031, tables 4 and 5): validation losses of models with 436M
 # activated parameters. The paper's S counts sublayers, two to a layer
 COMPONENTS = {
@@ -109,7 +110,7 @@ def one(summary: str, kind: type[RunOptions], **values) -> Study:
 
 
 def beside_the_paper(summary: str, paper: dict[str, float]) -> Study:
-    values = {**ABLATION, "compare": ",".join(paper), "tune": RATES, "sweep": [SEEDS]}
+    values = {**FEW_LOSSES, "compare": ",".join(paper), "tune": RATES, "sweep": [SEEDS]}
     return Study(summary, PretrainOptions, {"": values}, paper)
 
 
@@ -154,7 +155,7 @@ STUDIES = {
     "doubts": one(
         "what may hold Full back: first weights, sources that are scaled down, a large epsilon",
         PretrainOptions,
-        **ABLATION,
+        **FEW_LOSSES,
         compare=DOUBTS,
         tune=RATES,
         sweep=[SEEDS],
@@ -162,7 +163,7 @@ STUDIES = {
     "shape": one(
         "the paper's shapes: as many parameters, deep and narrow or shallow and wide",
         PretrainOptions,
-        **ABLATION,
+        **FEW_LOSSES,
         compare=",".join(f"{mode}:{shape}" for shape in SHAPES for mode in ("donor", "block")),
         tune=RATES,
         sweep=[SEEDS],
@@ -184,7 +185,6 @@ STUDIES = {
                 **FUNCTIONS,
                 "model": str(OUTPUT / "donors" / f"config={family}" / "model"),
                 "batch_size": 4,
-                "steps": 60,
                 "compare": "full:mode=donor,full:mode=block,full:mode=full,lora:mode=donor,lora:mode=block,"
                 "lora:mode=full,depth:mode=block,depth:mode=full",
                 "tune": "learning_rate=3e-4,1e-3,3e-3",
@@ -202,8 +202,8 @@ STUDIES = {
                 **FUNCTIONS,
                 "model": str(OUTPUT / SMOLLM2),
                 "batch_size": 2,
+                "eval_sequences": 32,
                 "bf16": True,
-                "steps": 60,
                 "compare": "full:mode=donor,full:mode=block,full:mode=full,full:mode=block_delta,lora:mode=donor,"
                 "lora:mode=block,depth:mode=block",
                 "tune": "learning_rate=x1,x2,x4",
@@ -238,8 +238,8 @@ def comparison_options(study: Study, values: dict, folder: Path, options: StudyO
     if "model" in values:
         values["model"] = str(options.output / Path(values["model"]).relative_to(OUTPUT))
     if options.steps is not None:
-        values |= {"steps": options.steps}
-        values = {name: value for name, value in values.items() if name not in ("save_steps", "tune_steps")}
+        of_steps = ("save_steps", "eval_steps", "tune_steps")
+        values = {name: value for name, value in values.items() if name not in of_steps} | {"steps": options.steps}
     if options.seeds is not None:
         values["sweep"] = [f"seed={options.seeds}" if sweep == SEEDS else sweep for sweep in values["sweep"]]
     return study.kind(**values, output=folder, jobs=options.jobs)

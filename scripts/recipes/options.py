@@ -483,6 +483,7 @@ class ScalingOptions(DocumentOptions, DataOptions):
             },
             tokenizer=str(self.output / "tokenizer"),
             steps=steps,
+            eval_steps=math.ceil(steps / 4),  # small models train for less time than ten evaluations take
             sweep=[f"seed={self.seeds}"],
             output=self.output / size,
         )
