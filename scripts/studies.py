@@ -44,7 +44,7 @@ SHORT = {**SMALL, "steps": 400, "depth_every": 0, "keep_checkpoints": 0}
 ABLATION = {**SHORT, "depth_lr_scale": 1.0}  # the best at such learning rates, as the study of that name says
 FEW_LOSSES = {**ABLATION, "eval_steps": 200}
 START = "before training"
-QUESTIONS = 100  # of each task at most
+QUESTIONS = 50  # of each task at most
 SHAPES = [
     f"set.hidden_size={width}:set.num_hidden_layers={layers}:set.intermediate_size={2.75 * width:.0f}"
     for width, layers in ((96, 5), (80, 8), (64, 12), (48, 22))
@@ -202,8 +202,10 @@ STUDIES = {
                 **FUNCTIONS,
                 "model": str(OUTPUT / SMOLLM2),
                 "batch_size": 2,
+                "steps": 40,
+                "eval_steps": 40,
                 "eval_sequences": 32,
-                "bf16": True,
+                "tune_steps": 20,
                 "compare": "full:mode=donor,full:mode=block,full:mode=full,full:mode=block_delta,lora:mode=donor,"
                 "lora:mode=block,depth:mode=block",
                 "tune": "learning_rate=x1,x2,x4",
@@ -340,7 +342,7 @@ def answers(found: dict, tasks: tuple[str, ...], start: str, folder: Path, made:
     if not made.exists():
         make_tasks(made)
     models = {START: start, **{name: str(Path(own["output"]) / "model") for name, own in found["runs"].items()}}
-    given = {"lm_eval": ",".join(tasks), "lm_eval_include": made, "lm_eval_limit": QUESTIONS, "dtype": "bfloat16"}
+    given = {"lm_eval": ",".join(tasks), "lm_eval_include": made, "lm_eval_limit": QUESTIONS, "dtype": "float32"}
     accuracies = {}
     for name, checkpoint in models.items():
         output = folder / name.replace(" ", ",")
