@@ -163,7 +163,7 @@ inline auto what_is_in(float* const* sums) {
     return [sums](int64_t k, int64_t d, auto zero) { return load<decltype(zero)>(sums[k] + d); };
 }
 
-// COUNT sums of rows, from sum `first` on. The weight of row i in sum k is weights[i * count + k].
+// COUNT sums of rows, from `first_sum` on. The weight of row i in sum k is weights[i * count + k].
 template <int COUNT, class Start>
 inline void combine(float* const* all_sums, int64_t first_sum, const float* const* rows, int64_t num_rows,
                     const float* all_weights, int64_t count, int64_t width, Start start) {

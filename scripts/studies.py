@@ -79,7 +79,8 @@ BLOCK_SIZES = {
 }
 # what may hold Full back: first weights, sources that are scaled down, an epsilon that is large beside small sources
 DOUBTS = (
-    "donor,block:block_size=2,full,donor:init=default,block:block_size=2:init=default,full:init=default,block:block_size=2:set.attn_res_sum_scale=true,"
+    "donor,block:block_size=2,full,donor:init=default,block:block_size=2:init=default,full:init=default,"
+    "block:block_size=2:set.attn_res_sum_scale=true,"
     "full:set.attn_res_sum_scale=true,full:set.attn_res_norm_eps=1e-12"
 )
 
