@@ -258,7 +258,7 @@ def test_ways_to_save(tmp_path):
     tiny_model().save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
-    assert torch.equal(loaded(tokens()).logits, tiny_model()(tokens()).logits)
+    torch.testing.assert_close(loaded(tokens()).logits, tiny_model()(tokens()).logits)
     (tmp_path / "file").write_text("something else")
     tiny_model().save_pretrained(tmp_path / "file")  # as transformers: an error in the log
     assert (tmp_path / "file").read_text() == "something else"

@@ -48,8 +48,8 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 # Of float32: transformers computes parts of this family in float32 whatever its dtype is, so that there is no truth in
-# float64. Two orders of summation differ by 2e-6 of the largest logit in 14 sublayers.
-ROUNDING = 1e-5
+# float64. Weights moved by half a unit in the last place change the logits by 2e-5 of the largest one.
+ROUNDING = 1e-4
 
 
 def query_names(num_layers: int) -> dict[str, int]:
@@ -107,7 +107,7 @@ def test_each_query_counts(pair):
             for axis in {-1, 0 if row == 4 else -1}:  # of three queries each has its place
                 query[row] = kept.roll(1, dims=axis)
                 difference = (model(ids).logits - expected).abs().max()
-                assert difference > 100 * ROUNDING * expected.abs().max()
+                assert difference > 20 * ROUNDING * expected.abs().max()
             query[row] = kept
 
 
@@ -124,7 +124,7 @@ def test_gradients(pair):
         if name in rows:
             gradient = gradient[: expected.view(-1, 40).shape[0]].view_as(expected)
         # of an expert without tokens nothing, and of a small sum of large numbers their rounding
-        assert (gradient - expected).abs().max() <= 20 * ROUNDING * expected.abs().max() + 1e-6, name
+        assert (gradient - expected).abs().max() <= 2 * ROUNDING * expected.abs().max() + 1e-6, name
     assert list(found) == ["model.depth_attention.query"]
 
 
@@ -154,7 +154,10 @@ def test_save_and_load(pair, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert torch.equal(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+    weights = loaded.state_dict()
+    assert list(weights) == list(model.state_dict())
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    assert close(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
 
 
 @pytest.mark.parametrize("mode", ["block", "full_delta", "mhc"])
@@ -183,4 +186,4 @@ def test_fewer_layers(tmp_path):
     fewer = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, layer_types=kinds[:2])
     fewer.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(again(tokens(1, 5)).logits, fewer(tokens(1, 5)).logits)
+    assert close(again(tokens(1, 5)).logits, fewer(tokens(1, 5)).logits)

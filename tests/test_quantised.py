@@ -136,7 +136,7 @@ def test_saved_and_generated(method, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     with torch.no_grad():
-        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+        torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits)
         assert torch.equal(loaded.generate(tokens(), **options), model.generate(tokens(), **options))
     query = loaded.model.depth_attention.query
     assert query.dtype == torch.float32 and torch.equal(query, model.model.depth_attention.query)
@@ -269,11 +269,17 @@ def test_benchmark_refuses(tmp_path, monkeypatch):
     assert exit.value.code == 2 and not list(tmp_path.iterdir())
 
 
+def nine_digits(value):
+    """JSON without the last digits of its numbers, which differ by processor."""
+    return json.loads(json.dumps(value), parse_float=lambda number: f"{float(number):.9g}")
+
+
 def test_recorded_table():
     """The table of results/README.md is that of the recorded cells, complete for each family that has some."""
     results = json.loads(quantised.RESULTS.read_text(encoding="utf-8"))
     cells, rows = ([row for row in results[name] if row["family"] == "llama"] for name in ("cells", "summary"))
-    assert quantised.summarise({"cells": cells}) == rows and len(rows) == len(quantised.METHODS)
+    assert nine_digits(quantised.summarise({"cells": cells})) == nine_digits(rows)
+    assert len(rows) == len(quantised.METHODS)
     assert section(quantised.README, "quantised") == quantised.kl_table(results).rstrip()
     number = results["settings"]["sequences"]
     assert all(len(cell["nats"]) == len(cell["kl"]) == number for cell in results["cells"])
