@@ -317,7 +317,6 @@ class CppKernels(DepthKernels):
     name = "cpp"
     dtypes = tuple(DTYPES)
     few_tokens = 0
-    compiled_steps = False
 
     def token_reads(self, embedding, products, eps):
         return CppTokenReads(embedding, products, eps)

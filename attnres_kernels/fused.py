@@ -16,9 +16,9 @@ run: sums over tokens are partial sums in a fixed order, without atomics.
 Without gradients, and while sources are small enough to be fetched again for each read, a third one takes their place:
 `depth_read` does everything between two sublayers from the sources themselves.
 
-All are custom operators that `torch.compile` takes whole and CUDA graphs capture; but for a CPU, [`depth_step`] is left
-to the compiler, which fuses it with what is around it. Kernels are in triton_kernels.py for GPUs and in
-cpu.py for CPUs; importing a file makes its devices known here.
+All are custom operators that `torch.compile` takes whole and CUDA graphs capture. Of the formula a compiler makes code
+for each read of a model anew, and takes twice as long for it. Kernels are in triton_kernels.py for GPUs and in cpu.py
+for CPUs; importing a file makes its devices known here.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,6 @@ class DepthKernels:
     dtypes: tuple[torch.dtype, ...]
     few_tokens = TwoPhaseDepthAttention.few_tokens  # at most as many are better left to PyTorch
     reads_few_tokens = False  # but not where `read_forward` reads them
-    compiled_steps = True  # not if compilers do better than `step_forward`, as they fuse steps with sums of gradients
 
     def __eq__(self, other):  # also of copies and what has been pickled
         return type(self) is type(other)
@@ -585,30 +584,6 @@ class DepthStepFunction(torch.autograd.Function):
         return _depth_step_autograd(ctx, *grads)
 
 
-def _depth_step_formula(
-    partial, output, mixed, lse, product, score, key_eps, scale, norm_weight, norm_eps, return_hidden, dtype
-):
-    """The first four results of the operator, in operations that a compiler can fuse with others."""
-    new_partial = weight = normed = None
-    hidden = mixed.float()
-    if output is not None:
-        value = output if partial is None else partial + output
-        new_partial, value = value, value.float()
-        score = _score(value, product, key_eps) if score is None else score
-        weight = torch.sigmoid(score - (_score(hidden, product, key_eps) if lse is None else lse))
-        by_token = weight.unsqueeze(-1)
-        hidden = hidden * (1 - by_token) + value * by_token
-    hidden = hidden if scale == 1 else hidden * scale
-    if norm_weight is not None:
-        inverse_rms = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm_eps)
-        normed = norm_weight * (hidden * inverse_rms).to(dtype)
-    return new_partial, normed, hidden.to(dtype) if return_hidden else None, weight
-
-
-def _score(value, product, eps):
-    return (value * product).sum(-1) * torch.rsqrt(value.square().mean(-1) + eps)
-
-
 class DepthStep(NamedTuple):
     """What [`depth_step`] returns; what was not asked for, or does not exist, is None."""
 
@@ -638,8 +613,7 @@ def depth_step(
         hidden = scale * ((1 - beta) * mixed + beta * v)
         normed = norm_weight * RMSNorm(hidden), cast before the weight is applied, as in Llama
 
-    Moves 5d numbers per token to and from memory, in the backward pass 6d. When compiled for a CPU, it is no operator,
-    but PyTorch's operations.
+    Moves 5d numbers per token to and from memory, in the backward pass 6d.
 
     Args:
         partial: `(*tokens, d)`, the open partial sum, or None where `output` is the first of its block.
@@ -682,10 +656,7 @@ def depth_step(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}; with mixed {tuple(mixed.shape)} it is {tuple(shape)}.")
     return_hidden = return_hidden or norm_weight is None
-    if torch.compiler.is_compiling() and not kernels_for(mixed).compiled_steps:
-        run = _depth_step_formula
-    else:
-        run = DepthStepFunction.apply if is_untraced() else _depth_step
+    run = DepthStepFunction.apply if is_untraced() else _depth_step
     new_partial, normed, hidden, weight, *_ = run(
         partial,
         output,

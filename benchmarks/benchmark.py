@@ -6,7 +6,7 @@ each implementation of depth attention. --parts says what is measured:
 
   models           training step (forward and backward), forward, prefill of one prompt and cached decoding: time,
                    tokens/s, peak memory
-  compiled         the same with torch.compile, of stock and AttnRes models
+  compiled         the same with torch.compile, of stock and AttnRes models, and the first call, in which it compiles
   model_growth     the overhead by width, depth and number of blocks, with a figure
   operators        the reads of a block alone, and each of the two phases where there are two
   operator_growth  the reads of a block by number of sources and sublayers, length and width, beside the formulas of the
@@ -199,12 +199,16 @@ def measured(part: str, shape, not_timed: dict[str, str]):
 
 def model_table(rows: list[dict]) -> str:
     lines = [("case", "variant", "shape", "ms", "ratio", "quartiles", "tokens/s", "peak MB", "error")]
+    if rows and rows[0]["compiled"]:
+        lines[0] += ("first call, s",)
     for row in rows:
         shape = f"d {row['hidden_size']}, {row['layers']} layers, {row['blocks']} blocks"
         lower, median, upper = row["ratio"]
         error = "-" if row["relative_error"] is None else f"{row['relative_error']:.0e}"
         numbers = (f"{row['seconds'][1] * 1e3:.1f}", f"{median:.3f}", f"{lower:.3f}-{upper:.3f}")
         numbers += (f"{row['tokens_per_second']:,.0f}", f"{row['peak_memory_bytes'] / 1e6:,.0f}", error)
+        if row["compiled"]:
+            numbers += (f"{row['first_call_seconds']:.0f}",)
         lines.append((row["case"], row["variant"], shape, *numbers))
     return table(lines)
 

@@ -41,6 +41,14 @@ OPERATOR_SHAPE = ("hidden_size", "sources", "sublayers", "batch_size", "seq_len"
 LEAST_SECONDS = 5e-3
 
 
+def fresh_compiler_cache():
+    """In this context compilers find nothing that is kept from before."""
+    from torch._inductor import utils  # takes seconds
+
+    # the name of torch 2.6 and 2.7 comes second
+    return (getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache)()
+
+
 class Call(NamedTuple):
     run: Callable  # what is timed
     prepare: Callable[[], tuple] = tuple  # makes its arguments before the clock starts
@@ -305,19 +313,30 @@ def model_call(case: str, model, tokens, args, compiled: bool, compile: Callable
     }[case]
 
 
-def check_compiled(case: str, models, calls: dict[str, Call], tokens, args, errors, failed: dict[str, str]):
-    """Notes in `failed` which compiled models differ from themselves as they are."""
+def compile_all(case: str, models, calls: dict[str, Call], tokens, args, errors, failed: dict[str, str]) -> dict:
+    """Seconds of each model's first call, in which it is compiled, with nothing kept from before.
+
+    Notes in `failed` which compiled models differ from themselves as they are.
+    """
+    seconds = {}
+    torch.compile(lambda tensor: tensor + 1)(tokens)  # imports the compiler
     for name, model in models.items():
-        if name == "stock":
-            continue
         with failure_noted(name, failed):
+            inputs = calls[name].prepare()
+            start = time.perf_counter()
+            with fresh_compiler_cache():
+                found = calls[name].run(*inputs)
+            seconds[name] = time.perf_counter() - start
+            if name == "stock":
+                continue
             call = model_call(case, model, tokens, args, compiled=False)
             exact = [value.double() for value in call.run(*call.prepare())]
-            error = relative_error(calls[name].run(*calls[name].prepare()), exact)
+            error = relative_error(found, exact)
             # each of them may be that far from float64
             bound = max(4 * args.tolerance * errors[f"{name.split()[0]} eager"], 1e-4)
             if not error <= bound:
                 failed[name] = f"it is wrong when compiled: error {error:.1e}, at most {bound:.1e}"
+    return seconds
 
 
 def model_rows(args, not_timed: dict[str, str], compiled: bool) -> Iterator[list[dict]]:
@@ -334,13 +353,13 @@ def model_rows(args, not_timed: dict[str, str], compiled: bool) -> Iterator[list
     num_tokens = {"prefill": args.prompt_len, "decoding": args.new_tokens}
     models = {name: model for name, model in models.items() if name not in not_timed}
     for case in args.cases:
-        failed = {}
+        failed, first_seconds = {}, {}
         if compiled:
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 8 * len(models)  # all share the code of their forward
         calls = {name: model_call(case, model, tokens, args, compiled) for name, model in models.items()}
         if compiled:
-            check_compiled(case, models, calls, tokens, args, errors, failed)
+            first_seconds = compile_all(case, models, calls, tokens, args, errors, failed)
         calls = {name: call for name, call in calls.items() if name not in failed}
         seconds = interleaved(calls, args, f"{case}, {shape}", failed)
         not_timed |= {f"{name}, {case}": reason for name, reason in failed.items()}
@@ -354,6 +373,7 @@ def model_rows(args, not_timed: dict[str, str], compiled: bool) -> Iterator[list
                 "family": args.family,
                 **{key: getattr(args, key) for key in MODEL_SHAPE},
                 "new_tokens": args.new_tokens,
+                "first_call_seconds": first_seconds.get(name),
                 "seconds": quartiles(values),
                 "ratio": quartiles([a / b for a, b in zip(values, seconds["stock"])]),
                 "tokens_per_second": num_tokens.get(case, tokens.numel()) / statistics.median(values),

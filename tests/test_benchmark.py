@@ -174,7 +174,8 @@ def test_everything(tmp_path, wrong):
     for part in parts:
         variants = {row["variant"] for row in rows_of(tmp_path, part)}
         assert f"block {DepthAttentionInterface.default}" in variants and "block wrong" not in variants
-    assert all(row["compiled"] for row in rows_of(tmp_path, "compiled"))
+    assert all(row["compiled"] and row["first_call_seconds"] > 0 for row in rows_of(tmp_path, "compiled"))
+    assert "first call, s" in (tmp_path / "compiled.md").read_text()
     assert "Not timed: block wrong: it is wrong" in (tmp_path / "models.md").read_text()
 
 
