@@ -144,6 +144,7 @@ def peak_memory(call: Call, device: str) -> int:
 def hardware(device: str) -> dict:
     found = {
         "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -96,7 +96,8 @@ def test_provenance(tmp_path):
     assert results["command"] == ["benchmark.py", *SHAPE.split(), *map(str, arguments)]
     assert results["versions"].keys() >= {"python", "torch", "transformers", "attnres"}
     hardware = results["hardware"]
-    assert hardware["cpu"] and hardware["threads"] == 1 and hardware["memory_bytes"] > 1 << 28
+    assert hardware["cpu"] and hardware["instructions"]
+    assert hardware["threads"] == 1 and hardware["memory_bytes"] > 1 << 28
     assert (results["dtype"], results["rounds"], results["not_timed"]) == ("float32", 2, {})
 
 
