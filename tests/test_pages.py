@@ -3,6 +3,7 @@
 somewhere."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -381,11 +382,14 @@ def by_group(values: dict[str, object]) -> list[list]:
 
 def recorded_numbers(folder: Path) -> list[float]:
     """Losses of a comparison and of what it tried, for repeated ones their mean and standard deviation, and what
-    benchmarks/copying.py says of the models, as means over seeds."""
+    benchmarks/copying.py says of the models, as means over seeds; of several comparisons all numbers."""
+    if not (folder / "comparison.json").exists():
+        return [number for part in folder.iterdir() if part.is_dir() for number in recorded_numbers(part)]
     found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     losses = {name: run["held_out_loss"] for name, run in found["runs"].items()}
     tried = [loss for losses in found.get("trials", {}).values() for loss in losses.values()]
     repeated = [group for group in by_group(losses) if len(group) > 1]
+    tried += [loss for run in found["runs"].values() if (loss := run.get("held_out_loss_before")) is not None]
     numbers = [*losses.values(), *tried, *map(statistics.mean, repeated), *map(statistics.stdev, repeated)]
     if (folder / "copying.json").exists():
         models = json.loads((folder / "copying.json").read_text(encoding="utf-8"))["models"]
@@ -398,16 +402,15 @@ def test_losses_are_the_recorded_ones():
     """Each loss in the tables of the results is one of the committed run's, rounded once."""
     folder = ROOT / "results"
     sections = (folder / "README.md").read_text(encoding="utf-8").split("\n## ")[1:]
-    folders = [re.search(r"\]\((\w+)/comparison\.md\)", text) for text in sections]
-    checked = {match[1]: text for match, text in zip(folders, sections) if match}
+    checked = {text: names for text in sections if (names := re.findall(r"\]\((\w+)/(?:comparison|parts)\.md\)", text))}
     assert len(checked) == 5
-    for name, text in checked.items():
+    for text, names in checked.items():
         rows = [line.split("|", 2)[2] for line in text.splitlines() if line.startswith("|")]
         shown = re.findall(r"\d+\.\d{3,}", "\n".join(rows[2:]))
-        recorded = recorded_numbers(folder / name)
+        recorded = [number for name in names for number in recorded_numbers(folder / name)]
         digits = {len(number.split(".")[1]) for number in shown}
         rounded = {f"{number:.{places}f}" for number in recorded for places in digits}
-        assert shown and [number for number in shown if number not in rounded] == [], name
+        assert shown and [number for number in shown if number not in rounded] == [], names
 
 
 def test_what_is_said_of_full_from_scratch_is_recorded():
@@ -421,6 +424,39 @@ def test_what_is_said_of_full_from_scratch_is_recorded():
     assert "is {:.3f}, {:.3f} and {:.3f}: the first two".format(*copied) in text
     assert f"in each seed, by {-max(block):.3f} to {-min(block):.3f};" in text
     assert f"ahead of the donor by {-full[2]:.3f} in one seed, and behind by {full[1]:.3f} and {full[0]:.3f}" in text
+
+
+def test_what_is_said_of_fine_tuning_is_recorded():
+    """By how much models lead their donors, seed by seed."""
+    leads = {}
+    for part in (ROOT / "results" / "regimes").glob("*/comparison.json"):
+        losses = {}
+        for name, run in json.loads(part.read_text("utf-8"))["runs"].items():
+            method, mode, *_ = name.split()
+            losses.setdefault((method, mode.removeprefix("mode=")), []).append(run["held_out_loss"])
+        for method, mode in itertools.product(("full", "lora"), ("block", "full")):
+            pairs = zip(losses[method, "donor"], losses[method, mode], strict=True)
+            leads.setdefault((method, mode), []).extend(donor - own for donor, own in pairs)
+    assert [len(own) for own in leads.values()] == 4 * [9]
+    text = " ".join((ROOT / "results" / "README.md").read_text("utf-8").split())
+    ranges = {name: f"{min(own):.4f} to {max(own):.4f}" for name, own in leads.items()}
+    assert f"by {ranges['full', 'block']} where all weights are trained and by {ranges['lora', 'block']} with" in text
+    assert f"Full is ahead by {ranges['full', 'full']} in nine of nine, and with LoRA in eight of nine" in text
+    assert min(leads["full", "full"]) > 0 and sum(lead > 0 for lead in leads["lora", "full"]) == 8
+    assert f"by {max(leads['lora', 'full']):.4f} at most" in text
+
+
+def test_what_is_said_of_scaling_laws_is_recorded():
+    """Differences and multipliers, with their intervals."""
+    found = json.loads((ROOT / "results" / "scaling_law" / "scaling_law.json").read_text("utf-8"))
+    text = " ".join((ROOT / "results" / "README.md").read_text("utf-8").split())
+    for size in ("32x3", "32x4", "32x5", "32x8"):
+        numbers = [row for row in found["differences"] if row["size"] == size]
+        cells = [f"{row['mean']:+.4f} | {row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}" for row in numbers]
+        assert f"| {size[-1]} layers | {' | '.join(cells)} |" in text
+    multipliers = [(found["multipliers"][name], found["multipliers"][name]["interval"]) for name in ("block", "full")]
+    block, full = (f"{own['value']:.2f} ({low:.2f} to {high:.2f})" for own, (low, high) in multipliers)
+    assert f"the donor needs {block} of Block's compute" in text and f"and {full} of Full's" in text
 
 
 def test_what_is_said_of_the_figure_by_depth_is_recorded():

@@ -104,11 +104,10 @@ def test_accuracies():
     assert [line.split("|")[2].strip() for line in table[2:]] == ["0.500", "0.600 ± 0.141"]
 
 
-@pytest.mark.parametrize("name", ["from_scratch", "depth_lr_scale", "zoo_lr"])
+@pytest.mark.parametrize("name", ["from_scratch", "depth_lr_scale", "zoo_lr", "donors", "regimes"])
 def test_committed_results_are_of_these_commands(name):
     """What is in results/ was made by the study of that name, as it is now."""
-    (comparison,) = options(name).values()
-    recorded = json.loads((SCRIPTS.parent / "results" / name / "comparison.json").read_text())["command"]
-    words = comparison.words()
-    jobs = recorded.index("--jobs")
-    assert recorded[1:jobs] + recorded[jobs + 2 :] == words
+    for part, comparison in options(name).items():
+        recorded = json.loads((SCRIPTS.parent / "results" / name / part / "comparison.json").read_text())["command"]
+        jobs = recorded.index("--jobs")
+        assert recorded[1:jobs] + recorded[jobs + 2 :] == comparison.words()
