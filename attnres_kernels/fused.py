@@ -16,9 +16,9 @@ run: sums over tokens are partial sums in a fixed order, without atomics.
 Without gradients, and while sources are small enough to be fetched again for each read, a third one takes their place:
 `depth_read` does everything between two sublayers from the sources themselves.
 
-All are custom operators that `torch.compile` takes whole and CUDA graphs capture. Of the formula a compiler makes code
-for each read of a model anew, and takes twice as long for it. Kernels are in triton_kernels.py for GPUs and in cpu.py
-for CPUs; importing a file makes its devices known here.
+All are custom operators that `torch.compile` takes whole and CUDA graphs capture; of a formula it would make code for
+each read of a model anew, and be longer about it. Kernels are in triton_kernels.py for GPUs and in cpu.py for CPUs;
+importing a file makes its devices known here.
 """
 
 from collections.abc import Sequence

@@ -323,16 +323,13 @@ def compile_all(case: str, models, calls: dict[str, Call], tokens, args, errors,
     torch.compile(lambda tensor: tensor + 1)(tokens)  # imports the compiler
     for name, model in models.items():
         with failure_noted(name, failed):
-            inputs = calls[name].prepare()
-            start = time.perf_counter()
             with fresh_compiler_cache():
-                found = calls[name].run(*inputs)
-            seconds[name] = time.perf_counter() - start
+                seconds[name] = timed(calls[name], args.device)
             if name == "stock":
                 continue
             call = model_call(case, model, tokens, args, compiled=False)
             exact = [value.double() for value in call.run(*call.prepare())]
-            error = relative_error(found, exact)
+            error = relative_error(calls[name].run(*calls[name].prepare()), exact)
             # each of them may be that far from float64
             bound = max(4 * args.tolerance * errors[f"{name.split()[0]} eager"], 1e-4)
             if not error <= bound:
@@ -374,7 +371,7 @@ def model_rows(args, not_timed: dict[str, str], compiled: bool) -> Iterator[list
                 "family": args.family,
                 **{key: getattr(args, key) for key in MODEL_SHAPE},
                 "new_tokens": args.new_tokens,
-                "first_call_seconds": first_seconds.get(name),
+                **({"first_call_seconds": first_seconds[name]} if compiled else {}),
                 "seconds": quartiles(values),
                 "ratio": quartiles([a / b for a, b in zip(values, seconds["stock"])]),
                 "tokens_per_second": num_tokens.get(case, tokens.numel()) / statistics.median(values),

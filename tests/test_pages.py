@@ -3,7 +3,6 @@
 somewhere."""
 
 import importlib
-import itertools
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attnres_recipes.comparison import paired_differences
 from attnres_recipes.figures import without_seed
 from documents import code_blocks, headings
 from hub_server import serve_hub
@@ -428,15 +428,16 @@ def test_what_is_said_of_full_from_scratch_is_recorded():
 
 def test_what_is_said_of_fine_tuning_is_recorded():
     """By how much models lead their donors, seed by seed."""
-    leads = {}
+    leads, shares = {}, []
     for part in (ROOT / "results" / "regimes").glob("*/comparison.json"):
-        losses = {}
-        for name, run in json.loads(part.read_text("utf-8"))["runs"].items():
-            method, mode, *_ = name.split()
-            losses.setdefault((method, mode.removeprefix("mode=")), []).append(run["held_out_loss"])
-        for method, mode in itertools.product(("full", "lora"), ("block", "full")):
-            pairs = zip(losses[method, "donor"], losses[method, mode], strict=True)
-            leads.setdefault((method, mode), []).extend(donor - own for donor, own in pairs)
+        runs = json.loads(part.read_text("utf-8"))["runs"]
+        for method in ("full", "lora"):
+            own = {name: run for name, run in runs.items() if name.startswith(f"{method} ")}
+            for mode, found in zip(("block", "full"), paired_differences(own).values(), strict=True):
+                leads.setdefault((method, mode), []).extend(-difference for difference in found["seeds"].values())
+        gains = {name: run["held_out_loss_before"] - run["held_out_loss"] for name, run in runs.items()}
+        first, *others = map(statistics.mean, by_group(gains))
+        shares += [gain / first for gain in others[-2:]]
     assert [len(own) for own in leads.values()] == 4 * [9]
     text = " ".join((ROOT / "results" / "README.md").read_text("utf-8").split())
     ranges = {name: f"{min(own):.4f} to {max(own):.4f}" for name, own in leads.items()}
@@ -444,6 +445,7 @@ def test_what_is_said_of_fine_tuning_is_recorded():
     assert f"Full is ahead by {ranges['full', 'full']} in nine of nine, and with LoRA in eight of nine" in text
     assert min(leads["full", "full"]) > 0 and sum(lead > 0 for lead in leads["lora", "full"]) == 8
     assert f"by {max(leads['lora', 'full']):.4f} at most" in text
+    assert f"gets {100 * min(shares):.0f} to {100 * max(shares):.0f} % of what all weights gain" in text
 
 
 def test_what_is_said_of_scaling_laws_is_recorded():
