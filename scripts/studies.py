@@ -199,7 +199,7 @@ STUDIES = {
         "whether it pays to convert SmolLM2-135M-Instruct and train it on",
         FinetuneOptions,
         {
-            "": {
+            part: {
                 **FUNCTIONS,
                 "model": str(OUTPUT / SMOLLM2),
                 "batch_size": 2,
@@ -207,11 +207,14 @@ STUDIES = {
                 "eval_steps": 40,
                 "eval_sequences": 32,
                 "tune_steps": 20,
-                "compare": "full:mode=donor,full:mode=block,full:mode=full,full:mode=block_delta,lora:mode=donor,"
-                "lora:mode=block,depth:mode=block",
+                "compare": compared,
                 "tune": "learning_rate=x1,x2,x4",
                 "sweep": [SEEDS],
             }
+            for part, compared in {
+                "all_weights": "full:mode=donor,full:mode=block,full:mode=full,full:mode=block_delta",
+                "few_weights": "lora:mode=donor,lora:mode=block,depth:mode=block",
+            }.items()
         },
         tasks=("stdlib_docstring", "stdlib_body"),
     ),
@@ -270,9 +273,12 @@ def parts_table(found: dict[str, dict]) -> str:
 
     before = {name: next(iter(own["runs"].values()))["held_out_loss_before"] for name, own in found.items()}
     rows = [("held-out loss", *found), ("before training", *(f"{loss:.3f}" for loss in before.values()))]
-    for group in next(iter(found.values()))["best"]:
+    for group in dict.fromkeys(group for own in found.values() for group in own["best"]):
         cells = []
         for own in found.values():
+            if group not in own["best"]:
+                cells.append("-")
+                continue
             runs = [run for name, run in own["runs"].items() if without_seed(name) == tuned(group, own)]
             losses = [run["held_out_loss"] for run in runs if "held_out_loss" in run]
             cells.append(f"{mean(losses)} ({', '.join(own['best'][group].values())})")
