@@ -7,12 +7,17 @@ import platform
 import shlex
 
 import pytest
+import torch
 
 from attnres_kernels import cpu
 
 
 # vectors of all that there is, of AVX2 and of SSE; elsewhere there is one kind
-INSTRUCTIONS = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
+INSTRUCTIONS = [""]
+if platform.machine() == "x86_64":
+    INSTRUCTIONS += (
+        ["-mno-avx512f", "-mno-avx"] if "AVX512" in torch.backends.cpu.get_cpu_capability() else ["-mno-avx"]
+    )
 needs_compiler = pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler")
 
 

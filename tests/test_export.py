@@ -55,7 +55,12 @@ def check(run, mode: str, shapes=SHAPES):
 
 
 @pytest.mark.parametrize(
-    "shape, strict", [(EXPORTED[0], False), (EXPORTED[1], False), (EXPORTED[1], True)], ids=["few", "many", "strict"]
+    "shape, strict",
+    [
+        pytest.param(EXPORTED[0], False, id="few"),
+        pytest.param(EXPORTED[1], False, id="many"),
+        pytest.param(EXPORTED[1], True, id="strict", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("mode", ["block", "full"])
 @IMPLEMENTATIONS

@@ -18,6 +18,7 @@ from attnres_recipes.loading import load_weights
 from attnres_recipes.process import enough_memory
 from convert_models import edit_json
 from families import tiny_donor, tiny_model
+from marks import mostly_slow
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -258,7 +259,7 @@ def test_malformed_adapters(name, models, tmp_path, monkeypatch):
             assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("name", mostly_slow(FINE, "output_hidden_states", "return_dict"))
 def test_what_a_configuration_asks_for(name, models, tmp_path):
     """A configuration that asks for other outputs, or for no cache, works in all scripts."""
     folder = shutil.copytree(models / "model", tmp_path / "model")

@@ -21,6 +21,7 @@ from attnres_recipes.comparison import paired_differences
 from attnres_recipes.figures import without_seed
 from documents import code_blocks, headings
 from hub_server import serve_hub
+from marks import mostly_slow
 from safetensors import safe_open
 from serve_process import Running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -185,7 +186,7 @@ WITH_CODE = [page for page in PAGES if blocks(page, "python") and not page.start
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", WITH_COMMANDS)
+@pytest.mark.parametrize("page", mostly_slow(WITH_COMMANDS, "README.md", "docs/guides/convert.md"))
 def test_commands_run(page, workplace, monkeypatch, capsys):
     """Every command of a page works, from top to bottom, on a small checkpoint and text; long ones with small sizes."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -250,7 +251,7 @@ def test_no_block_is_left_out():
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", WITH_CODE)
+@pytest.mark.parametrize("page", mostly_slow(WITH_CODE, "README.md", "docs/modes.md"))
 def test_code_runs(page, workplace):
     """All Python of a page works, from top to bottom."""
     code = blocks(page, "python")

@@ -34,6 +34,7 @@ from families import (
     tiny_donor_config,
     tiny_qwen3_next_config,
 )
+from marks import mostly_slow
 from PIL import Image
 from pretrain_process import SCRIPTS, SIZES, TINY, Server
 from safetensors.torch import load_file, save_file
@@ -202,7 +203,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", mostly_slow(EXACT, "muon", "stream"))
 def test_sigkill_with(name, server, text):
     """Muon, WSD, bf16, checkpointing, a stream, dropout and experts resume exactly too, also after the last step."""
     command = [*RUN, "--data", text, *EXACT[name].split()]

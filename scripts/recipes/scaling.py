@@ -336,13 +336,13 @@ def report(results: dict) -> str:
         "# Scaling law",
         filled(
             "Losses L are nats per token on held-out text. Compute C is that of training, in PFLOP/s-days (8.64e19 "
-            "FLOPs), with D tokens, N parameters that multiply (of the layers, and the head's matrix once), hidden size "
-            "d, and S, the number of sources of all reads together:"
+            "FLOPs), with D tokens, N parameters that multiply (of the layers, and the head's matrix once), hidden "
+            "size d, and S, the number of sources of all reads together:"
         ),
         f"`{FORMULA}`",  # not wrapped: a line that begins with a plus is a list
         filled(
-            "A read of n sources takes 6 n d FLOPs forward and twice as many backward. Attention's scores and sums over "
-            "tokens, the same in all variants, are left out."
+            "A read of n sources takes 6 n d FLOPs forward and twice as many backward. Attention's scores and sums "
+            "over tokens, the same in all variants, are left out."
         ),
         "## What can't be concluded",
         "\n".join(textwrap.fill(f"- {line}", 120, subsequent_indent="  ") for line in results["limits"]),
