@@ -18,6 +18,7 @@ from attnres_convert.files import write_all
 from convert_models import edit_json, save_donor, tensor_bytes, tree, write_sparse_donor
 from families import tiny_donor
 from huggingface_hub import metadata_load
+from marks import mostly_slow
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -257,7 +258,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("disk", ["same", "other"])
+@pytest.mark.parametrize("disk", mostly_slow(["same", "other"], "same"))
 def test_a_disk_that_fills_up(tmp_path, disk):
     """Whichever file the last page of a disk goes to, there is one clear error, and nothing stays."""
     alone = ["unshare", "--mount"]

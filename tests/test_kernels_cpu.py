@@ -15,6 +15,7 @@ import torch
 from behaviours import Float64, assert_close, in_float64
 from families import tiny_model, tokens
 from instructions import INSTRUCTIONS, needs_compiler, use_instructions
+from marks import mostly_slow
 
 from attnres_kernels import cpu
 from attnres_kernels.fused import FusedDepthAttention, closed_reads, depth_step
@@ -286,6 +287,7 @@ def test_without_a_compiler():
     assert line.startswith("ValueError: 'cpp'") and "no no-such-compiler: install g++" in line and "two_phase" in line
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_compiled_again(tmp_path):
     script, log = recording_compiler(tmp_path)
     for times in (1, 2):
@@ -295,7 +297,7 @@ def test_a_damaged_library_is_compiled_again(tmp_path):
             library.write_bytes(library.read_bytes()[:1000])
 
 
-@pytest.mark.parametrize("message", ["", "kernels.cpp:1: error: no such thing"])
+@pytest.mark.parametrize("message", [pytest.param("", marks=pytest.mark.slow), "kernels.cpp:1: error: no such thing"])
 def test_a_compiler_that_fails(tmp_path, message):
     """One warning says what failed, PyTorch computes instead, and nothing is left behind in the cache."""
     script = tmp_path / "compiler"
@@ -488,7 +490,7 @@ assert works_on(torch.device("cpu"))
 """
 
 
-@pytest.mark.parametrize("state", ["checkpoint", "dtype", "device"])
+@pytest.mark.parametrize("state", mostly_slow(["checkpoint", "dtype", "device"], "checkpoint"))
 def test_tried_apart_from_what_is_going_on(state):
     """Checkpointing, defaults and the like neither disturb the first trial nor are disturbed by it."""
     done = subprocess.run([sys.executable, "-c", TRY, state], capture_output=True, text=True)

@@ -375,7 +375,7 @@ def check_error(device, dtype, with_norm, compiled):
         pytest.param(torch.bfloat16, False, False, id="bf16, no norm"),
         pytest.param(torch.float16, True, False, id="fp16"),
         pytest.param(torch.float16, False, False, id="fp16, no norm"),
-        pytest.param(torch.bfloat16, True, True, id="bf16, compiled"),
+        pytest.param(torch.bfloat16, True, True, id="bf16, compiled", marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, False, True, id="bf16, no norm, compiled", marks=pytest.mark.slow),
         pytest.param(torch.float16, True, True, id="fp16, compiled", marks=pytest.mark.slow),
         pytest.param(torch.float16, False, True, id="fp16, no norm, compiled", marks=pytest.mark.slow),

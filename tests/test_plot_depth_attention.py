@@ -19,6 +19,7 @@ from attnres_commands import plot_depth_attention
 from attnres_convert import writing
 from attnres_recipes import figures, look, plotting
 from attnres_recipes.data import train_tokenizer
+from marks import mostly_slow
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -372,7 +373,7 @@ def overlaps(figure) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("layers", [2, 7, 16, 48])
+@pytest.mark.parametrize("layers", mostly_slow([2, 7, 16, 48], 7, 48))
 @pytest.mark.parametrize("mode", ["block", "full"])
 def test_legible(layers, mode):
     """From 2 to 48 layers, no label lies on another one or leaves the figure."""
