@@ -231,14 +231,7 @@ def test_minutes(tmp_path, capsys):
 def test_interrupted(tmp_path):
     """An interruption leaves the rows of the shapes before it, and ends with one line."""
     command = [sys.executable, str(BENCHMARKS / "benchmark.py"), *SHAPE.split(), "--rounds", "50", "--output", tmp_path]
-    command += [
-        "--parts",
-        "models",
-        "--modes",
-        "block",
-        "--cases",
-        *(cases := ["training", "forward", "prefill", "decoding"]),
-    ]
+    command += ["--parts", "models", "--modes", "block", "--cases", "training", "forward"]
     path = os.pathsep.join([str(BENCHMARKS.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [str(argument) for argument in command],
@@ -258,8 +251,7 @@ def test_interrupted(tmp_path):
         process.kill()
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.splitlines()[-1] == "benchmark: interrupted; what was measured before is written."
-    measured = [row["case"] for row in rows_of(tmp_path, "models")]
-    assert measured and measured == cases[: len(measured)] != cases
+    assert {row["case"] for row in rows_of(tmp_path, "models")} == {"training"}
     assert "| training |" in output
 
 
