@@ -38,7 +38,7 @@ quickstart: $(READY) ## convert, adapt and compare a chat model, or with ARGS=--
 test: $(READY) ## run the tests, three at a time for two cores; ARGS are handed to pytest
 	$(PYTEST) -m "not slow and not real and not serving" $(ARGS)
 
-test-slow: $(READY) ## run those that make test leaves out, or with ARGS="--part 1/16" a few of them
+test-slow: $(READY) ## run those that make test leaves out, or with ARGS="--part 1/32" a few of them
 	$(PYTEST) -m "slow and not real and not serving" $(ARGS)
 
 test-real: $(READY) ## run the tests on a real chat model, which is downloaded (93 MB)

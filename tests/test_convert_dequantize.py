@@ -174,6 +174,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_shard(tmp_path):
     """One sixteenth of the floats, and the largest tensor, are in memory; loading would take all."""
     write_fp8(tmp_path / "small")

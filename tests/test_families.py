@@ -386,6 +386,7 @@ def one_thread():
 
 
 @needs_kimi_linear
+@pytest.mark.slow
 def test_kimi_linear_trains_on_text(one_thread):
     """Nine layers of both kinds with experts, in blocks of three, learn the bytes of the standard library's source."""
     config = tiny_config(

@@ -149,6 +149,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_save_and_push(hub, tmp_path):
     """A save that pushes sends what a stranger needs, to a repository with the folder's name; if the push fails, the
     folder has the new model nevertheless."""

@@ -570,6 +570,7 @@ def test_recurrent_layers(server, text, model_type):
     assert printed.count("recurrent layers") == (model_type == "qwen3_next")
 
 
+@pytest.mark.slow
 def test_compile(server, text):
     """`--compile` trains to the same losses, to rounding."""
     command = [*TINY, *SHALLOW, "--data", text, "--steps", 2, "--eval-steps", 2, "--depth-every", 2]

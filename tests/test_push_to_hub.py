@@ -318,6 +318,7 @@ def test_card_is_made(hub, api, folder, tmp_path):
     assert data.license is None and data.base_model is None
 
 
+@pytest.mark.slow
 def test_card_takes_the_name_of_the_repository(hub, folder, tmp_path):
     """By the whole command; the folder that the card names as its base stays out of the metadata."""
     text = (

@@ -129,6 +129,7 @@ def run(server, place):
     return run
 
 
+@pytest.mark.slow
 def test_commands_that_read(run, data):
     """On a folder of the zoo they do what they do on any other model folder."""
     assert run("scripts/generate.py", BLOCK, "--prompt", "import", "--max-new-tokens", 4)
