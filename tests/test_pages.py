@@ -33,6 +33,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import pretrain  # noqa: E402
+import speed_table  # noqa: E402
 from exactness import markdown  # noqa: E402
 from pages import section  # noqa: E402
 
@@ -341,16 +342,21 @@ def test_numbers_of_the_readme_are_those_of_the_pages():
         listed += keys
     assert sorted(listed) == sorted(exact)
 
-    cpu, gpu = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split("## On a GPU")
+    assert section(ROOT / "docs" / "speed.md", "cpus") == speed_table.markdown()
+    _, gpu = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split("## On a GPU")
     found = re.findall(
-        r"^\| (two CPU cores|one NVIDIA H200), ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE
+        r"^\| (two CPU cores|one NVIDIA H200)(?:, (AVX\S+))?, ([^|]+) \| (\S+) \| (\S+) \|$", README, re.M
     )
-    assert len(found) == 7
-    for device, what, block, full in found:
-        page, column = (gpu, 3) if device == "one NVIDIA H200" else (cpu, 4)
-        (row,) = re.findall(rf"^\| {what.replace('decoding', 'decoding, batch 1')}\*? \|.*$", page, flags=re.MULTILINE)
-        numbers = [cell.strip(" *") for cell in row.split("|")]
-        assert [f"{float(numbers[place]):.2f}" for place in (2, column + 1)] == [block, full], what
+    kinds = {name: speed_table.cases(kind) for kind, name in speed_table.KINDS.items()}
+    assert {kind for _, kind, _, _, _ in found} == {"", *(name for name, rows in kinds.items() if rows)}
+    for _, kind, what, *ratios in found:
+        if kind:
+            numbers = [kinds[kind][what][f"{mode} cpp"]["ratio"][1] for mode in ("block", "full")]
+        else:
+            (row,) = re.findall(rf"^\| {what.replace('decoding', 'decoding, batch 1')}\*? \|.*$", gpu, flags=re.M)
+            cells = [cell.strip(" *") for cell in row.split("|")]
+            numbers = [float(cells[place]) for place in (2, 4)]
+        assert [f"{number:.2f}" for number in numbers] == ratios, what
 
 
 def test_what_the_readme_tells_of_the_quickstart_is_recorded():
