@@ -264,7 +264,7 @@ def mean(values: list[float]) -> str:
 
 
 def parts_table(found: dict[str, dict]) -> str:
-    """Held-out losses of comparisons of the same groups, a column for each, with the learning rate that was best.
+    """Held-out losses of comparisons, a column for each, with the learning rate that was best for each group of runs.
 
     Args:
         found: what `comparison.json` holds, by the comparison's name.

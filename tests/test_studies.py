@@ -86,9 +86,12 @@ def test_parts_beside_each_other():
         own = [{"held_out_loss_before": 4.0} | ({"held_out_loss": loss} if loss else {}) for loss in losses]
         runs = {f"lora mode=donor learning_rate={rate} seed={seed}": run for seed, run in enumerate(own)}
         found[part] = {"runs": runs, "best": {"lora mode=donor": {"learning_rate": rate}}}
+    found["qwen3"]["best"]["depth mode=block"] = {"learning_rate": "1.0"}
+    found["qwen3"]["runs"]["depth mode=block learning_rate=1.0 seed=0"] = {"held_out_loss": 3.5}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in studies.parts_table(found).splitlines()]
     assert rows[0] == ["held-out loss", "llama", "qwen3"] and rows[2] == ["before training", "4.000", "4.000"]
     assert rows[3] == ["lora mode=donor", "3.100 ± 0.141 (0.01)", "2.000 (0.1)"]
+    assert rows[4] == ["depth mode=block", "-", "3.500 (1.0)"]
 
 
 @pytest.mark.parametrize("name", [name for name, study in studies.STUDIES.items() if study.paper])
