@@ -8,6 +8,7 @@ Fills the tables of CPUs in docs/speed.md from results/benchmark, which has a fo
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from attnres_convert.writing import table
@@ -20,7 +21,6 @@ from pages import fill  # noqa: E402
 
 
 RESULTS = ROOT / "results" / "benchmark"
-KINDS = {"avx2": "AVX2", "avx512": "AVX-512"}
 FILES = {
     "models.json": "",
     "compiled.json": ", both compiled",
@@ -31,36 +31,46 @@ CASES = {"training": "training step", "forward": "forward", "prefill": "prefill"
 VARIANTS = [f"{mode} {name}" for mode in ("block", "full") for name in ("cpp", "two_phase", "eager")]
 
 
-def cases(kind: str) -> dict[str, dict[str, dict]]:
-    """What was measured on a kind of processor: by the name of a case, the rows of `benchmark.py` by variant."""
+def processors() -> dict[str, Path]:
+    """Folders of results by the instruction set of their processor."""
+    folders = {}
+    for path in sorted(RESULTS.glob("*/models.json")):
+        folders[json.loads(path.read_text(encoding="utf-8"))["hardware"]["instructions"]] = path.parent
+    return folders
+
+
+def cases(folder: Path) -> dict[str, dict[str, dict]]:
+    """What was measured on a processor: by the name of a case, the rows of `benchmark.py` by variant."""
     found = {}
     for file, shape in FILES.items():
-        path = RESULTS / kind / file
+        path = folder / file
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else ():
             found.setdefault(CASES[row["case"]] + shape, {})[row["variant"]] = row
     return found
 
 
-def kind_table(kind: str) -> str:
+def line(name: str, rows: dict[str, dict], cell: Callable[[dict], str]) -> tuple[str, ...]:
+    return (name.format(cell(rows["stock"])), *(cell(rows[own]) if own in rows else "-" for own in VARIANTS))
+
+
+def processor_table(folder: Path) -> str:
     """Ratios of medians to the stock model; of training steps also the peak memory, of compiled ones the first call."""
-    hardware = json.loads((RESULTS / kind / "models.json").read_text(encoding="utf-8"))["hardware"]
+    hardware = json.loads((folder / "models.json").read_text(encoding="utf-8"))["hardware"]
     names = [variant.capitalize().replace(" ", ", `") + "`" for variant in VARIANTS]
-    lines = [(f"{hardware['cpu']}, {KINDS[kind]}, {hardware['threads']} threads", *names)]
-    for case, rows in cases(kind).items():
-        cells = [f"{rows[name]['ratio'][1]:.2f}" if name in rows else "-" for name in VARIANTS]
-        lines.append((case, *cells))
+    lines = [("{cpu}, {instructions}, {threads} threads".format(**hardware), *names)]
+    for case, rows in cases(folder).items():
+        lines.append(line(case, rows, lambda row: f"{row['ratio'][1]:.2f}"))
         if case.startswith("training"):
-            memory = [f"{rows[name]['peak_memory_bytes'] / 1e6:,.0f} MB" if name in rows else "-" for name in VARIANTS]
-            lines.append((f"its peak memory (stock: {rows['stock']['peak_memory_bytes'] / 1e6:,.0f} MB)", *memory))
+            memory = line("its peak memory (stock: {})", rows, lambda row: f"{row['peak_memory_bytes'] / 1e6:,.0f} MB")
+            lines.append(memory)
         if rows["stock"]["compiled"]:
-            first = [f"{rows[name]['first_call_seconds']:.0f} s" if name in rows else "-" for name in VARIANTS]
-            lines.append((f"its first call (stock: {rows['stock']['first_call_seconds']:.0f} s)", *first))
+            lines.append(line("its first call (stock: {})", rows, lambda row: f"{row['first_call_seconds']:.0f} s"))
     return table(lines).rstrip()
 
 
 def markdown() -> str:
-    """A table for each kind of processor that there are results of."""
-    return "\n\n".join(kind_table(kind) for kind in KINDS if (RESULTS / kind).is_dir())
+    """A table for each processor that there are results of."""
+    return "\n\n".join(map(processor_table, processors().values()))
 
 
 def main(argv: list[str] | None = None):

@@ -273,16 +273,16 @@ def parts_table(found: dict[str, dict]) -> str:
 
     before = {name: next(iter(own["runs"].values()))["held_out_loss_before"] for name, own in found.items()}
     rows = [("held-out loss", *found), ("before training", *(f"{loss:.3f}" for loss in before.values()))]
+
+    def cell(group: str, own: dict) -> str:
+        if group not in own["best"]:
+            return "-"
+        runs = [run for name, run in own["runs"].items() if without_seed(name) == tuned(group, own)]
+        losses = [run["held_out_loss"] for run in runs if "held_out_loss" in run]
+        return f"{mean(losses)} ({', '.join(own['best'][group].values())})"
+
     for group in dict.fromkeys(group for own in found.values() for group in own["best"]):
-        cells = []
-        for own in found.values():
-            if group not in own["best"]:
-                cells.append("-")
-                continue
-            runs = [run for name, run in own["runs"].items() if without_seed(name) == tuned(group, own)]
-            losses = [run["held_out_loss"] for run in runs if "held_out_loss" in run]
-            cells.append(f"{mean(losses)} ({', '.join(own['best'][group].values())})")
-        rows.append((group, *cells))
+        rows.append((group, *(cell(group, own) for own in found.values())))
     return table(rows)
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from instructions import INSTRUCTIONS, needs_compiler, use_instructions
+from marks import mostly_slow
 
 from attnres_kernels.fused import KERNELS, FusedDepthAttention
 
@@ -368,19 +369,9 @@ def check_error(device, dtype, with_norm, compiled):
         assert ours <= 1.1 * theirs, f"result {i}: {ours:.3e} instead of {theirs:.3e}"
 
 
-@pytest.mark.parametrize(
-    "dtype, with_norm, compiled",
-    [
-        pytest.param(torch.bfloat16, True, False, id="bf16"),
-        pytest.param(torch.bfloat16, False, False, id="bf16, no norm"),
-        pytest.param(torch.float16, True, False, id="fp16"),
-        pytest.param(torch.float16, False, False, id="fp16, no norm"),
-        pytest.param(torch.bfloat16, True, True, id="bf16, compiled", marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, False, True, id="bf16, no norm, compiled", marks=pytest.mark.slow),
-        pytest.param(torch.float16, True, True, id="fp16, compiled", marks=pytest.mark.slow),
-        pytest.param(torch.float16, False, True, id="fp16, no norm, compiled", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("compiled", mostly_slow([False, True], False), ids=["", "compiled"])
+@pytest.mark.parametrize("with_norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_error(run, dtype, with_norm, compiled):
     """In half precision a block's results and all gradients are at most 1.1 times as far off as eager's."""
     skip_float16_in_cpp(run, dtype)

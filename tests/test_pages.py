@@ -347,16 +347,62 @@ def test_numbers_of_the_readme_are_those_of_the_pages():
     found = re.findall(
         r"^\| (two CPU cores|one NVIDIA H200)(?:, (AVX\S+))?, ([^|]+) \| (\S+) \| (\S+) \|$", README, re.M
     )
-    kinds = {name: speed_table.cases(kind) for kind, name in speed_table.KINDS.items()}
-    assert {kind for _, kind, _, _, _ in found} == {"", *(name for name, rows in kinds.items() if rows)}
-    for _, kind, what, *ratios in found:
-        if kind:
-            numbers = [kinds[kind][what][f"{mode} cpp"]["ratio"][1] for mode in ("block", "full")]
+    measured = {name: speed_table.cases(folder) for name, folder in speed_table.processors().items()}
+    assert len(found) == 4 * len(measured) + 4 and {instructions for _, instructions, *_ in found} == {"", *measured}
+    for device, instructions, what, *ratios in found:
+        assert bool(instructions) == (device == "two CPU cores")
+        if instructions:
+            numbers = [measured[instructions][what][f"{mode} cpp"]["ratio"][1] for mode in ("block", "full")]
         else:
             (row,) = re.findall(rf"^\| {what.replace('decoding', 'decoding, batch 1')}\*? \|.*$", gpu, flags=re.M)
             cells = [cell.strip(" *") for cell in row.split("|")]
             numbers = [float(cells[place]) for place in (2, 4)]
         assert [f"{number:.2f}" for number in numbers] == ratios, what
+
+
+def test_what_is_said_of_speed_is_recorded():
+    """Ranges and growth on CPUs, by the medians of the committed rows."""
+    folder = speed_table.RESULTS / "avx2"
+    ratios = {
+        case: tuple(rows[f"{mode} cpp"]["ratio"][1] for mode in ("block", "full"))
+        for case, rows in speed_table.cases(folder).items()
+    }
+    page = " ".join((ROOT / "docs" / "speed.md").read_text("utf-8").split())
+    large = [ratio for case, own in ratios.items() if "," not in case for ratio in own]
+    compiled = [ratio for case, own in ratios.items() if "compiled" in case for ratio in own]
+    assert f"models of hidden size 512 take {min(large):.2f} to {max(large):.2f} of the stock model's time" in page
+    assert f"and compiled ones {min(compiled):.2f} to {max(compiled):.2f}." in page
+    (block, full), (small_block, small_full) = (
+        ratios[f"training step, {shape}"] for shape in ("SmolLM2's shape", "a small model")
+    )
+    assert f"takes {block:.2f} in Block and {full:.2f} in Full" in page
+    assert f"hidden size 64 {small_block:.2f} and {small_full:.2f}." in page
+
+    growth = {}
+    for row in json.loads((folder / "model_growth.json").read_text("utf-8"))["rows"]:
+        shape = row["hidden_size"], row["layers"], row["blocks"]
+        growth[row["case"], row["variant"], shape] = f"{row['ratio'][1]:.2f}"
+    block, full = (
+        {key[2]: own for key, own in growth.items() if key[:2] == ("training", f"{mode} cpp")}
+        for mode in ("block", "full")
+    )
+    page = " ".join((ROOT / "results" / "README.md").read_text("utf-8").split())
+    widths = [(width, 12, 6) for width in (256, 512, 1024)]
+    assert [block[shape] for shape in widths] == ["1.03", "1.03", "0.99"]
+    assert "Block takes 1.03 of the stock model's time at hidden sizes 256 and 512, and 0.99 at 1024" in page
+    assert "Full takes {}, {} and {}.".format(*(full[shape] for shape in widths)) in page
+    assert f"from {block[512, 12, 2]} with 2 to {block[512, 12, 12]} with 12" in page
+    assert f"Full grows with depth, from {full[512, 6, 6]} to {full[512, 24, 6]}" in page
+    traffic = {}
+    for row in json.loads((folder / "operator_growth.json").read_text("utf-8"))["rows"]:
+        if row["pass"] == "forward":
+            traffic.setdefault(row["variant"], []).append(row["traffic"] / row["traffic_by_formula"])
+    ours = traffic["block cpp"] + traffic["full cpp"]
+    assert f"takes {min(ours):.1f} to {max(ours):.1f} times that" in page
+    block, full = (
+        f"{min(own):.1f} to {max(own):.1f}" for own in (traffic["block two_phase"], traffic["full two_phase"])
+    )
+    assert f"(`two_phase`) {block} times in Block and {full} in Full" in page
 
 
 def test_what_the_readme_tells_of_the_quickstart_is_recorded():
