@@ -15,6 +15,8 @@ each implementation of depth attention. --parts says what is measured:
 All variants run in turn, in an order drawn anew for each round, in one process. A ratio is that of two times of the
 same round; medians and quartiles over rounds are reported. What is further from float64 than the readable
 implementation (--tolerance), or fails, is not timed; the rest is, and the command ends with an error that names it.
+The variant `bound` of models has the layers' attentions and MLPs alone, without sums, reads and norms between them:
+what no implementation can be faster than, with these layers.
 
 Traffic is time, in units of what a copy needs to move hidden_size numbers of every token, per sublayer. By the paper's
 count a plain residual stream moves 3 of them, hyper-connections with 4 streams 34, Block AttnRes in two phases N / S +
@@ -191,7 +193,7 @@ def planned(args, part: str) -> list[argparse.Namespace]:
 def measured(part: str, shape, not_timed: dict[str, str]):
     if part.startswith("operator"):
         return operator_rows(shape, not_timed, phases=part == "operators")
-    return model_rows(shape, not_timed, compiled=part == "compiled")
+    return model_rows(shape, not_timed, compiled=part == "compiled", with_bound=part == "models")
 
 
 # --- Reports

@@ -29,7 +29,9 @@ from depth_attention_attnres import (
     ALL_DEPTH_ATTENTION_FUNCTIONS,
     NOTHING_READ,
     ClosedDepthRead,
+    DepthAttentionImplementation,
     DepthPlace,
+    DepthRead,
     TwoPhaseDepthAttention,
 )
 
@@ -194,8 +196,41 @@ def model_config(args, mode: str | None = None, implementation: str | None = Non
     )
 
 
-def new_models(args) -> dict[str, torch.nn.Module]:
-    """The stock model and, on its weights, an AttnRes model for each mode and implementation."""
+class InPlaceOfRead(torch.autograd.Function):
+    """The embedding, where the output of a sublayer should be read; also as the gradient of that output.
+
+    So sublayers get finite numbers of the usual size, forward and backward, though nothing between them is computed.
+    """
+
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(embedding)
+        return embedding.view_as(embedding)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return ctx.saved_tensors[0], None
+
+
+class NothingRead(DepthAttentionImplementation):
+    """Leaves out all that is between sublayers: sums, reads and norms. What it takes is the bound of what any
+    implementation, or the stock model, could take."""
+
+    def joined(self, sources, place):
+        return tuple(sources) if len(sources) <= place.num_sources else (*sources[:-2], sources[-1])
+
+    def read(self, place, product, sources, norm, shared, watched):
+        sources = self.joined(sources, place)
+        read = InPlaceOfRead.apply(sources[-1], sources[0]) if torch.is_grad_enabled() else sources[0]
+        return None, None, read, sources
+
+
+def new_models(args, with_bound: bool = False) -> dict[str, torch.nn.Module]:
+    """The stock model and, on its weights, an AttnRes model for each mode and implementation.
+
+    Args:
+        with_bound: whether there is one, too, in which nothing is read ([`NothingRead`]).
+    """
 
     def new_model(*mode_and_implementation):
         with torch.device(args.device):
@@ -214,6 +249,13 @@ def new_models(args) -> dict[str, torch.nn.Module]:
             values = torch.randn(query.shape, generator=torch.Generator().manual_seed(0))
             query.copy_(values / args.hidden_size**0.5)  # weights far from even
             models[f"{mode} {implementation}"] = model
+    if with_bound:
+        models["bound"] = new_model(args.modes[0], "eager")
+        models["bound"].load_state_dict(models["stock"].state_dict(), strict=False, assign=True)
+        models["bound"].tie_weights()
+        for module in models["bound"].modules():
+            if isinstance(module, DepthRead):
+                module.implementation = NothingRead()
     return models
 
 
@@ -337,13 +379,14 @@ def compile_all(case: str, models, calls: dict[str, Call], tokens, args, errors,
     return seconds
 
 
-def model_rows(args, not_timed: dict[str, str], compiled: bool) -> Iterator[list[dict]]:
+def model_rows(args, not_timed: dict[str, str], compiled: bool, with_bound: bool) -> Iterator[list[dict]]:
     """For each case, a row for each variant.
 
     Args:
         not_timed: receives what is wrong or fails, and why.
+        with_bound: as of [`new_models`].
     """
-    models = new_models(args)
+    models = new_models(args, with_bound)
     errors = check_models(models, args, not_timed)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(args.vocab_size, (args.batch_size, args.seq_len), generator=generator).to(args.device)

@@ -21,6 +21,7 @@ from attnres import DepthAttentionInterface, eager_depth_attention
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import benchmark  # noqa: E402
+import benchmark_cases  # noqa: E402
 
 
 SHAPE = "--device cpu --hidden-size 32 --layers 3 --blocks 2 --heads 2 --vocab-size 64 --batch-size 2 --seq-len 20"
@@ -47,18 +48,22 @@ def check_figure(path: Path):
 
 
 def test_models(tmp_path, capsys):
-    """Each case has a row for the stock model and each mode and implementation, with ratio, memory and error."""
+    """Each case has a row for stock, each mode and implementation, and the bound, with ratio, memory and error."""
     run("--parts", "models", "--output", tmp_path)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["output"] == str(tmp_path) and summary["rows"] == {"models": len(IMPLEMENTATIONS) * 8 + 4}
+    assert summary["output"] == str(tmp_path) and summary["rows"] == {"models": len(IMPLEMENTATIONS) * 8 + 8}
     rows = rows_of(tmp_path, "models")
-    variants = ["stock", *(f"{mode} {name}" for mode in ("block", "full") for name in IMPLEMENTATIONS)]
+    variants = ["stock", *(f"{mode} {name}" for mode in ("block", "full") for name in IMPLEMENTATIONS), "bound"]
     assert [(row["case"], row["variant"]) for row in rows] == [
         (case, variant) for case in ("training", "forward", "prefill", "decoding") for variant in variants
     ]
     tokens = {"training": 40, "forward": 40, "prefill": 24, "decoding": 2}
     for row in rows:
-        assert row["ratio"] == [1, 1, 1] if row["variant"] == "stock" else row["relative_error"] < 1e-5
+        assert row["ratio"] == [1, 1, 1] or row["variant"] != "stock"
+        if row["variant"] in ("stock", "bound"):
+            assert row["relative_error"] is None
+        else:
+            assert row["relative_error"] < 1e-5
         assert 0 < row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2]
         assert row["tokens_per_second"] == pytest.approx(tokens[row["case"]] / row["seconds"][1])
     by_name = {(row["case"], row["variant"]): row for row in rows}
@@ -66,6 +71,25 @@ def test_models(tmp_path, capsys):
     assert by_name["training", "stock"]["peak_memory_bytes"] > 2 * 2 * 20 * 64 * 4
     assert by_name["training", "full eager"]["peak_memory_bytes"] > by_name["training", "stock"]["peak_memory_bytes"]
     assert "| training |" in (tmp_path / "models.md").read_text()
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_bound(mode):
+    """All attentions and MLPs run on the embedding, forward and backward, and nothing between them does."""
+    args = benchmark.parse_arguments([*SHAPE.split(), "--modes", mode, "--implementations", "eager"])
+    (shape,) = benchmark.planned(args, "models")
+    model = benchmark_cases.new_models(shape, with_bound=True)["bound"].train()
+    tokens = torch.randint(64, (2, 20))
+    seen = []
+    for layer in model.model.layers:
+        for module in (layer.self_attn.q_proj, layer.mlp.up_proj):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(tokens, labels=tokens).loss.backward()
+    embedding = model.model.embed_tokens(tokens)
+    assert len(seen) == 6 and all(torch.equal(hidden_states, embedding) for hidden_states in seen)
+    left_out = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert left_out and all("norm" in name or "depth_attention" in name for name in left_out)
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_best_default():
