@@ -14,6 +14,7 @@ import json
 import shlex
 import statistics
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -323,7 +324,8 @@ def run(name: str, options: StudyOptions) -> dict[str, dict]:
             write_text(folder / "paper.md", text)
             print(text)
         if study.tasks:
-            measured = answers(found, study.tasks, own.model, folder / "answers", options.output / "tasks")
+            evaluated = folder / "answers", options.output / "tasks", options.jobs
+            measured = answers(found, study.tasks, own.model, *evaluated)
             text = tasks_table(measured, study.tasks)
             write_text(folder / "tasks.md", text)
             print(text)
@@ -334,15 +336,19 @@ def run(name: str, options: StudyOptions) -> dict[str, dict]:
     return losses
 
 
-def answers(found: dict, tasks: tuple[str, ...], start: str, folder: Path, made: Path) -> dict[str, dict[str, list]]:
+def answers(
+    found: dict, tasks: tuple[str, ...], start: str, folder: Path, made: Path, jobs: int
+) -> dict[str, dict[str, list[float]]]:
     """Accuracies of the trained models and of the one that they started from, by group and task, one for each seed.
 
     Args:
         found: what `comparison.json` holds.
         folder: for an evaluation of each model; those that are there aren't made again.
         made: where tasks are, or are made.
+        jobs: evaluations at a time.
     """
-    from attnres_recipes import EvaluateOptions, evaluate  # take seconds
+    from attnres_recipes import EvaluateOptions  # take seconds
+    from attnres_recipes.comparison import processes
     from attnres_recipes.figures import without_seed
     from make_tasks import make_tasks
 
@@ -350,16 +356,22 @@ def answers(found: dict, tasks: tuple[str, ...], start: str, folder: Path, made:
         make_tasks(made)
     models = {START: start, **{name: str(Path(own["output"]) / "model") for name, own in found["runs"].items()}}
     given = {"lm_eval": ",".join(tasks), "lm_eval_include": made, "lm_eval_limit": QUESTIONS, "dtype": "float32"}
+    evaluations = {
+        name: EvaluateOptions(checkpoints=[checkpoint], output=folder / name.replace(" ", ","), **given)
+        for name, checkpoint in models.items()
+    }
+    missing = {name: own for name, own in evaluations.items() if not (own.output / "evaluation.json").exists()}
+    with closing(processes("evaluate_model", missing, jobs)) as ended:
+        for name, status in ended:
+            if status:
+                raise InputError(f"the evaluation of {name} failed; its message is above.")
     accuracies = {}
-    for name, checkpoint in models.items():
-        output = folder / name.replace(" ", ",")
-        if not (output / "evaluation.json").exists():
-            evaluate(EvaluateOptions(checkpoints=[checkpoint], output=output, **given))
-        evaluation = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+    for name, own in evaluations.items():
+        evaluation = json.loads((own.output / "evaluation.json").read_text(encoding="utf-8"))
         metrics = next(iter(evaluation["checkpoints"].values()))["metrics"]
         for task in tasks:
-            own = accuracies.setdefault(without_seed(name), {}).setdefault(task, [])
-            own.append(metrics[f"{task} acc_norm"]["value"])
+            of_group = accuracies.setdefault(without_seed(name), {}).setdefault(task, [])
+            of_group.append(metrics[f"{task} acc_norm"]["value"])
     return accuracies
 
 

@@ -2,10 +2,12 @@
 """Studies: their commands are whole, and their tables say what was measured."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from attnres_convert import InputError
 from attnres_recipes.comparison import paired_differences
 from pretrain_process import SCRIPTS
 
@@ -114,3 +116,24 @@ def test_committed_results_are_of_these_commands(name):
         recorded = json.loads((SCRIPTS.parent / "results" / name / part / "comparison.json").read_text())["command"]
         jobs = recorded.index("--jobs")
         assert recorded[1:jobs] + recorded[jobs + 2 :] == comparison.words()
+
+
+@pytest.mark.slow
+def test_answers(tmp_path, monkeypatch):
+    """Each trained model and the one before answer in processes of their own; what is there isn't asked again."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(studies, "QUESTIONS", 4)
+    zoo = SCRIPTS.parent / "model_cards"
+    runs = {f"full seed={seed}": {"output": str(tmp_path / f"seed={seed}")} for seed in (0, 1)}
+    for run in runs.values():
+        shutil.copytree(zoo / "attnres-1.3m-block", Path(run["output"]) / "model")
+    tasks, places = ("stdlib_docstring", "stdlib_body"), (tmp_path / "answers", tmp_path / "tasks")
+    found = studies.answers({"runs": runs}, tasks, str(zoo / "llama-1.3m"), *places, jobs=2)
+    assert list(found) == [studies.START, "full"] and [len(own) for own in found["full"].values()] == [2, 2]
+    assert found["full"]["stdlib_body"][0] == found["full"]["stdlib_body"][1] > 0
+    for run in runs.values():
+        shutil.rmtree(Path(run["output"]) / "model")
+    assert studies.answers({"runs": runs}, tasks, str(zoo / "llama-1.3m"), *places, jobs=2) == found
+    shutil.rmtree(places[0] / "full,seed=1")
+    with pytest.raises(InputError, match="the evaluation of full seed=1 failed"):
+        studies.answers({"runs": runs}, tasks, str(zoo / "llama-1.3m"), *places, jobs=2)
