@@ -151,6 +151,8 @@ def hardware(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+    if malloc := {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}:
+        found["malloc"] = malloc  # settings of the C library
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         found |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "cuda": torch.version.cuda}
