@@ -315,43 +315,42 @@ class LowRankQueries(DepthMixer):
 def delta_depth_attention(sources: Sources, learned: torch.Tensor, eps: float, scale: float):
     """Delta Attention Residuals (Luo et al., arXiv 2605.18855): the residual stream, and a mix of what it was made of.
 
-        h = sum_i v_i + a (alpha_0 u + sum_i alpha_i v_i),  alpha = softmax of w . RMSNorm_g of u and of all v_i
+        h = c (sum_i v_i + alpha_0 u + sum_i alpha_i v_i),  alpha = softmax of w . RMSNorm_g of u and of all v_i
 
-    u is the null source, learned, which lets a read take nothing. In the paper a is 1. Zero queries weight all sources
-    equally, so that they add a part of the stream to itself, with a null source too; where a is 0 they add nothing.
+    u is the null source, learned, which lets a read take nothing. Of n sources, zero queries and a null source of zero
+    add 1 / (n + 1) of the stream to itself. The factor c = (n + 1) / (n + 2), which isn't in the paper, makes that the
+    stream again. But for its epsilon, the norm that follows undoes any such factor.
 
     Args:
-        learned: the product of w and g, u, and a, one after the other.
+        learned: the product of w and g, and u, one after the other.
         scale: not used.
 
     Returns:
-        The mix, and the factor of each source, `1 + a alpha_i`.
+        The mix, and the factor of each source, `c (1 + alpha_i)`.
     """
     values = upcast(sources)
-    product, null_source, gate = learned.to(values[0].dtype).split([values[0].shape[-1], values[0].shape[-1], 1])
+    product, null_source = learned.to(values[0].dtype).chunk(2)
     read = [null_source.expand_as(values[0]), *values]
-    added = gate * key_scores(read, product, eps).softmax(1)
-    weights = 1 + added[:, 1:]
-    mixed = weighted_sum(weights, values) + added[:, 0].unsqueeze(-1) * null_source
+    _, added = depth_softmax(key_scores(read, product, eps), 1, len(read))
+    weights = (len(read) + added[:, 1:]) / (len(read) + 1)
+    of_null_source = added[:, 0] / (len(read) + 1)
+    mixed = weighted_sum(weights, values) + of_null_source.unsqueeze(-1) * null_source
     return mixed.to(sources[0].dtype), weights
 
 
 class DeltaQueries(DepthQueries):
-    """Also the null source and the gate a of each read: 1 as in the paper, or 0 where reads are to be plain sums."""
+    """Also the null source of each read, zero at first."""
 
     sums_to_one = False
-    idle = ("gate",)
+    idle = ("query", "null_source")
 
     def __init__(self, config):
         super().__init__(config)
-        self.initial_gate = 0.0 if config.attn_res_sum_scale else 1.0
         self.null_source = new_parameter(config.num_depth_reads, config.hidden_size)
-        self.gate = new_parameter(config.num_depth_reads, 1)
 
     def reset_parameters(self):
         super().reset_parameters()
         init.zeros_(self.null_source)
-        init.constant_(self.gate, self.initial_gate)
 
     @staticmethod
     def implementation(config) -> DepthAttentionImplementation:
@@ -359,7 +358,7 @@ class DeltaQueries(DepthQueries):
 
     def forward(self) -> torch.Tensor:
         products = super().forward()
-        return torch.cat([products, self.null_source.to(products.dtype), self.gate.to(products.dtype)], dim=1)
+        return torch.cat([products, self.null_source.to(products.dtype)], dim=1)
 
 
 def recent_depth_attention(sources: Sources, learned: torch.Tensor, eps: float, scale: float):

@@ -115,9 +115,11 @@ def low_rank(case, sources, sizes):
 
 
 def delta(case, sources, sizes):
+    number = len(sources)
     alphas = softmax(case.scores([case.null_source, *sources]))
     routed = combine(alphas, [case.null_source, *sources])
-    return sum(sources) + case.gate * routed, [1 + case.gate[0] * alpha for alpha in alphas[1:]]
+    factor = (number + 1) / (number + 2)
+    return factor * (sum(sources) + routed), [factor * (1 + alpha) for alpha in alphas[1:]]
 
 
 def recency(case, sources, sizes):

@@ -77,7 +77,7 @@ def change(folder, parameter, by):
 
 
 TRAINED = {
-    "block_delta": ("gate", r"depth_attention.gate is trained, .* by up to 0.25"),
+    "block_delta": ("null_source", r"depth_attention.null_source is trained, .* by up to 0.25"),
     "denseformer": ("weight", r"depth_attention.weight is trained"),
     "hc": ("bias", "depth_attention.bias is trained"),
     "block_mhc": ("connections.weight", "connections.weight is trained"),
@@ -95,10 +95,10 @@ def test_what_is_trained_does_not_go_back(donor, tmp_path, mode):
 
 
 def test_what_changes_nothing_goes_back(donor, tmp_path):
-    """With queries and gates of a donor, gains, null sources and projections are of no effect; infinite ones are."""
+    """With queries of a donor, gains and projections are of no effect; infinite ones are."""
     for mode, parameter in {
         "block": "key_norm",
-        "full_delta": "null_source",
+        "full_delta": "key_norm",
         "full_low_rank": "key_projection",
     }.items():
         convert_checkpoint(donor, tmp_path / mode, mode=mode, verify=False)
@@ -110,8 +110,7 @@ def test_what_changes_nothing_goes_back(donor, tmp_path):
 
 
 def test_the_scale_of_reads_on_the_way_back(donor, tmp_path):
-    """It counts where weights are a softmax. What a gate is at first is another thing: without the scale it would be 1,
-    of which no donor is made."""
+    """It counts where weights are a softmax."""
     for mode in ("full_static", "full_sigmoid", "full_delta"):
         convert_checkpoint(donor, tmp_path / mode, mode=mode, verify=False)
         edit_json(tmp_path / mode / "config.json", attn_res_sum_scale=False)
@@ -119,9 +118,6 @@ def test_the_scale_of_reads_on_the_way_back(donor, tmp_path):
         convert_to_donor(tmp_path / "full_static", tmp_path / "back")
     for mode in ("full_sigmoid", "full_delta"):
         assert convert_to_donor(tmp_path / mode, tmp_path / "back", force=True).verification is not None
-    change(tmp_path / "full_delta", "gate", 1.0)
-    with pytest.raises(ConversionError, match="gate is trained"):
-        convert_to_donor(tmp_path / "full_delta", tmp_path / "other", verify=False)
 
 
 OPTIONS = {

@@ -196,6 +196,15 @@ def test_a_donor_is_where_modes_begin(mode):
         assert (relative_error(model(input_ids).logits, expected) <= 3e-6) == are_idle
 
 
+@MODES
+def test_from_there_they_learn(mode):
+    """A gradient where modes begin is more than what an epsilon lets through: they aren't stuck where all that they
+    could learn is a factor of a read, which the norm after it undoes."""
+    model = from_donor(tiny_donor(rms_norm_eps=1e-12), mode).double().train()
+    _, gradients = loss_and_gradients(model, tokens(2, 17))
+    assert max(gradient.norm() for name, gradient in gradients.items() if "depth_attention" in name) > 1e-3
+
+
 def test_a_window_of_all_sources_computes_what_a_donor_computes():
     config = config_of("full_window", attn_res_window=10)
     assert DEPTH_MIXERS["full_window"].why_no_donor(config) is None
