@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 from attnres_convert import InputError
-from attnres_convert.writing import table, write_text
+from attnres_convert.writing import decimals, table, write_text
 from attnres_recipes.options import FinetuneOptions, Positive, PretrainOptions, RunOptions
 from attnres_recipes.parser import Limits, Options, need, option, parse
 
@@ -296,12 +296,15 @@ def paper_table(found: dict, paper: dict[str, float]) -> str:
     """
     first, *others = paper
     rows = [(f"difference from {first}", "ours", "95 % of resampled seeds", "the paper's")]
+
+    def cell(number: float) -> str:
+        return decimals(number, 3, "+")
+
     for name in others:
         group = name.replace(":", " ")
         ours = found.get("differences", {}).get(tuned(group, found))
-        low, high = ours["interval"] if ours else (None, None)
-        ours = (f"{ours['mean']:+.3f}", f"{low:+.3f} to {high:+.3f}") if ours else ("-", "-")
-        rows.append((group, *ours, f"{paper[name] - paper[first]:+.3f}"))
+        own = (cell(ours["mean"]), " to ".join(map(cell, ours["interval"]))) if ours else ("-", "-")
+        rows.append((group, *own, cell(paper[name] - paper[first])))
     return table(rows)
 
 

@@ -479,6 +479,26 @@ def test_what_is_said_of_full_from_scratch_is_recorded():
     assert f"ahead of the donor by {-full[2]:.3f} in one seed, and behind by {full[1]:.3f} and {full[0]:.3f}" in text
 
 
+def test_what_is_said_of_smollm2_is_recorded():
+    """By how much converted models are behind, seed by seed, and what depth attention alone gains."""
+    folder, behind, runs = ROOT / "results" / "smollm2", {}, {}
+    for part in ("all_weights", "few_weights"):
+        own = json.loads((folder / part / "comparison.json").read_text("utf-8"))["runs"]
+        runs |= own
+        for name, found in paired_differences(own).items():
+            method, mode = (word.split("=")[-1] for word in name.split(" ")[:2])
+            behind[method, mode] = "{:.4f} to {:.4f}".format(*(sort(found["seeds"].values()) for sort in (min, max)))
+    text = " ".join((ROOT / "results" / "README.md").read_text("utf-8").split())
+    assert f"by {behind['full', 'block']} where all weights are trained, and by {behind['lora', 'block']} with" in text
+    assert f"LoRA; Full by {behind['full', 'full']}; Delta by {behind['full', 'block_delta']}." in text
+    gains = [run["held_out_loss_before"] - run["held_out_loss"] for run in runs.values()]
+    donor, alone = statistics.mean(gains[:3]), statistics.mean(gains[-3:])
+    assert f"of the {donor:.3f} that training gains" in text and f"gets {alone / donor:.0%}".replace("%", " %") in text
+    assert {run["tokens"] for run in runs.values()} == {20400} and "20,400 tokens" in text
+    scales = {name.split(" ")[0]: run["arguments"]["depth_lr_scale"] for name, run in runs.items()}
+    assert (scales["full"], scales["lora"]) == (0.3, 0.03)
+
+
 def test_what_is_said_of_fine_tuning_is_recorded():
     """By how much models lead their donors, seed by seed."""
     leads, shares = {}, []

@@ -109,7 +109,7 @@ def test_accuracies():
     assert [line.split("|")[2].strip() for line in table[2:]] == ["0.500", "0.600 ± 0.141"]
 
 
-@pytest.mark.parametrize("name", ["from_scratch", "depth_lr_scale", "zoo_lr", "donors", "regimes"])
+@pytest.mark.parametrize("name", ["from_scratch", "depth_lr_scale", "zoo_lr", "donors", "regimes", "smollm2"])
 def test_committed_results_are_of_these_commands(name):
     """What is in results/ was made by the study of that name, as it is now."""
     for part, comparison in options(name).items():

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from attnres_convert import InputError, reading
 from attnres_convert.reading import sha256
-from attnres_convert.writing import json_text, table
+from attnres_convert.writing import decimals, json_text, table
 
 from .figures import plot_losses, without_seed
 from .folders import FAILURE_FILE, METRICS_FILE, RESULTS_FILE, digest_of, write_output
@@ -246,9 +246,9 @@ def differences_table(differences: dict[str, dict]) -> str:
     first = next(iter(differences.values()))["from"]
     rows = [(f"difference from {first}", "mean", "95 % of resampled seeds", "each seed")]
     for group, found in differences.items():
-        each = ", ".join(f"{seed}: {value:+.4f}" for seed, value in found["seeds"].items())
-        low, high = found["interval"]
-        rows.append((group, f"{found['mean']:+.4f}", f"{low:+.4f} to {high:+.4f}", each))
+        each = ", ".join(f"{seed}: {decimals(value, sign='+')}" for seed, value in found["seeds"].items())
+        low, high = (decimals(bound, sign="+") for bound in found["interval"])
+        rows.append((group, decimals(found["mean"], sign="+"), f"{low} to {high}", each))
     return table(rows)
 
 
