@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 from attnres_convert import InputError
-from attnres_convert.writing import decimals, table, write_text
+from attnres_convert.writing import decimals, table, write_json, write_text
 from attnres_recipes.options import FinetuneOptions, Positive, PretrainOptions, RunOptions
 from attnres_recipes.parser import Limits, Options, need, option, parse
 
@@ -330,6 +330,7 @@ def run(name: str, options: StudyOptions) -> dict[str, dict]:
             evaluated = folder / "answers", options.output / "tasks", options.jobs
             measured = answers(found, study.tasks, own.model, *evaluated)
             text = tasks_table(measured, study.tasks)
+            write_json(folder / "tasks.json", measured)
             write_text(folder / "tasks.md", text)
             print(text)
     if len(by_part) > 1:

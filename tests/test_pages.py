@@ -498,6 +498,23 @@ def test_what_is_said_of_smollm2_is_recorded():
     scales = {name.split(" ")[0]: run["arguments"]["depth_lr_scale"] for name, run in runs.items()}
     assert (scales["full"], scales["lora"]) == (0.3, 0.03)
 
+    shares = []
+    for part, own in (("all_weights", 5), ("few_weights", 4)):
+        found = json.loads((folder / part / "tasks.json").read_text("utf-8"))
+        assert len(found) == own
+        _, donor, *others = found.values()
+        for group in others if part == "all_weights" else others[:1]:
+            pairs = [pair for task in donor for pair in zip(donor[task], group[task], strict=True)]
+            assert max(abs(a - b) for a, b in pairs) < 0.021
+        shares += [{task: f"{statistics.mean(own):.2f}" for task, own in group.items()} for group in found.values()]
+    del shares[5]  # before training, once more
+    text = (ROOT / "results" / "README.md").read_text("utf-8").split("## Does it pay")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    shown = [[cell.strip() for cell in row[-3:-1]] for row in rows[2:]]
+    assert shown == [list(own.values()) for own in shares]
+    assert all(own["stdlib_body"] > shares[0]["stdlib_body"] for own in shares[1:])
+    assert all(own["stdlib_docstring"] < shares[0]["stdlib_docstring"] for own in shares[1:])
+
 
 def test_what_is_said_of_fine_tuning_is_recorded():
     """By how much models lead their donors, seed by seed."""
