@@ -239,22 +239,24 @@ def new_models(args, with_bound: bool = False) -> dict[str, torch.nn.Module]:
             config = model_config(args, *mode_and_implementation)
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
 
+    def on_stock_weights(mode: str, implementation: str):
+        model = new_model(mode, implementation)
+        # the same memory too: where it lies alone makes decoding differ by several percent
+        model.load_state_dict(models["stock"].state_dict(), strict=False, assign=True)
+        model.tie_weights()
+        return model
+
     torch.manual_seed(0)
     models = {"stock": new_model()}
     for mode in args.modes:
         for implementation in args.implementations:
-            model = new_model(mode, implementation)
-            # the same memory too: where it lies alone makes decoding differ by several percent
-            model.load_state_dict(models["stock"].state_dict(), strict=False, assign=True)
-            model.tie_weights()
+            model = on_stock_weights(mode, implementation)
             query = model.base_model.depth_attention.query.data
             values = torch.randn(query.shape, generator=torch.Generator().manual_seed(0))
             query.copy_(values / args.hidden_size**0.5)  # weights far from even
             models[f"{mode} {implementation}"] = model
     if with_bound:
-        models["bound"] = new_model(args.modes[0], "eager")
-        models["bound"].load_state_dict(models["stock"].state_dict(), strict=False, assign=True)
-        models["bound"].tie_weights()
+        models["bound"] = on_stock_weights(args.modes[0], "eager")
         for module in models["bound"].modules():
             if isinstance(module, DepthRead):
                 module.implementation = NothingRead()
