@@ -240,7 +240,7 @@ def test_wrong_is_not_timed(wrong, failing, part, tmp_path):
     assert "block failing: ValueError: two sources are enough" in str(refused.value)
     results = json.loads((tmp_path / f"{part}.json").read_text())
     assert results["not_timed"].keys() >= {"block wrong", "block failing"}
-    others = {"stock", "plain residual"}
+    others = {"stock", "plain residual", "bound"}
     assert {row["variant"] for row in results["rows"]} - others == {"block two_phase"}
 
 
