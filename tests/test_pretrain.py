@@ -23,7 +23,7 @@ from attnres_recipes import data, figures, optim, packing
 from attnres_recipes.folders import WORK_NAME
 from attnres_recipes.hardware import has_bfloat16
 from attnres_recipes.options import FinetuneOptions, PretrainOptions, TrainingOptions
-from attnres_recipes.run import open_run
+from attnres_recipes.run import open_run, unlock
 from attnres_recipes.start import scaled_model
 from attnres_recipes.trainer import check_saved
 from families import (
@@ -450,6 +450,27 @@ def test_compare(server, text):
     with Image.open(folder / "comparison.png") as image:
         assert min(image.size) > 400
     assert json.loads(printed.splitlines()[-1])["held_out_loss"] == {n: r["held_out_loss"] for n, r in results.items()}
+    # other runs are added, and those that are there are not trained again
+    trained = [path.stat().st_mtime_ns for path in sorted(folder.glob("*/results.json"))]
+    server.run(*short, "--compare", "donor,full", "--sweep", "seed=0,1", "--output", "compared")
+    grown = json.loads((folder / "comparison.json").read_text())["runs"]
+    assert list(grown) == [f"{mode} seed={seed}" for mode in ("donor", "full") for seed in (0, 1)]
+    assert grown["donor seed=0"] == results["donor seed=0"]
+    before = [folder / f"{mode},seed=0" / "results.json" for mode in ("denseformer", "donor")]
+    assert [path.stat().st_mtime_ns for path in before] == trained
+    other = [*short, "--steps", 5, "--compare", "donor,full", "--output", "compared"]
+    assert "holds a run with steps = 4, not 5" in server.run(*other, exit_code=1)
+
+
+def test_comparisons_are_no_runs(tmp_path):
+    """What grows is a comparison; a run doesn't become one, nor the other way round."""
+    run, comparison = {"steps": 4}, {"steps": 4, "compare": ["donor"], "sweep": []}
+    for first, second in ((run, comparison), (comparison, run)):
+        folder = tmp_path / str(len(first))
+        open_run(folder, first)
+        with pytest.raises(InputError, match="holds a run with compare = "):
+            open_run(folder, second)
+        unlock(folder)
 
 
 def test_modes_start_from_the_same_weights():

@@ -49,6 +49,7 @@ MODULES = ("attnres", "torch", "transformers")  # whose version may change the l
 # arguments that runs of old versions don't have
 OF_OLD_RUNS = {"processes": 1, "resize_embeddings": False, "samples": 0, "expert_parallel": 1}
 OF_OLD_RUNS |= {"pipeline_schedule": "1f1b", "init": "default"}
+OF_GROWING_COMPARISONS = ("compare", "sweep", "tune", "tune_steps")  # which of its runs a command is about
 
 
 def read_results(path: Path, *counts: str) -> dict:
@@ -133,6 +134,8 @@ def begin_run(folder: Path, content: dict, new: list[Path]):
 def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Path | None:
     """Starts a run in `folder` or takes up the one that is there, and returns its last good checkpoint, if any.
 
+    A comparison may go on with other runs than it began with.
+
     Raises:
         InputError: the folder is in use for something else, or for a run with other arguments.
     """
@@ -148,9 +151,10 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
             begin_run(folder, now, new)
     before = read_run(folder)
     begun = {name: OF_OLD_RUNS[name] for name in OF_OLD_RUNS.keys() & arguments.keys()} | before["arguments"]
+    may_differ = OF_GROWING_COMPARISONS if "compare" in arguments.keys() & begun.keys() else ()
     for name in dict.fromkeys([*arguments, *begun]):  # what depends on other options comes after them
         is_gone = name not in arguments and not begun[name]  # an option of old versions that wasn't used
-        if arguments.get(name) != begun.get(name) and not is_gone:
+        if arguments.get(name) != begun.get(name) and not is_gone and name not in may_differ:
             raise InputError(
                 f"{folder} holds a run with {name} = {begun.get(name)}, not {arguments.get(name)}; "
                 "choose another --output, or remove it."
