@@ -1,5 +1,5 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
-"""python scripts/studies.py components --jobs 2
+"""python scripts/studies.py ablations --jobs 2
 
 Trains what a table of results/README.md says, from text that is on any machine, and writes table, figure and all
 numbers. Each study is one or more comparisons of attnres-pretrain or attnres-finetune, whose commands are printed: the
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 from attnres_convert import InputError
-from attnres_convert.writing import decimals, table, write_json, write_text
+from attnres_convert.writing import decimals, table, write_bytes, write_json, write_text
 from attnres_recipes.options import FinetuneOptions, Positive, PretrainOptions, RunOptions
 from attnres_recipes.parser import Limits, Options, need, option, parse
 
@@ -56,7 +56,7 @@ FAMILIES = ("llama", "qwen3", "gemma3_text")
 FUNCTIONS = {"data": "stdlib", "seq_len": 256, "steps": 60, "eval_steps": 60, "depth_every": 0, "keep_checkpoints": 0}
 # by the rows of the paper's ablations (arXiv 2603.15031, tables 4 and 5): validation losses of models with 436M
 # activated parameters. The paper's S counts sublayers, two to a layer
-COMPONENTS = {
+PAPER = {
     "donor": 1.766,
     "denseformer": 1.767,
     "mhc": 1.747,
@@ -69,20 +69,18 @@ COMPONENTS = {
     "block:block_size=2": 1.746,
     "block_raw_keys:block_size=2": 1.750,
     "block_heads:block_size=2": 1.752,
-}
-BLOCK_SIZES = {
-    "donor": 1.766,
-    "full": 1.737,
     "block:block_size=1": 1.746,
-    "block:block_size=2": 1.746,
     "block:block_size=4": 1.748,
     "block:block_size=8": 1.753,
 }
 # what may hold Full back: first weights, sources that are scaled down, an epsilon that is large beside small sources
 DOUBTS = (
-    "donor,block:block_size=2,full,donor:init=default,block:block_size=2:init=default,full:init=default,"
-    "block:block_size=2:set.attn_res_sum_scale=true,"
-    "full:set.attn_res_sum_scale=true,full:set.attn_res_norm_eps=1e-12"
+    "donor:init=default",
+    "block:block_size=2:init=default",
+    "full:init=default",
+    "block:block_size=2:set.attn_res_sum_scale=true",
+    "full:set.attn_res_sum_scale=true",
+    "full:set.attn_res_norm_eps=1e-12",
 )
 
 
@@ -109,11 +107,6 @@ class Study:
 
 def one(summary: str, kind: type[RunOptions], **values) -> Study:
     return Study(summary, kind, {"": values})
-
-
-def beside_the_paper(summary: str, paper: dict[str, float]) -> Study:
-    values = {**FEW_LOSSES, "compare": ",".join(paper), "tune": RATES, "sweep": [SEEDS]}
-    return Study(summary, PretrainOptions, {"": values}, paper)
 
 
 STUDIES = {
@@ -152,15 +145,11 @@ STUDIES = {
         compare="block:learning_rate=2e-3,block:learning_rate=8e-3,full:learning_rate=8e-3",
         sweep=["depth_lr_scale=0.3,1,3,10", SEEDS],
     ),
-    "components": beside_the_paper("the paper's ablation of components, and its comparisons", COMPONENTS),
-    "block_size": beside_the_paper("the paper's ablation of the size of blocks", BLOCK_SIZES),
-    "doubts": one(
-        "what may hold Full back: first weights, sources that are scaled down, a large epsilon",
+    "ablations": Study(
+        "the paper's ablations, of components and of the size of blocks; and what may hold Full back",
         PretrainOptions,
-        **FEW_LOSSES,
-        compare=DOUBTS,
-        tune=RATES,
-        sweep=[SEEDS],
+        {"": {**FEW_LOSSES, "compare": ",".join((*PAPER, *DOUBTS)), "tune": RATES, "sweep": [SEEDS]}},
+        paper=PAPER,
     ),
     "shape": one(
         "the paper's shapes: as many parameters, deep and narrow or shallow and wide",
@@ -287,29 +276,42 @@ def parts_table(found: dict[str, dict]) -> str:
     return table(rows)
 
 
+def differences(found: dict) -> dict[str, dict]:
+    """Those from the first group of runs, by group, without the options that were best for it."""
+    by_tuned = {tuned(group, found): group for group in found["best"]}
+    return {by_tuned[name]: own for name, own in found.get("differences", {}).items()}
+
+
+def differences_of_paper(found: dict, paper: dict[str, float]) -> dict[str, float]:
+    """The paper's, from the same group."""
+    return {name.replace(":", " "): loss - paper[next(iter(found["best"]))] for name, loss in paper.items()}
+
+
 def paper_table(found: dict, paper: dict[str, float]) -> str:
-    """Differences from the first run, ours with their intervals beside the paper's.
+    """Differences from the first run, ours with their intervals beside the paper's, where there is one.
 
     Args:
         found: what `comparison.json` holds.
         paper: losses by what `--compare` says.
     """
-    first, *others = paper
+    first, *others = found["best"]
+    of_paper = differences_of_paper(found, paper)
     rows = [(f"difference from {first}", "ours", "95 % of resampled seeds", "the paper's")]
 
-    def cell(number: float) -> str:
-        return decimals(number, 3, "+")
+    def cell(number: float | None) -> str:
+        return "-" if number is None else decimals(number, 3, "+")
 
-    for name in others:
-        group = name.replace(":", " ")
-        ours = found.get("differences", {}).get(tuned(group, found))
+    for group in others:
+        ours = differences(found).get(group)
         own = (cell(ours["mean"]), " to ".join(map(cell, ours["interval"]))) if ours else ("-", "-")
-        rows.append((group, *own, cell(paper[name] - paper[first])))
+        rows.append((group, *own, cell(of_paper.get(group))))
     return table(rows)
 
 
 def run(name: str, options: StudyOptions) -> dict[str, dict]:
     """Trains a study, and returns the held-out losses by the folders of its comparisons."""
+    from attnres_recipes.figures import plot_differences  # takes seconds
+
     study, losses, by_part = STUDIES[name], {}, {}
     for needed in study.needs:
         run(needed, replace(options, seeds=None))
@@ -326,6 +328,9 @@ def run(name: str, options: StudyOptions) -> dict[str, dict]:
             text = paper_table(found, study.paper)
             write_text(folder / "paper.md", text)
             print(text)
+            if measured := differences(found):
+                figure = plot_differences(measured, differences_of_paper(found, study.paper))
+                write_bytes(folder / "paper.png", figure)
         if study.tasks:
             evaluated = folder / "answers", options.output / "tasks", options.jobs
             measured = answers(found, study.tasks, own.model, *evaluated)

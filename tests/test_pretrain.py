@@ -456,6 +456,8 @@ def test_compare(server, text):
     grown = json.loads((folder / "comparison.json").read_text())["runs"]
     assert list(grown) == [f"{mode} seed={seed}" for mode in ("donor", "full") for seed in (0, 1)]
     assert grown["donor seed=0"] == results["donor seed=0"]
+    with Image.open(folder / "differences.png") as image:  # there are two seeds now
+        assert min(image.size) > 150
     before = [folder / f"{mode},seed=0" / "results.json" for mode in ("denseformer", "donor")]
     assert [path.stat().st_mtime_ns for path in before] == trained
     other = [*short, "--steps", 5, "--compare", "donor,full", "--output", "compared"]

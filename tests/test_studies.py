@@ -1,6 +1,7 @@
 # Copyright 2026 The attnres authors. Licensed under the Apache License, Version 2.0.
 """Studies: their commands are whole, and their tables say what was measured."""
 
+import io
 import json
 import shutil
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from attnres_convert import InputError
 from attnres_recipes.comparison import paired_differences
+from attnres_recipes.figures import plot_differences
+from PIL import Image
 from pretrain_process import SCRIPTS
 
 
@@ -63,8 +66,8 @@ def test_list(capsys):
 def test_beside_the_paper():
     """A row for each variant: our difference by seed and its interval, and that of the paper's losses."""
     paper = {"donor": 1.766, "full": 1.737, "block:block_size=2": 1.746, "hc": 1.75}
-    rates = {"donor": "0.01", "full": "0.02", "block block_size=2": "0.01", "hc": "0.5"}
-    losses = {"donor": [5, 6], "full": [4.9, 5.8], "block block_size=2": [5.2, 6.2], "hc": []}
+    rates = {"donor": "0.01", "full": "0.02", "block block_size=2": "0.01", "hc": "0.5", "own": "0.1"}
+    losses = {"donor": [5, 6], "full": [4.9, 5.8], "block block_size=2": [5.2, 6.2], "hc": [], "own": [5, 6.4]}
     runs = {
         f"{group} learning_rate={rates[group]} seed={seed}": {"held_out_loss": loss}
         for group, own in losses.items()
@@ -79,6 +82,10 @@ def test_beside_the_paper():
     assert rows[2] == ["full", "-0.150", "-0.200 to -0.100", "-0.029"]
     assert rows[3] == ["block block_size=2", "+0.200", "+0.200 to +0.200", "-0.020"]
     assert rows[4] == ["hc", "-", "-", "-0.016"]
+    assert rows[5] == ["own", "+0.200", "0.000 to +0.400", "-"]
+    figure = plot_differences(studies.differences(found), studies.differences_of_paper(found, paper))
+    with Image.open(io.BytesIO(figure)) as image:
+        assert min(image.size) > 300
 
 
 def test_parts_beside_each_other():
@@ -98,9 +105,10 @@ def test_parts_beside_each_other():
 
 @pytest.mark.parametrize("name", [name for name, study in studies.STUDIES.items() if study.paper])
 def test_paper_rows_are_compared(name):
-    """What is shown beside the paper is what is trained."""
+    """What is shown beside the paper is trained, and its first is what others are compared with."""
     (comparison,) = options(name).values()
-    assert comparison.compare.split(",") == list(studies.STUDIES[name].paper)
+    compared, paper = comparison.compare.split(","), list(studies.STUDIES[name].paper)
+    assert set(paper) <= set(compared) and compared[0] == paper[0]
     assert comparison.set["num_hidden_layers"] >= 8
 
 

@@ -20,7 +20,7 @@ from attnres_convert import InputError, reading
 from attnres_convert.reading import sha256
 from attnres_convert.writing import decimals, json_text, table
 
-from .figures import plot_losses, without_seed
+from .figures import plot_differences, plot_losses, without_seed
 from .folders import FAILURE_FILE, METRICS_FILE, RESULTS_FILE, digest_of, write_output
 from .log import losses, read_lines
 from .options import RunOptions
@@ -255,7 +255,8 @@ def differences_table(differences: dict[str, dict]) -> str:
 def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str]) -> dict:
     """Trains each variant in a process of its own.
 
-    Finished ones are not trained again, interrupted ones go on. Writes `comparison.json`, `.md` and `.png`.
+    Finished ones are not trained again, interrupted ones go on. Writes `comparison.json`, `.md` and `.png`, and, where
+    groups of runs share seeds, `differences.png`.
 
     Args:
         name: of the command, without `attnres-`.
@@ -280,6 +281,9 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
     differences = paired_differences(runs)
     if differences:
         text += "\n" + differences_table(differences)
+        path = output / "differences.png"
+        write_output(path, plot_differences(differences), own.get(path.name))
+        files[path.name] = sha256(path)
     if trials:
         text += "\n" + trials_table(trials, options)
     if metrics:

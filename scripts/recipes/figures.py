@@ -433,6 +433,36 @@ def plot_losses(runs: dict[str, list[dict]], path: Path, title: str, own: str | 
     write_output(path, png(figure, "attnres-pretrain, attnres-finetune"), own)
 
 
+def plot_differences(differences: dict[str, dict], elsewhere: dict[str, float] | None = None) -> bytes:
+    """Differences of held-out losses from those of one group of runs, a row each: every seed, the mean, its interval.
+
+    Args:
+        differences: of `comparison.json`, by the name of the row.
+        elsewhere: what a paper found, by the name of the row.
+
+    Returns:
+        the figure as a file.
+    """
+    figure, axes = new_figure(size=(8.5, 1.4 + 0.3 * len(differences)))
+    axes.axvline(0, color="grey", linewidth=1)
+    points = {"each seed": [], "mean, and its 95 % interval": [], "the paper's": []}
+    for row, (name, found) in enumerate(differences.items()):
+        axes.plot(found["interval"], [row, row], color="C0", linewidth=2)
+        of_paper = (elsewhere or {}).get(name)
+        for own, values in zip(points.values(), (found["seeds"].values(), [found["mean"]], [of_paper])):
+            own += [(value, row) for value in values if value is not None]
+    for (label, own), style in zip(points.items(), ({"color": "C7", "alpha": 0.6}, {"marker": "D"}, {"marker": "x"})):
+        if own:
+            axes.plot(*zip(*own), **{"marker": "o", "linestyle": "", "label": label, **style})
+    axes.set_yticks(range(len(differences)), differences)
+    axes.invert_yaxis()
+    first = next(iter(differences.values()))["from"]
+    axes.set_xlabel(f"held-out loss (nats per token) less that of\n{first}")
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
+    return png(figure, "attnres-pretrain, attnres-finetune")
+
+
 def png(figure: Figure, software: str = SOFTWARE) -> bytes:
     """The figure as a file, which says what it was made by."""
     content = io.BytesIO()
