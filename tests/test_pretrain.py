@@ -319,6 +319,21 @@ def test_loss_that_is_not_a_number(server, donor, text):
         assert ("going on from" in message) == bool(again)
 
 
+def test_failed_run_of_a_comparison(server, text):
+    """It has a row in the table, and the same command doesn't train it again, until its failure is removed."""
+    command = [*TINY, *SHALLOW, "--data", text, "--steps", 3, "--warmup", 1, "--sweep", "learning_rate=1e-3,1e28"]
+    folder = server.folder / "one-fails"
+    assert "| none: gradient norm of depth attention nan at step 2" in server.run(*command, "--output", folder)
+    failure = folder / "learning_rate=1e28" / "failure.json"
+    begun = failure.stat().st_mtime_ns
+    again = server.run(*command, "--output", folder)
+    assert f"learning_rate=1e28 failed before, and would again; remove {failure} to try it once more" in again
+    assert failure.stat().st_mtime_ns == begun and "| none: gradient norm of depth attention nan at step 2" in again
+    failure.unlink()
+    assert "failed before" not in server.run(*command, "--output", folder)
+    assert failure.stat().st_mtime_ns > begun
+
+
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_model_that_breaks(evaluated, server, text):
     """A step that breaks the model is noticed before a checkpoint of it is written, with or without an evaluation."""

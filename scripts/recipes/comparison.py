@@ -82,7 +82,7 @@ def own_files(record: Path) -> dict[str, str]:
 def train_all(name: str, runs: dict[str, RunOptions], jobs: int, *counts: str) -> dict[str, dict]:
     """Trains each run in a process of its own, `jobs` at a time, and returns the results.
 
-    Finished ones are not trained again, interrupted ones go on.
+    Those that have finished or failed are not trained again, interrupted ones go on.
 
     Args:
         name: of the command, without `attnres-`.
@@ -91,9 +91,13 @@ def train_all(name: str, runs: dict[str, RunOptions], jobs: int, *counts: str) -
     Raises:
         InputError: one failed; those that still trained were interrupted.
     """
-    unfinished = {run: options for run, options in runs.items() if not is_finished(options)}
-    failures = {run: written(options.output / FAILURE_FILE) for run, options in unfinished.items()}  # of before
-    results = {run: read_results(runs[run].output / RESULTS_FILE, *counts) for run in runs.keys() - unfinished.keys()}
+    ends = {run: end_of(options) for run, options in runs.items()}
+    unfinished = {run: options for run, options in runs.items() if ends[run] is None}
+    failures = {run: written(options.output / FAILURE_FILE) for run, options in unfinished.items()}  # of other runs
+    results = {run: read_results(end, *counts) for run, end in ends.items() if end is not None}
+    for run, end in ends.items():
+        if end is not None and end.name == FAILURE_FILE:
+            print(f"{run} failed before, and would again; remove {end} to try it once more", file=sys.stderr)
     with closing(processes(name, unfinished, jobs)) as ended:
         for run, status in ended:
             path = runs[run].output / (FAILURE_FILE if status else RESULTS_FILE)
@@ -108,13 +112,15 @@ def written(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def is_finished(options: RunOptions) -> bool:
-    """Whether the folder holds the results of this very run. If it holds something else, the run itself says so."""
+def end_of(options: RunOptions) -> Path | None:
+    """The file with the results of this very run, or with its failure, which would be the same again. If the folder
+    holds something else, the run itself says so."""
     arguments = json.loads(json.dumps({**options.settled().arguments, **launched()}, default=str))
+    ends = [path for name in (RESULTS_FILE, FAILURE_FILE) if (path := options.output / name).exists()]
     try:
-        return (options.output / RESULTS_FILE).exists() and read_run(options.output)["arguments"] == arguments
+        return ends[0] if ends and read_run(options.output)["arguments"] == arguments else None
     except InputError:
-        return False
+        return None
 
 
 def processes(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tuple[str, int]]:
