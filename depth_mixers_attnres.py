@@ -460,10 +460,10 @@ class NormedValueQueries(DepthMixer):
 
 def doubly_stochastic(logits: torch.Tensor, iterations: int = 20) -> torch.Tensor:
     """Sinkhorn and Knopp's matrix of a square one `(..., n, n)`, whose columns sum to 1, and whose rows nearly do."""
-    last = logits.movedim((-2, -1), (0, 1)).contiguous()  # short rows would take many times as long
+    logits = logits.movedim((-2, -1), (0, 1)).contiguous()  # short rows would take many times as long
     for _ in range(iterations):
-        last = last.log_softmax(1).log_softmax(0)
-    return last.exp().movedim((0, 1), (-2, -1))
+        logits = logits.log_softmax(1).log_softmax(0)
+    return logits.exp().movedim((0, 1), (-2, -1))
 
 
 def dynamic_connections(streams: torch.Tensor, learned: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
