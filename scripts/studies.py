@@ -246,6 +246,14 @@ def tuned(group: str, found: dict) -> str:
     return " ".join([group, *(f"{option}={value}" for option, value in found["best"][group].items())])
 
 
+def group_losses(found: dict, group: str) -> list[float]:
+    """Held-out losses of a group's seeds, of what `comparison.json` holds; without those of runs that failed."""
+    from attnres_recipes.figures import without_seed  # takes seconds
+
+    runs = [run for name, run in found["runs"].items() if without_seed(name) == tuned(group, found)]
+    return [run["held_out_loss"] for run in runs if "held_out_loss" in run]
+
+
 def mean(values: list[float]) -> str:
     if not values:
         return "-"
@@ -259,17 +267,13 @@ def parts_table(found: dict[str, dict]) -> str:
     Args:
         found: what `comparison.json` holds, by the comparison's name.
     """
-    from attnres_recipes.figures import without_seed  # takes seconds
-
     before = {name: next(iter(own["runs"].values()))["held_out_loss_before"] for name, own in found.items()}
     rows = [("held-out loss", *found), ("before training", *(f"{loss:.3f}" for loss in before.values()))]
 
     def cell(group: str, own: dict) -> str:
         if group not in own["best"]:
             return "-"
-        runs = [run for name, run in own["runs"].items() if without_seed(name) == tuned(group, own)]
-        losses = [run["held_out_loss"] for run in runs if "held_out_loss" in run]
-        return f"{mean(losses)} ({', '.join(own['best'][group].values())})"
+        return f"{mean(group_losses(own, group))} ({', '.join(own['best'][group].values())})"
 
     for group in dict.fromkeys(group for own in found.values() for group in own["best"]):
         rows.append((group, *(cell(group, own) for own in found.values())))
@@ -288,23 +292,24 @@ def differences_of_paper(found: dict, paper: dict[str, float]) -> dict[str, floa
 
 
 def paper_table(found: dict, paper: dict[str, float]) -> str:
-    """Differences from the first run, ours with their intervals beside the paper's, where there is one.
+    """Held-out losses with the options that were best, and differences from the first group of runs, ours with their
+    intervals beside the paper's, where there is one.
 
     Args:
         found: what `comparison.json` holds.
         paper: losses by what `--compare` says.
     """
-    first, *others = found["best"]
-    of_paper = differences_of_paper(found, paper)
-    rows = [(f"difference from {first}", "ours", "95 % of resampled seeds", "the paper's")]
+    first, of_paper = next(iter(found["best"])), differences_of_paper(found, paper)
+    rows = [("", "tuned", "held-out loss", f"less that of {first}", "95 % of resampled seeds", "the paper's")]
 
     def cell(number: float | None) -> str:
         return "-" if number is None else decimals(number, 3, "+")
 
-    for group in others:
+    for group, best in found["best"].items():
         ours = differences(found).get(group)
         own = (cell(ours["mean"]), " to ".join(map(cell, ours["interval"]))) if ours else ("-", "-")
-        rows.append((group, *own, cell(of_paper.get(group))))
+        theirs = cell(of_paper.get(group) if group != first else None)
+        rows.append((group, ", ".join(best.values()), mean(group_losses(found, group)), *own, theirs))
     return table(rows)
 
 

@@ -78,11 +78,12 @@ def test_beside_the_paper():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in studies.paper_table(found, paper).splitlines()
     ]
-    assert rows[0][0] == "difference from donor"
-    assert rows[2] == ["full", "-0.150", "-0.200 to -0.100", "-0.029"]
-    assert rows[3] == ["block block_size=2", "+0.200", "+0.200 to +0.200", "-0.020"]
-    assert rows[4] == ["hc", "-", "-", "-0.016"]
-    assert rows[5] == ["own", "+0.200", "0.000 to +0.400", "-"]
+    assert rows[0][3] == "less that of donor"
+    assert rows[2] == ["donor", "0.01", "5.500 ± 0.707", "-", "-", "-"]
+    assert rows[3] == ["full", "0.02", "5.350 ± 0.636", "-0.150", "-0.200 to -0.100", "-0.029"]
+    assert rows[4] == ["block block_size=2", "0.01", "5.700 ± 0.707", "+0.200", "+0.200 to +0.200", "-0.020"]
+    assert rows[5] == ["hc", "0.5", "-", "-", "-", "-0.016"]
+    assert rows[6] == ["own", "0.1", "5.700 ± 0.990", "+0.200", "0.000 to +0.400", "-"]
     figure = plot_differences(studies.differences(found), studies.differences_of_paper(found, paper))
     with Image.open(io.BytesIO(figure)) as image:
         assert min(image.size) > 300
