@@ -231,8 +231,12 @@ class HeadQueries(DepthQueries):
 
 
 def input_query_depth_attention(sources: Sources, weight: torch.Tensor, eps: float, scale: float):
-    """A query that is computed from the latest source v_n, `w = W RMSNorm(v_n)`, with keys `RMSNorm(v_i)`: an ablation
-    of arXiv 2603.15031, which doesn't say from which vector."""
+    """A query that is computed from the latest source v_n, `w = W RMSNorm(v_n) / hidden`, with keys `RMSNorm(v_i)`: an
+    ablation of arXiv 2603.15031, which doesn't say from which vector.
+
+    Args:
+        weight: W divided by the hidden size.
+    """
     values = upcast(sources)
     keys = [normalized(value, eps) for value in values]
     with torch.autocast(weight.device.type, enabled=False):
@@ -241,21 +245,25 @@ def input_query_depth_attention(sources: Sources, weight: torch.Tensor, eps: flo
 
 
 class QueryProjections(DepthMixer):
-    """W of each read, `(num_depth_reads, hidden, hidden)`."""
+    """W of each read, `(num_depth_reads, hidden, hidden)`.
+
+    It is divided by the hidden size, so that a step of Adam, which moves each element by its learning rate, moves a
+    score as far as with a query that is learned. Undivided, it diverges at such rates.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.weight = new_parameter(config.num_depth_reads, config.hidden_size, config.hidden_size)
+        self.query_projection = new_parameter(config.num_depth_reads, config.hidden_size, config.hidden_size)
 
     def reset_parameters(self):
-        init.zeros_(self.weight)
+        init.zeros_(self.query_projection)
 
     @staticmethod
     def implementation(config) -> DepthAttentionImplementation:
         return EachReadItself(input_query_depth_attention)
 
     def forward(self) -> torch.Tensor:
-        return self.weight.clone()
+        return self.query_projection / self.query_projection.shape[-1]
 
 
 # Other sums of the same sources

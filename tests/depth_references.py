@@ -98,7 +98,7 @@ def heads(case, sources, sizes):
 
 def input_query(case, sources, sizes):
     keys = [unit(source, case.eps) for source in sources]
-    query = case.weight @ keys[-1]
+    query = case.query_projection @ keys[-1] / case.config.hidden_size
     weights = softmax([dot(query, key) for key in keys])
     return case.scaled(len(sources)) * combine(weights, sources), weights
 
