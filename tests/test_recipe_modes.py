@@ -12,8 +12,12 @@ from attnres_recipes import FinetuneOptions, PretrainOptions, finetune, new_opti
 from attnres_recipes.adapters import check_base, describe_base
 from attnres_recipes.checkpoints import model_facts
 from attnres_recipes.configs import read_config, with_mode
+from attnres_recipes.start import scaled_model
 from families import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
+
+from attnres import AttnResConfig
+from depth_mixers_attnres import DEPTH_MIXERS
 
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -48,6 +52,29 @@ def runs(tmp_path_factory):
             tokens = {"tokenizer": "full_window/tokenizer"}
             options["set"]["vocab_size"] = 300
         yield folder
+
+
+@pytest.mark.parametrize("mode", DEPTH_MIXERS)
+def test_rate_of_depth_attention(mode):
+    """Each mode bears the default rate: steps of depth attention alone lower the loss, and the logits change by less
+    than they are."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    model = scaled_model(AttnResConfig(**sizes, **FIELDS, vocab_size=128, attn_res_mode=mode, attn_res_block_size=2))
+    optimizer = new_optimizer(model, learning_rate=2e-3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("depth_attention" in name)
+    ids = torch.randint(128, (4, 32))
+    outputs = [model(input_ids=ids, labels=ids)]
+    for _ in range(5):
+        optimizer.zero_grad()
+        outputs[-1].loss.backward()
+        optimizer.step()
+        outputs.append(model(input_ids=ids, labels=ids))
+    losses = [output.loss.item() for output in outputs]
+    assert losses == sorted(losses, reverse=True)
+    before, after = outputs[0].logits, outputs[-1].logits
+    assert (after - before).norm() < before.norm()
 
 
 @pytest.mark.parametrize("mode", MODES)
