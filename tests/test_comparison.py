@@ -156,13 +156,21 @@ def test_the_best_is_trained_with_all_seeds(server):
     assert list(found["runs"]) == [f"learning_rate=0.02 seed={seed}" for seed in (0, 1)]
     assert all(run["steps"] == 4 for run in found["runs"].values())
     text = (folder / "comparison.md").read_text()
-    assert text in printed and "tried learning_rate" in text
+    assert text in printed and "tried learning_rate" in text and ", 2 of " in printed
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")}
     again = server.run(*options).splitlines()
     assert list(folder.glob("*/checkpoint-*")) == [] and len(list(folder.glob("*/model/model.safetensors"))) == 5
     assert len(before) == 5 and not any(line.startswith("--- ") for line in again)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")} == before
     assert "holds a run with init = scaled, not default" in server.run(*options, "--init=default", exit_code=1)
+
+
+def test_progress():
+    """Which run of how many begins, and how long the rest takes if they take as long as those that have ended."""
+    now = time.monotonic()
+    assert comparison.progress(0, 0, 1, now) == "" and comparison.progress(0, 1, 6, now) == ", 2 of 6"
+    assert comparison.progress(2, 1, 6, now - 121) == ", 4 of 6, 4 min to go"
+    assert comparison.progress(5, 0, 6, now - 100) == ", 6 of 6, less than a minute to go"
 
 
 def test_interrupted(server):

@@ -130,12 +130,13 @@ def processes(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tup
     if jobs > 1:
         environment |= {"TQDM_DISABLE": "1"}  # bars of several runs would write over one another
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
-    waiting, running = list(runs.items()), {}
+    waiting, running, begun = list(runs.items()), {}, time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 variant, options = waiting.pop(0)
-                print(f"--- {variant}", flush=True)
+                num_ended = len(runs) - len(waiting) - len(running) - 1
+                print(f"--- {variant}{progress(num_ended, len(running), len(runs), begun)}", flush=True)
                 command = [sys.executable, str(commands / f"{name}.py"), *options.words()]
                 running[variant] = subprocess.Popen(
                     command, stdout=subprocess.DEVNULL, env=environment, preexec_fn=end_with_parent
@@ -149,6 +150,17 @@ def processes(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tup
             process.send_signal(signal.SIGINT)
         for process in running.values():
             process.wait()
+
+
+def progress(num_ended: int, num_running: int, num_runs: int, begun: float) -> str:
+    """What to know of several runs when another one is started."""
+    if num_runs == 1:
+        return ""
+    text = f", {num_ended + num_running + 1} of {num_runs}"
+    if num_ended:
+        minutes = (time.monotonic() - begun) / num_ended * (num_runs - num_ended) / 60
+        text += f", {minutes:.0f} min to go" if minutes >= 1 else ", less than a minute to go"
+    return text
 
 
 Variant = tuple[str, dict[str, str]]  # name and options of a run, as RunOptions.variants has them
