@@ -267,8 +267,11 @@ def parts_table(found: dict[str, dict]) -> str:
     Args:
         found: what `comparison.json` holds, by the comparison's name.
     """
-    before = {name: next(iter(own["runs"].values()))["held_out_loss_before"] for name, own in found.items()}
-    rows = [("held-out loss", *found), ("before training", *(f"{loss:.3f}" for loss in before.values()))]
+    before = [
+        mean([run["held_out_loss_before"] for run in own["runs"].values() if "held_out_loss_before" in run][:1])
+        for own in found.values()
+    ]
+    rows = [("held-out loss", *found), ("before training", *before)]
 
     def cell(group: str, own: dict) -> str:
         if group not in own["best"]:
@@ -300,7 +303,8 @@ def paper_table(found: dict, paper: dict[str, float]) -> str:
         paper: losses by what `--compare` says.
     """
     first, of_paper = next(iter(found["best"])), differences_of_paper(found, paper)
-    rows = [("", "tuned", "held-out loss", f"less that of {first}", "95 % of resampled seeds", "the paper's")]
+    titles = ("", "tuned", "held-out loss", f"difference from {first}", "95 % of resampled seeds")
+    rows = [(*titles, "the paper's difference")]
 
     def cell(number: float | None) -> str:
         return "-" if number is None else decimals(number, 3, "+")
@@ -368,7 +372,8 @@ def answers(
 
     if not made.exists():
         make_tasks(made)
-    models = {START: start, **{name: str(Path(own["output"]) / "model") for name, own in found["runs"].items()}}
+    trained = {name: str(Path(own["output"]) / "model") for name, own in found["runs"].items() if "output" in own}
+    models = {START: start, **trained}
     given = {"lm_eval": ",".join(tasks), "lm_eval_include": made, "lm_eval_limit": QUESTIONS, "dtype": "float32"}
     evaluations = {
         name: EvaluateOptions(checkpoints=[checkpoint], output=folder / name.replace(" ", ","), **given)

@@ -168,9 +168,9 @@ def test_the_best_is_trained_with_all_seeds(server):
 def test_progress():
     """Which run of how many begins, and how long the rest takes if they take as long as those that have ended."""
     now = time.monotonic()
-    assert comparison.progress(0, 0, 1, now) == "" and comparison.progress(0, 1, 6, now) == ", 2 of 6"
-    assert comparison.progress(2, 1, 6, now - 121) == ", 4 of 6, 4 min to go"
-    assert comparison.progress(5, 0, 6, now - 100) == ", 6 of 6, less than a minute to go"
+    assert comparison.progress(0, 0, 1, now) == "" and comparison.progress(0, 1, 6, now) == ", 2 of 6 in this round"
+    assert comparison.progress(2, 1, 6, now - 121) == ", 4 of 6 in this round, about 4 min to its end"
+    assert comparison.progress(5, 0, 6, now - 100) == ", 6 of 6 in this round, about 1 min to its end"
 
 
 def test_interrupted(server):

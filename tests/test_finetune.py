@@ -251,6 +251,14 @@ def test_compare(server, donor, chats):
         assert cells[:2] == [name, f"{run['held_out_loss']:.4f}"]
         assert cells[4:] == [f"{run['trained_parameters']:,}", f"{run['depth_parameters']:,}"]
     assert not list(folder.glob("*/converted"))
+    # one with a base of its own is added, and the others are not trained again
+    before = [(folder / name / "results.json").stat().st_mtime_ns for name in results]
+    added = ["--compare", "lora,depth,full:mode=donor", "--output", "compared"]
+    server.run(*short, "--model", donor, "--data", chats, *added)
+    grown = json.loads((folder / "comparison.json").read_text())["runs"]
+    assert list(grown) == [*results, "full mode=donor"] and grown["lora"] == results["lora"]
+    assert [(folder / name / "results.json").stat().st_mtime_ns for name in results] == before
+    assert grown["full mode=donor"]["depth_parameters"] == 0
 
 
 @pytest.mark.parametrize("quantization", adapters.QUANTIZATIONS)

@@ -327,7 +327,7 @@ def test_failed_run_of_a_comparison(server, text):
     failure = folder / "learning_rate=1e28" / "failure.json"
     begun = failure.stat().st_mtime_ns
     again = server.run(*command, "--output", folder)
-    assert f"learning_rate=1e28 failed before, and would again; remove {failure} to try it once more" in again
+    assert f"learning_rate=1e28 failed before, and isn't trained again; remove {failure} to try it once more" in again
     assert failure.stat().st_mtime_ns == begun and "| none: gradient norm of depth attention nan at step 2" in again
     failure.unlink()
     assert "failed before" not in server.run(*command, "--output", folder)
@@ -475,6 +475,8 @@ def test_compare(server, text):
         assert min(image.size) > 150
     before = [folder / f"{mode},seed=0" / "results.json" for mode in ("denseformer", "donor")]
     assert [path.stat().st_mtime_ns for path in before] == trained
+    fewer = server.run(*short, "--compare", "donor,full", "--sweep", "seed=0", "--output", "compared")
+    assert "kept" not in fewer and not (folder / "differences.png").exists()
     other = [*short, "--steps", 5, "--compare", "donor,full", "--output", "compared"]
     assert "holds a run with steps = 4, not 5" in server.run(*other, exit_code=1)
 

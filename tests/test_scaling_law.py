@@ -341,6 +341,8 @@ def test_a_ladder_in_a_folder(text, tmp_path):
     assert json.loads((tmp_path / "out" / "scaling_law.json").read_text())["fits"]["donor"]["alpha"] > 0
     with pytest.raises(InputError, match=r"holds a run with seeds = 0,1, not 0; choose another --output"):
         Ladder(options(tmp_path / "out", data=str(text), compare="donor,block"))
+    with pytest.raises(InputError, match=r"holds a run with compare = donor,block, not donor,block,full"):
+        Ladder(options(tmp_path / "out", data=str(text), compare="donor,block,full", seeds="0,1"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(InputError, match="choose another --output"):

@@ -78,7 +78,7 @@ def test_beside_the_paper():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in studies.paper_table(found, paper).splitlines()
     ]
-    assert rows[0][3] == "less that of donor"
+    assert rows[0][3] == "difference from donor"
     assert rows[2] == ["donor", "0.01", "5.500 ± 0.707", "-", "-", "-"]
     assert rows[3] == ["full", "0.02", "5.350 ± 0.636", "-0.150", "-0.200 to -0.100", "-0.029"]
     assert rows[4] == ["block block_size=2", "0.01", "5.700 ± 0.707", "+0.200", "+0.200 to +0.200", "-0.020"]

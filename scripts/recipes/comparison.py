@@ -97,7 +97,7 @@ def train_all(name: str, runs: dict[str, RunOptions], jobs: int, *counts: str) -
     results = {run: read_results(end, *counts) for run, end in ends.items() if end is not None}
     for run, end in ends.items():
         if end is not None and end.name == FAILURE_FILE:
-            print(f"{run} failed before, and would again; remove {end} to try it once more", file=sys.stderr)
+            print(f"{run} failed before, and isn't trained again; remove {end} to try it once more", file=sys.stderr)
     with closing(processes(name, unfinished, jobs)) as ended:
         for run, status in ended:
             path = runs[run].output / (FAILURE_FILE if status else RESULTS_FILE)
@@ -113,14 +113,19 @@ def written(path: Path) -> int | None:
 
 
 def end_of(options: RunOptions) -> Path | None:
-    """The file with the results of this very run, or with its failure, which would be the same again. If the folder
-    holds something else, the run itself says so."""
+    """The file with the results of this very run, or with its failure, as long as all versions are the same. If the
+    folder holds something else, the run itself says so."""
     arguments = json.loads(json.dumps({**options.settled().arguments, **launched()}, default=str))
-    ends = [path for name in (RESULTS_FILE, FAILURE_FILE) if (path := options.output / name).exists()]
+    results, failure = options.output / RESULTS_FILE, options.output / FAILURE_FILE
     try:
-        return ends[0] if ends and read_run(options.output)["arguments"] == arguments else None
+        run = read_run(options.output)
     except InputError:
         return None
+    if run["arguments"] != arguments:
+        return None
+    if results.exists():
+        return results
+    return failure if failure.exists() and run["versions"] == versions() else None
 
 
 def processes(name: str, runs: dict[str, RunOptions], jobs: int) -> Iterator[tuple[str, int]]:
@@ -156,14 +161,15 @@ def progress(num_ended: int, num_running: int, num_runs: int, begun: float) -> s
     """What to know of several runs when another one is started."""
     if num_runs == 1:
         return ""
-    text = f", {num_ended + num_running + 1} of {num_runs}"
+    text = f", {num_ended + num_running + 1} of {num_runs} in this round"
     if num_ended:
         minutes = (time.monotonic() - begun) / num_ended * (num_runs - num_ended) / 60
-        text += f", {minutes:.0f} min to go" if minutes >= 1 else ", less than a minute to go"
+        text += f", about {max(minutes, 1):.0f} min to its end"
     return text
 
 
 Variant = tuple[str, dict[str, str]]  # name and options of a run, as RunOptions.variants has them
+FIGURES = ("comparison.png", "differences.png")
 MOST_BEYOND = 4  # values that are tried beyond those that are given
 
 
@@ -273,8 +279,8 @@ def differences_table(differences: dict[str, dict]) -> str:
 def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str]) -> dict:
     """Trains each variant in a process of its own.
 
-    Finished ones are not trained again, interrupted ones go on. Writes `comparison.json`, `.md` and `.png`, and, where
-    groups of runs share seeds, `differences.png`.
+    Those that have finished or failed are not trained again, interrupted ones go on. Writes `comparison.json`, `.md`
+    and `.png`, and, where groups of runs share seeds, `differences.png`.
 
     Args:
         name: of the command, without `attnres-`.
@@ -310,6 +316,9 @@ def compare(name: str, options: RunOptions, shared: dict, columns: dict[str, str
         title = "Held-out losses" if own_options else "Same data order, seed and budget"
         plot_losses(metrics, path, title, own.get(path.name))
         files[path.name] = sha256(path)
+    for path in (output / name for name in FIGURES if name not in files):
+        if reading.is_regular(path) and sha256(path) == own.get(path.name):  # of other runs
+            path.unlink()
     path = output / "comparison.md"
     write_output(path, text.encode(), own.get(path.name))
     files[path.name] = sha256(path)

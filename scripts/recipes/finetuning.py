@@ -226,14 +226,14 @@ class Finetuning(Run):
         }
 
     def shared(self) -> dict:
-        """One base, unless runs differ in what is made of it, and one tokenizer."""
+        """One tokenizer, and one base of all runs but those that have one of their own."""
         given, config = self.options, read_config(self.options.model)
         check_context(config, given.seq_len)
         self.check_method(config)
         if any(dict(options)[given.compared] == "qlora" for _, options in given.compared_runs):
             quantization_config(given.quantization, given.bf16)  # what it needs may be absent
         shared = {"tokenizer": given.tokenizer or given.model}
-        if any({"model", "mode", "block_size"} & values.keys() for _, values in given.variants()):
+        if all(any(own in values for own in given.of_base) for _, values in given.variants()):
             return shared
         return {"model": self.starting_point(config), **shared}
 

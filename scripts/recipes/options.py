@@ -544,6 +544,12 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     weight_decay: NonNegative = option(0.0, "of matrices")
 
     compared = "method"
+    of_base = ("model", "mode", "block_size")  # what makes a run's base one of its own
+
+    def variant(self, name: str, values: dict[str, str], **others) -> "FinetuneOptions":
+        if any(own in values for own in self.of_base):
+            others.pop("model", None)
+        return super().variant(name, values, **others)
 
     def check(self):
         if self.adapter:

@@ -43,6 +43,7 @@ EARLY_NAMES = ("tokenizer", CONVERTED_NAME, "data.json", METRICS_FILE, "depth.js
 FIGURE_FILE = "loss.png"
 RUN_FILES = (RUN_FILE, METRICS_FILE, RESULTS_FILE, FAILURE_FILE, "data.json", "depth.jsonl", FIGURE_FILE)
 WRITTEN = (*RUN_FILES, *(f"{name}.{kind}" for name in ("comparison", "scaling_law") for kind in ("json", "md", "png")))
+WRITTEN = (*WRITTEN, "differences.png")
 LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, WRITTEN))})(\.attnres-tmp-[0-9a-f]{{8}}){{1,2}}")
 PART_OF_COMPARISON = "ATTNRES_PART_OF_COMPARISON"  # in the environment of a run that a comparison has started
 MODULES = ("attnres", "torch", "transformers")  # whose version may change the losses
@@ -151,7 +152,7 @@ def open_run(folder: Path, arguments: dict, is_main_process: bool = True) -> Pat
             begin_run(folder, now, new)
     before = read_run(folder)
     begun = {name: OF_OLD_RUNS[name] for name in OF_OLD_RUNS.keys() & arguments.keys()} | before["arguments"]
-    may_differ = OF_GROWING_COMPARISONS if "compare" in arguments.keys() & begun.keys() else ()
+    may_differ = OF_GROWING_COMPARISONS if "sweep" in arguments.keys() & begun.keys() else ()
     for name in dict.fromkeys([*arguments, *begun]):  # what depends on other options comes after them
         is_gone = name not in arguments and not begun[name]  # an option of old versions that wasn't used
         if arguments.get(name) != begun.get(name) and not is_gone and name not in may_differ:
