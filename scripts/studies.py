@@ -302,18 +302,18 @@ def paper_table(found: dict, paper: dict[str, float]) -> str:
         found: what `comparison.json` holds.
         paper: losses by what `--compare` says.
     """
-    first, of_paper = next(iter(found["best"])), differences_of_paper(found, paper)
-    titles = ("", "tuned", "held-out loss", f"difference from {first}", "95 % of resampled seeds")
+    first, of_paper, measured = next(iter(found["best"])), differences_of_paper(found, paper), differences(found)
+    titles = ("", *found["best"][first], "held-out loss", f"difference from {first}", "95 % of resampled seeds")
     rows = [(*titles, "the paper's difference")]
 
     def cell(number: float | None) -> str:
         return "-" if number is None else decimals(number, 3, "+")
 
     for group, best in found["best"].items():
-        ours = differences(found).get(group)
+        ours = measured.get(group)
         own = (cell(ours["mean"]), " to ".join(map(cell, ours["interval"]))) if ours else ("-", "-")
         theirs = cell(of_paper.get(group) if group != first else None)
-        rows.append((group, ", ".join(best.values()), mean(group_losses(found, group)), *own, theirs))
+        rows.append((group, *best.values(), mean(group_losses(found, group)), *own, theirs))
     return table(rows)
 
 
