@@ -372,8 +372,8 @@ def answers(
 
     if not made.exists():
         make_tasks(made)
-    trained = {name: str(Path(own["output"]) / "model") for name, own in found["runs"].items() if "output" in own}
-    models = {START: start, **trained}
+    models = {START: start}
+    models |= {name: str(Path(own["output"]) / "model") for name, own in found["runs"].items() if "output" in own}
     given = {"lm_eval": ",".join(tasks), "lm_eval_include": made, "lm_eval_limit": QUESTIONS, "dtype": "float32"}
     evaluations = {
         name: EvaluateOptions(checkpoints=[checkpoint], output=folder / name.replace(" ", ","), **given)

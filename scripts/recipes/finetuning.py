@@ -233,7 +233,7 @@ class Finetuning(Run):
         if any(dict(options)[given.compared] == "qlora" for _, options in given.compared_runs):
             quantization_config(given.quantization, given.bf16)  # what it needs may be absent
         shared = {"tokenizer": given.tokenizer or given.model}
-        if all(any(own in values for own in given.of_base) for _, values in given.variants()):
+        if all(given.of_base & values.keys() for _, values in given.variants()):
             return shared
         return {"model": self.starting_point(config), **shared}
 

@@ -544,10 +544,10 @@ class FinetuneOptions(StartOptions, AdapterOptions, RunOptions):
     weight_decay: NonNegative = option(0.0, "of matrices")
 
     compared = "method"
-    of_base = ("model", "mode", "block_size")  # what makes a run's base one of its own
+    of_base = frozenset(("model", "mode", "block_size"))  # what makes a run's base one of its own
 
     def variant(self, name: str, values: dict[str, str], **others) -> "FinetuneOptions":
-        if any(own in values for own in self.of_base):
+        if self.of_base & values.keys():
             others.pop("model", None)
         return super().variant(name, values, **others)
 
