@@ -336,12 +336,12 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
         `sources` are those of the first layer, `layer_kwargs(layer_idx)` what a layer's attention takes."""
         self.check_layers()
         stage = range(len(self.layers))[: self.config.num_hidden_layers][self.stage]  # the last may be left out
-        layers = list(self.layers)[: stage.stop]
-        block_size, output_read = self.config.attn_res_block_size, self.output_read
+        layers, output_read = list(self.layers)[: stage.stop], self.output_read
         watched = with_weights or any(has_forward_hooks(layer) for layer in layers)
         eps, products = output_read.place.eps, self.depth_attention()
         sources, products, shared = output_read.implementation.begin(sources, products, eps, watched)
         product_of_read, all_weights = tuple(products), []
+        block_size = stage.stop if isinstance(shared, TokenReads) else self.config.attn_res_block_size
         for start in range(stage.start - stage.start % block_size, stage.stop, block_size):
             first = max(start, stage.start)
             block = layers[first : start + block_size]
@@ -407,12 +407,12 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_seen_tokens
         causal_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.position_embeddings(inputs_embeds, position_ids)
-        kwargs.update(position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
+        own = {"attention_mask": causal_mask, "position_embeddings": position_embeddings}
+        kwargs.update(own, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
 
         def layer_kwargs(layer_idx: int) -> dict:
-            own = causal_mask, position_embeddings
-            mask, positions = (v[self.config.layer_types[layer_idx]] if isinstance(v, dict) else v for v in own)
-            return {"attention_mask": mask, "position_embeddings": positions, **kwargs}
+            of_layer = {k: v[self.config.layer_types[layer_idx]] for k, v in own.items() if isinstance(v, dict)}
+            return {**kwargs, **of_layer}
 
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions

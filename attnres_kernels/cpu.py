@@ -282,7 +282,7 @@ class CppTokenReads(TokenReads):
                 self.is_uniform &= source.dtype == self.like.dtype and source.is_contiguous()
         return self.is_uniform
 
-    def read(self, place, product, sources, norm):
+    def read(self, place, sources, norm):
         like, num_sources = self.like, min(len(sources), place.num_sources)
         added = new_partial = None
         if len(sources) > num_sources:
@@ -290,7 +290,7 @@ class CppTokenReads(TokenReads):
             added, new_partial = self.addresses[num_sources], partial.data_ptr()
             sources = (*sources[:-2], partial)
         gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
-        weight = norm.weight if can_fuse_norm(norm) else None
+        weight = norm._parameters.get("weight") if can_fuse_norm(norm) else None
         fits = weight is not None and is_plain(weight) and weight.dtype in DTYPES and weight.shape == self.width
         if fits:
             weight, norm_eps = weight.contiguous(), norm.variance_epsilon
