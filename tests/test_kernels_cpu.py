@@ -64,6 +64,7 @@ def recording_compiler(folder: Path) -> tuple[Path, Path]:
     return script, log
 
 
+@pytest.mark.slow
 def test_compiled_once(tmp_path):
     """The first processes compile, several at a time without harm; later ones find the library."""
     script, log = recording_compiler(tmp_path)
