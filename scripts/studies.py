@@ -73,7 +73,8 @@ PAPER = {
     "block:block_size=4": 1.748,
     "block:block_size=8": 1.753,
 }
-# what may hold Full back: first weights, sources that are scaled down, an epsilon that is large beside small sources
+# what may hold Full back: first weights, sources that are scaled down, an epsilon that is large beside small sources;
+# and whether a window loses by what it leaves out
 DOUBTS = (
     "donor:init=default",
     "block:block_size=2:init=default",
@@ -81,6 +82,7 @@ DOUBTS = (
     "block:block_size=2:set.attn_res_sum_scale=true",
     "full:set.attn_res_sum_scale=true",
     "full:set.attn_res_norm_eps=1e-12",
+    "full_window:set.attn_res_window=16",
 )
 
 
