@@ -3,6 +3,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -118,13 +119,39 @@ def test_accuracies():
     assert [line.split("|")[2].strip() for line in table[2:]] == ["0.500", "0.600 ± 0.141"]
 
 
-@pytest.mark.parametrize("name", ["from_scratch", "depth_lr_scale", "zoo_lr", "donors", "regimes", "smollm2"])
+@pytest.mark.parametrize(
+    "name", ["from_scratch", "depth_lr_scale", "ablations", "zoo_lr", "donors", "regimes", "smollm2"]
+)
 def test_committed_results_are_of_these_commands(name):
     """What is in results/ was made by the study of that name, as it is now."""
     for part, comparison in options(name).items():
         recorded = json.loads((SCRIPTS.parent / "results" / name / part / "comparison.json").read_text())["command"]
         jobs = recorded.index("--jobs")
         assert recorded[1:jobs] + recorded[jobs + 2 :] == comparison.words()
+
+
+def test_what_is_said_of_the_ablations_is_recorded():
+    """The page has the table that is made of the committed runs, and sentences with its numbers."""
+    folder = SCRIPTS.parent / "results"
+    found = json.loads((folder / "ablations" / "comparison.json").read_text("utf-8"))
+    table, page = studies.paper_table(found, studies.PAPER), (folder / "README.md").read_text("utf-8")
+    assert (folder / "ablations" / "paper.md").read_text("utf-8") == table and table in page
+    section = " ".join(page.split("## The paper's ablations")[1].split("\n## ")[0].replace(table, "").split())
+    measured = studies.differences(found)
+    numbers = [
+        number for own in measured.values() for number in (own["mean"], *own["interval"], *own["seeds"].values())
+    ]
+    recorded = {
+        f"{abs(number):.3f}" for number in (*numbers, *studies.differences_of_paper(found, studies.PAPER).values())
+    }
+    recorded.add(f"{measured['full']['mean'] - measured['block block_size=2']['mean']:.3f}")  # Full behind Block
+    said = re.findall(r"\d\.\d{3}", section)
+    assert said and set(said) <= recorded
+    ahead = [name for name, own in measured.items() if max(own["seeds"].values()) < 0]
+    assert set(measured) - set(ahead) == {
+        *("full_window", "full_window set.attn_res_window=16", "block_heads block_size=2"),
+        *("donor init=default", "block block_size=2 init=default", "full init=default"),
+    }
 
 
 @pytest.mark.slow
