@@ -290,7 +290,7 @@ class CppTokenReads(TokenReads):
             added, new_partial = self.addresses[num_sources], partial.data_ptr()
             sources = (*sources[:-2], partial)
         gain, gain_dtype, norm_eps, dtype = None, 0, 0.0, like.dtype
-        weight = norm._parameters.get("weight") if can_fuse_norm(norm) else None
+        weight = norm.weight if can_fuse_norm(norm) else None
         fits = weight is not None and is_plain(weight) and weight.dtype in DTYPES and weight.shape == self.width
         if fits:
             weight, norm_eps = weight.contiguous(), norm.variance_epsilon
