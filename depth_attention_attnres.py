@@ -178,8 +178,7 @@ class DepthAttentionImplementation:
             watched: whether reads and weights are needed themselves, not only what norms make of the reads.
 
         Returns:
-            The first two as reads take them best, and what all reads of this forward share. With [`TokenReads`], no
-            blocks are opened, and the second is the table of all products for each read, as rows take time.
+            The first two as reads take them best, and what all reads of this forward share.
         """
         return sources, products, NOTHING_READ
 
@@ -252,9 +251,8 @@ class TwoPhaseDepthAttention(DepthAttentionImplementation):
         return self.merge(NOTHING_READ, sources, product, eps, scale)
 
     def begin(self, sources, products, eps, watched):
-        if watched or not TokenReads.fit(sources[0], products):
-            return sources, products, NOTHING_READ
-        return sources, len(products) * [products], TokenScores(products, eps)
+        fits = not watched and TokenReads.fit(sources[0], products)
+        return sources, products, TokenScores(products, eps) if fits else NOTHING_READ
 
     def open_block(self, place, products, sources, norms, shared, watched):
         if shared is not NOTHING_READ or not self.pays_phase_1(sources, products):
@@ -268,8 +266,8 @@ class TwoPhaseDepthAttention(DepthAttentionImplementation):
     def read(self, place, product, sources, norm, shared, watched):
         if isinstance(shared, TokenReads):
             if product.is_cpu and not watched and shared.takes(sources):  # layers may lie on several devices
-                return shared.read(place, sources, norm)
-            product, shared = product[place.row], NOTHING_READ
+                return shared.read(place, product, sources, norm)
+            shared = NOTHING_READ
         if watched and shared.weights is None:
             shared = NOTHING_READ
         return self.phase_2(place, product, sources, norm, shared, watched)
@@ -689,7 +687,8 @@ ZERO = torch.zeros((), device="cpu")
 
 
 class TokenReads:
-    """All reads of a single token, without gradients and without weights. For decoding on a CPU."""
+    """All reads of a single token, without gradients and without weights. For decoding on a CPU. A model whose reads
+    share them opens no blocks."""
 
     @staticmethod
     def fit(hidden_states: torch.Tensor, products: torch.Tensor) -> bool:
@@ -709,7 +708,7 @@ class TokenReads:
     def to(self, device, non_blocking: bool = False) -> "TokenReads":
         return self
 
-    def read(self, place: DepthPlace, sources: Sources, norm: nn.Module) -> tuple:
+    def read(self, place: DepthPlace, product: torch.Tensor, sources: Sources, norm: nn.Module) -> tuple:
         """[`DepthAttentionImplementation.read`], unwatched."""
         raise NotImplementedError
 
@@ -722,13 +721,12 @@ class TokenScores(TokenReads):
 
     def __init__(self, products: torch.Tensor, eps: float):
         self.products, self.eps = products, eps  # (num_reads, hidden)
-        self.rows = products.unbind()
         self.values = []  # the closed sources (1, 1, hidden), in the dtype of the products
         self.scores = [[] for _ in range(products.shape[0])]  # for each read, those of these sources
 
-    def read(self, place, sources, norm):
+    def read(self, place, product, sources, norm):
         sources = joined(sources, place.num_sources)
-        dtype, scale = self.products.dtype, place.scale
+        dtype, scale = product.dtype, place.scale
         for source in sources[len(self.values) : place.num_closed_sources]:
             source = source.to(dtype)
             vector = source.reshape(-1)
@@ -740,7 +738,7 @@ class TokenScores(TokenReads):
         if len(sources) > len(values):  # the open block
             source = sources[-1].to(dtype)
             vector = source.reshape(-1)
-            score = torch.dot(vector, self.rows[place.row]).item() * self.inverse_rms(vector, self.eps)
+            score = torch.dot(vector, product).item() * self.inverse_rms(vector, self.eps)
             values, scores = [*values, source], [*scores, score]
         highest = max(scores)
         mixed, total = values[0], math.exp(scores[0] - highest)

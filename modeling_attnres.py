@@ -407,12 +407,12 @@ class AttnResModelMixin(AttnResPreTrainedModelMixin):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_seen_tokens
         causal_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.position_embeddings(inputs_embeds, position_ids)
-        own = {"attention_mask": causal_mask, "position_embeddings": position_embeddings}
-        kwargs.update(own, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
+        kwargs.update(position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
 
         def layer_kwargs(layer_idx: int) -> dict:
-            of_layer = {k: v[self.config.layer_types[layer_idx]] for k, v in own.items() if isinstance(v, dict)}
-            return {**kwargs, **of_layer}
+            own = causal_mask, position_embeddings
+            mask, positions = (v[self.config.layer_types[layer_idx]] if isinstance(v, dict) else v for v in own)
+            return {"attention_mask": mask, "position_embeddings": positions, **kwargs}
 
         if output_depth_attentions is None:
             output_depth_attentions = self.config.output_depth_attentions

@@ -282,7 +282,7 @@ class CppTokenReads(TokenReads):
                 self.is_uniform &= source.dtype == self.like.dtype and source.is_contiguous()
         return self.is_uniform
 
-    def read(self, place, sources, norm):
+    def read(self, place, product, sources, norm):
         like, num_sources = self.like, min(len(sources), place.num_sources)
         added = new_partial = None
         if len(sources) > num_sources:

@@ -117,9 +117,9 @@ class DepthKernels:
         """
         raise NotImplementedError
 
-    def token_reads(self, embedding, products, eps) -> TokenReads | None:
+    def token_reads(self, embedding, products, eps) -> TokenReads | ClosedDepthRead:
         """What reads a single token on a CPU better than `read_forward`, if there is such a thing."""
-        return None
+        return NOTHING_READ
 
 
 KERNELS: dict[str, DepthKernels] = {}  # by type of device
@@ -841,14 +841,13 @@ class FusedDepthAttention(TwoPhaseDepthAttention):
         embedding, *others = sources
         if not self.runs([embedding]):
             return super().begin(sources, products, eps, watched)
+        shared = NOTHING_READ
         if is_untraced():
             if not watched and TokenReads.fit(embedding, products):
                 shared = self.kernels.token_reads(embedding, products, eps)
-                if shared is not None:
-                    return sources, len(products) * [products], shared
         elif self.reads_at_once(embedding, products):
             embedding, products = _stored(embedding), _stored(products)
-        return (embedding, *others), products, NOTHING_READ
+        return (embedding, *others), products, shared
 
     def phase_1(self, sources, products, eps, watched=True, rounded=False):
         if not self.runs(sources):

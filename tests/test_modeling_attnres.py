@@ -751,7 +751,7 @@ def test_one_token_of_extreme_scores(score, expected):
     token_scores = TokenScores(torch.zeros(config.num_depth_reads, config.hidden_size), 1e-5)
     token_scores.values, token_scores.scores[5] = list(sources[:3]), [-1600.0, -1600.0, score]
     place, norm = DepthPlace.of(config, 5), torch.nn.Identity()
-    _, _, mixed, _ = token_scores.read(place, sources, norm)
+    _, _, mixed, _ = token_scores.read(place, token_scores.products[5], sources, norm)
     torch.testing.assert_close(mixed, expected * sources[2] + (1 - expected) * sources[3], equal_nan=True)
 
 
